@@ -1,0 +1,47 @@
+"""Test-time training for image classifiers: wrap a model, and it adapts itself at inference.
+
+    >>> import ttt_plugins as tp
+    >>> net = tp.wrap("resnet50", "mgg", pretrained=True)
+    >>> logits = net(images)          # float images in [0, 1], (B, C, H, W)
+
+See ``wrap``, ``from_pretrained``, and the command line ``ttt-plugins``.
+"""
+
+import warnings as _warnings
+
+with _warnings.catch_warnings():
+    # timm's import trips over torch's deprecations; they are no business of our users.
+    _warnings.simplefilter("ignore", FutureWarning)
+    from . import networks  # noqa: F401  (registers our networks with timm)
+
+from .adapter import Adapter
+from .errors import (
+    ArtifactError,
+    DataError,
+    InputError,
+    MissingDependencyError,
+    TTTError,
+)
+from .hub import list_bundled
+from .methods import MGG, SAR, Source, Tent
+from .registry import list_methods
+from .version import __version__
+from .wrapping import from_pretrained, wrap
+
+__all__ = [
+    "MGG",
+    "SAR",
+    "Adapter",
+    "ArtifactError",
+    "DataError",
+    "InputError",
+    "MissingDependencyError",
+    "Source",
+    "TTTError",
+    "Tent",
+    "__version__",
+    "from_pretrained",
+    "list_bundled",
+    "list_methods",
+    "wrap",
+]

@@ -1,0 +1,345 @@
+"""The stateful shell: an ``nn.Module`` that adapts inside ``forward``.
+
+Everything else in the package is a pure function or a frozen value; what changes from batch to
+batch is here: the adapted parameters, the update rule's state, and the counters.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import scope
+from .backbone import Backbone
+from .errors import InputError, TTTError
+from .registry import Method
+
+__all__ = ["Adapter"]
+
+#: How far outside [0, 1] a pixel may lie before it is taken for a mistake (resampling overshoots).
+_RANGE_SLACK = 0.05
+
+
+class Adapter(nn.Module):
+    """A classifier that adapts itself to the images it classifies.
+
+    Made by `ttt_plugins.wrap` and `ttt_plugins.from_pretrained`. It behaves the same in train and
+    eval mode and under ``no_grad`` and ``inference_mode``; the wrapped model is never written.
+
+    Attributes:
+        method: the method's name.
+        config: the method's fields, a frozen dataclass.
+        skipped_updates: batches whose loss or gradient was not finite, so that nothing moved.
+        forwards, backwards: images passed through the model so far, in either direction.
+        batches: batches adapted to since the last reset.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        method: Method,
+        config: Any,
+        *,
+        tensors: dict[str, Tensor] | None = None,
+        origin: dict[str, Any] | None = None,
+        seed: int | None = None,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.method = method.name
+        self.config = config
+        self.origin = origin or {}
+        self.seed = 0 if seed is None else seed
+        self._record = method
+        self._tensors = {n: t.detach().clone() for n, t in (tensors or {}).items()}
+        self.names: list[str] = []
+        if method.build is not None:
+            skip_late = getattr(config, "skip_late", False) and config.params == "norm"
+            self.names = scope.select(backbone, config.params, skip_late)
+        self.forwards = self.backwards = self.skipped_updates = self.batches = 0
+        self._params: dict[str, Tensor] | None = None
+        self._state: dict[str, Tensor] | None = None
+        self._algorithm: Any = None
+
+    # -- inference -----------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), floating point in [0, 1] -> logits (B, classes).
+
+        Raises:
+            InputError: images of another type, shape or range; the adapter stays as it was.
+        """
+        self._check(images)
+        with torch.inference_mode(False):
+            # Tensors born in inference mode cannot be part of a graph; a copy can.
+            images = images.clone() if images.is_inference() else images.detach()
+            images = images.to(self.backbone.dtype)
+            try:
+                return self._predict(images)
+            except (RuntimeError, ValueError, AssertionError) as error:
+                expected = self.backbone.input_size
+                if isinstance(error, TTTError) or tuple(images.shape[1:]) == expected:
+                    raise
+                raise InputError(
+                    f"the model cannot take images of shape {tuple(images.shape[1:])}; it was "
+                    f"made for {expected} ({error})"
+                ) from error
+
+    def _predict(self, images: Tensor) -> Tensor:
+        algorithm = self._algorithm_now()
+        if algorithm is None:
+            with torch.no_grad():
+                logits = self.backbone(images)
+            self.forwards += len(images)
+            return logits
+        with torch.no_grad():
+            params, state = self._now()
+            outcome = algorithm.adapt(params, state, images)
+        # Nothing above writes to the adapter: an error on the way leaves it as it was.
+        self._params, self._state = outcome.params, outcome.state
+        self.forwards += outcome.passes * len(images)
+        self.backwards += outcome.passes * len(images)
+        self.batches += 1
+        if outcome.skipped:
+            if not self.skipped_updates:
+                warnings.warn(
+                    "the loss or its gradient was not finite: this update is skipped, the "
+                    "prediction is returned; net.skipped_updates counts (warned once)",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+            self.skipped_updates += 1
+        return outcome.logits
+
+    def _check(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise InputError(f"images must be a torch.Tensor, got {type(images).__name__}")
+        if images.ndim != 4:
+            raise InputError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise InputError(
+                f"images must be floating point in [0, 1], got {images.dtype}; "
+                "pass images.float() / 255 for 8-bit ones"
+            )
+        if not images.numel():
+            raise InputError(f"an empty batch: images have shape {tuple(images.shape)}")
+        channels = self.backbone.input_size[0]
+        if images.shape[1] != channels:
+            raise InputError(
+                f"images have {images.shape[1]} channels (shape {tuple(images.shape)}), the model "
+                f"takes {channels}; the layout is (B, C, H, W)"
+            )
+        if images.device != self.backbone.device:
+            raise InputError(
+                f"images are on {images.device}, the adapter on {self.backbone.device}; move one"
+            )
+        low, high = (bound.item() for bound in torch.aminmax(images.detach()))
+        if low != low or high != high or max(abs(low), abs(high)) == float("inf"):
+            raise InputError("images hold NaN or infinite pixels; nothing was adapted")
+        if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
+            raise InputError(
+                f"images must lie in [0, 1], these span {low:.3g}..{high:.3g}; normalisation "
+                "happens inside the adapter, so pass raw pixels divided by 255"
+            )
+
+    # -- state ---------------------------------------------------------------------------
+
+    def algorithm(self, tensors: dict[str, Tensor] | None = None) -> Any:
+        """The method's pure functions on this backbone, None for the unadapted model.
+
+        Args:
+            tensors: stand in for learned tensors of the same names; they may require gradients,
+                which is how meta-training reaches them.
+        """
+        if self._record.build is None:
+            return None
+        source = scope.parameters(self.backbone, self.names)
+        learned = self._tensors | (tensors or {})
+        return self._record.build(self.config, self.backbone, source, learned)
+
+    def with_tensors(self, config: Any, tensors: dict[str, Tensor] | None = None) -> Adapter:
+        """A new adapter on the same backbone with another config and some learned tensors."""
+        return Adapter(
+            self.backbone,
+            self._record,
+            config,
+            tensors=self._tensors | (tensors or {}),
+            origin=self.origin,
+            seed=self.seed,
+        )
+
+    def _algorithm_now(self) -> Any:
+        if self._algorithm is None:
+            self._algorithm = self.algorithm()
+        return self._algorithm
+
+    def _now(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if self._params is None:
+            algorithm = self._algorithm_now()
+            return dict(algorithm.source), algorithm.init()
+        return self._params, self._state
+
+    def _apply(self, fn, recurse: bool = True) -> Adapter:
+        super()._apply(fn, recurse)
+        for held in (self._tensors, self._params, self._state):
+            if held is not None:
+                held.update({name: fn(t) for name, t in held.items()})
+        self._algorithm = None  # it holds the tensors from before the move
+        return self
+
+    def train(self, mode: bool = True) -> Adapter:
+        """Accepted and without effect: an adapter behaves the same in both modes."""
+        return super().train(False)
+
+    def reset(self) -> None:
+        """Back to the source, bit for bit; costs nothing but dropping the adapted tensors."""
+        self._params = self._state = None
+        self.batches = 0
+
+    def adaptation_state(self) -> dict[str, Tensor]:
+        """Everything that changed since the source, as a flat dict of tensors to save."""
+        state = {"batches": torch.tensor(self.batches)}
+        if self._record.build is None:
+            return state
+        with torch.inference_mode(False), torch.no_grad():
+            params, rule = self._now()
+            state |= {f"params.{n}": t.clone() for n, t in params.items()}
+            state |= {f"rule.{n}": t.clone().contiguous() for n, t in rule.items()}
+        return state
+
+    def load_adaptation_state(self, state: dict[str, Tensor]) -> None:
+        """Go on where `adaptation_state` was taken.
+
+        Raises:
+            InputError: made by another method, model or parameter choice; nothing is loaded.
+        """
+        expected = self.adaptation_state()
+        if missing := sorted(expected.keys() ^ state.keys()):
+            raise InputError(
+                f"this adaptation state belongs to another adapter: {missing[0]!r} is "
+                f"{'missing' if missing[0] in expected else 'unknown here'}"
+            )
+        for name, own in expected.items():
+            given = state[name]
+            if given.shape != own.shape or given.dtype != own.dtype:
+                raise InputError(
+                    f"this adaptation state belongs to another adapter: {name!r} is "
+                    f"{given.dtype} {tuple(given.shape)}, expected {own.dtype} {tuple(own.shape)}"
+                )
+        moved = {n: t.detach().clone().to(expected[n].device) for n, t in state.items()}
+        self.batches = int(moved.pop("batches"))
+        if self._record.build is None:
+            return
+        split = {"params.": {}, "rule.": {}}
+        for name, tensor in moved.items():
+            for prefix, part in split.items():
+                if name.startswith(prefix):
+                    part[name.removeprefix(prefix)] = tensor
+        self._params, self._state = split["params."], split["rule."]
+
+    def fit_source_statistics(self, loader: Iterable, *, progress: bool = True) -> Adapter:
+        """Measure the source's feature statistics on clean images, for MGG's discrepancy term.
+
+        Args:
+            loader: yields images (B, C, H, W) in [0, 1], or tuples that begin with them.
+
+        The deviation is the unbiased one over all images (methods.md, section 3). Adaptation
+        starts anew afterwards.
+
+        Raises:
+            InputError: the loader yields nothing, or the method compares no statistics.
+        """
+        if not hasattr(self.config, "discrepancy"):
+            raise InputError(f"{self.method} compares no feature statistics; only mgg does")
+        totals: tuple[Tensor, ...] | None = None
+        for batch in tqdm(loader, "source statistics", disable=not progress, leave=False):
+            images = batch if isinstance(batch, Tensor) else batch[0]
+            images = images.to(self.backbone.device)
+            self._check(images)
+            with torch.no_grad(), self.backbone.recording() as record:
+                self.backbone(images.to(self.backbone.dtype))
+            sums = self.backbone.feature_sums(record)
+            totals = sums if totals is None else tuple(map(torch.add, totals, sums))
+        if totals is None:
+            raise InputError("the loader yielded no images")
+        count, first, second = totals
+        mean = first / count
+        variance = (second - count * mean.square()) / (count - 1).clamp_min(1)
+        dtype = self.backbone.dtype
+        self._tensors["source.mean"] = mean.to(dtype)
+        self._tensors["source.std"] = variance.clamp_min(0).sqrt().to(dtype)
+        self._algorithm = None
+        self.reset()
+        return self
+
+    # -- looking at it -------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, None while unknown (a bare module before its first batch)."""
+        return self.backbone.num_classes
+
+    @property
+    def input_size(self) -> tuple[int, int | None, int | None]:
+        """(C, H, W) the model was made for; None where a bare module does not say."""
+        return self.backbone.input_size
+
+    def describe(self) -> str:
+        """What adapts, with which statistics and preprocessing, and what a step costs."""
+        model = self.backbone.model
+        own = sum(p.numel() for p in model.parameters())
+        lines = [f"{self.method} around {type(model).__name__} ({own:,} parameters)"]
+        for field in dataclasses.fields(self.config):
+            lines.append(f"  {field.name}: {getattr(self.config, field.name)!r}")
+        if self.backbone.normalize:
+            mean, std = self.backbone.mean.flatten(), self.backbone.std.flatten()
+            rounded = [[round(v, 4) for v in t.tolist()] for t in (mean, std)]
+            lines.append(f"preprocessing: (image - {rounded[0]}) / {rounded[1]}, inside")
+        else:
+            lines.append("preprocessing: none here; the model gets images in [0, 1]")
+        lines.append(f"input: {self.input_size} (C, H, W), classes: {self.num_classes}")
+        if not self.backbone.has_batch_norm:
+            lines.append("norm statistics: the model has no BatchNorm with running statistics")
+        else:
+            lines.append(f"norm statistics: {self.backbone.statistics}")
+            if self.backbone.statistics == "batch":
+                lines[-1] += " (a batch of one image uses the source's)"
+        if not self.names:
+            lines.append("adapts: nothing; one forward pass a batch")
+            return "\n".join(lines)
+        algorithm = self._algorithm_now()
+        scalars = sum(t.numel() for t in algorithm.source.values())
+        state = sum(t.numel() * t.element_size() for t in algorithm.init().values())
+        shown = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
+        lines.append(f"adapts: {scalars:,} scalars in {len(self.names)} tensors ({shown})")
+        lines += algorithm.describe()
+        lines.append(f"state: {state / 1e6:.2f} MB beside the adapted scalars")
+        return "\n".join(lines)
+
+    def export(self) -> nn.Module:
+        """An independent module holding the adapted parameters: images in [0, 1] -> logits."""
+        plain = copy.deepcopy(self.backbone)
+        if self._params is not None:
+            named = dict(plain.named_parameters())
+            with torch.no_grad():
+                for name, value in self._params.items():
+                    named[name].copy_(value)
+        return plain.requires_grad_(True)
+
+    def save_pretrained(self, folder: str | Path, *, training: dict | None = None) -> Path:
+        """Write this adapter's artifact; see `ttt_plugins.wrapping.save_pretrained`."""
+        from .wrapping import save_pretrained  # below this room: it builds adapters
+
+        return save_pretrained(self, folder, training=training)
+
+    def learned_tensors(self) -> dict[str, Tensor]:
+        """What was learned beforehand and belongs into an artifact (copies)."""
+        return {name: t.detach().clone() for name, t in self._tensors.items()}

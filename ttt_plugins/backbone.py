@@ -1,0 +1,357 @@
+"""What a classifier is: the only room that knows architectures.
+
+``Backbone`` puts the normalisation in front of a model (images in [0, 1] in, logits out), reads
+its norm layers, and can record the features whose statistics MGG compares. It holds a structural
+copy of the user's model that shares its weights: no tensor is duplicated, and nothing done here
+(eval mode, BatchNorm on batch statistics, hooks, moving to a device) reaches the user's model.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+
+__all__ = ["Backbone", "batch_norms", "late_norms", "norm_modules"]
+
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_NORM_NAME = re.compile(r"norm|affine|evo|filterresponse", re.IGNORECASE)
+
+
+class _Moments(torch.autograd.Function):
+    """Mean and variance over ``axes``, as ``torch.var_mean``, at memory speed.
+
+    On CPU ``var_mean`` over (0, 2, 3) takes twenty times what reading the tensor takes; a step of
+    MGG has to cost what a step of Tent does. Both passes and the gradient (an affine function of
+    the centred input) are plain streaming operations here.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, axes: tuple[int, ...], correction: int) -> tuple[Tensor, Tensor]:
+        mean = x.mean(axes, keepdim=True)
+        centred = x - mean
+        count = x.numel() // mean.numel()
+        if centred.ndim == 4 and axes == (0, 2, 3) and centred.is_contiguous():
+            rows = centred.flatten(2)
+            squares = torch.linalg.vecdot(rows, rows).sum(0)
+        else:
+            squares = centred.square().sum(axes)
+        ctx.save_for_backward(centred)
+        ctx.counts = count, max(count - correction, 1)
+        ctx.shape = mean.shape
+        return squares / ctx.counts[1], mean.flatten()
+
+    @staticmethod
+    def backward(ctx, grad_var: Tensor, grad_mean: Tensor):
+        (centred,) = ctx.saved_tensors
+        count, free = ctx.counts
+        slope = (grad_var * (2 / free)).view(ctx.shape)
+        return torch.addcmul((grad_mean / count).view(ctx.shape), slope, centred), None, None
+
+
+def share_structure(model: nn.Module) -> nn.Module:
+    """Copy the module objects of ``model`` while sharing the storage of every tensor."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        # A Parameter object of its own: `.to()` rebinds our data, not the user's.
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach()
+    return copy.deepcopy(model, memo)
+
+
+def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Norm-like modules that own affine parameters, by name, in registration order.
+
+    Chosen by what a module is: its class is called a norm (or an affine layer that stands in for
+    one), and each parameter of its own varies along a single axis.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        own = [p for p in module._parameters.values() if p is not None]
+        if not own or not _NORM_NAME.search(type(module).__name__):
+            continue
+        if all(p.numel() == max(p.shape, default=1) for p in own):
+            found[name] = module
+    return found
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """BatchNorm layers (timm's fused norm-activations too) that carry running statistics."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BATCH_NORMS) and module.running_mean is not None
+    }
+
+
+def late_norms(model: nn.Module) -> set[str]:
+    """Names of the norms in the last quarter of the stages or blocks, and of all after them.
+
+    For a ViT with 12 blocks these are blocks 9-11 and the final norm, for a ResNet layer4: what
+    SAR leaves out. Models without timm's ``feature_info`` lose the last quarter of their norms.
+    """
+    norms = list(norm_modules(model))
+    info = getattr(model, "feature_info", None)
+    stages = [entry["module"] for entry in info] if isinstance(info, list) else []
+    if stages:
+        first = stages[-max(1, len(stages) // 4)] + "."
+        for position, name in enumerate(norms):
+            if name.startswith(first):
+                return set(norms[position:])
+    return set(norms[len(norms) - len(norms) // 4 :])
+
+
+def _tapped_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The norms whose features are compared with the source (methods.md, section 3).
+
+    Block transformers: the first norm of every block but the first, and the final norm, as MGTTA
+    has it. Everything else: four norms evenly spaced from the first to the last (BatchNorms where
+    there are any, because each carries its source statistics). Taking all 25 of a ResNet-26
+    instead gains under one point and costs a third of a step (see the changelog).
+    """
+    norms = batch_norms(model)
+    if not norms:
+        norms = norm_modules(model)
+        starts = [n for n in norms if re.fullmatch(r"(.*\.)?blocks\.\d+\.norm1", n)]
+        if len(starts) > 1:
+            outside = [n for n in norms if "blocks." not in n]
+            return {n: norms[n] for n in (*starts[1:], *outside)}
+    names = list(norms)
+    places = {round(i * (len(names) - 1) / 3) for i in range(4)} if names else set()
+    return {n: norms[n] for i, n in enumerate(names) if i in places}
+
+
+class Backbone(nn.Module):
+    """A classifier on images in [0, 1].
+
+    Args:
+        model: any module that maps normalised images (B, C, H, W) to logits (B, classes).
+        mean, std: per-channel normalisation; from the model's ``pretrained_cfg`` unless given.
+        normalize: False when the model normalises its input itself.
+        statistics: what BatchNorm layers use: ``"source"`` (running statistics), ``"batch"``, or
+            ``"mix"``, the running statistics counted as ``prior`` images (Schneider et al. 2020,
+            arXiv 2006.16971, equation 1). Without effect on models without BatchNorm.
+        prior: images that the source statistics count for in ``"mix"``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mean=None,
+        std=None,
+        normalize: bool = True,
+        statistics: str = "source",
+        prior: float = 16.0,
+    ):
+        super().__init__()
+        if statistics not in ("source", "batch", "mix"):
+            raise InputError(f"statistics must be source, batch or mix, got {statistics!r}")
+        configured = bool(getattr(model, "pretrained_cfg", None))
+        self.model = share_structure(model).eval()
+        settings = timm.data.resolve_model_data_config(model) if configured else {}
+        if configured:
+            self.input_size = tuple(settings["input_size"])
+        else:
+            self.input_size = (_input_channels(model), None, None)
+        if not normalize and (mean is not None or std is not None):
+            raise InputError("normalize=False and mean or std given: choose one of the two")
+        mean = settings.get("mean") if mean is None else mean
+        std = settings.get("std") if std is None else std
+        if normalize and (mean is None) != (std is None):
+            raise InputError("mean and std belong together: give both or neither")
+        if normalize and mean is None:
+            warnings.warn(
+                f"{type(model).__name__} does not say how its input is normalised (no timm "
+                "pretrained_cfg): it gets images in [0, 1] unchanged. Pass mean= and std=, or "
+                "normalize=False if it normalises by itself.",
+                stacklevel=3,
+            )
+        self.normalize = bool(normalize and mean is not None)
+        if self.normalize:
+            self._check_double_normalisation(model)
+            for name, value in (("mean", mean), ("std", std)):
+                value = torch.as_tensor(value, dtype=torch.float32).flatten()
+                channels = self.input_size[0]
+                if len(value) not in (1, channels) or not torch.isfinite(value).all():
+                    raise InputError(f"{name} must hold 1 or {channels} numbers, got {value}")
+                if name == "std" and (value <= 0).any():
+                    raise InputError(f"std must be positive, got {value.tolist()}")
+                self.register_buffer(name, value.view(-1, 1, 1), persistent=False)
+        self.num_classes: int | None = getattr(model, "num_classes", None)
+        self.statistics, self.prior = statistics, float(prior)
+        self._batch_norms = list(batch_norms(self.model).values())
+        for module in self._batch_norms:
+            # Under the names of our own the source statistics survive "batch", which hides them.
+            module.register_buffer("source_mean", module.running_mean, persistent=False)
+            module.register_buffer("source_var", module.running_var, persistent=False)
+            if statistics == "mix":
+                module.register_forward_pre_hook(self._mix_statistics)
+        self.tapped = _tapped_norms(self.model)
+        self._prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+        self._record: list[tuple[Tensor, tuple[int, ...], nn.Module | None]] | None = None
+        for module in self.tapped.values():
+            module.register_forward_hook(self._tap)
+        self._batch_size = 0
+        self._use(statistics)
+
+    @staticmethod
+    def _check_double_normalisation(model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            if name.count(".") > 0:
+                continue
+            own = {k for k, _ in module.named_buffers(recurse=False)} | set(vars(module))
+            if (
+                type(module).__name__ == "Normalize"
+                or {"mean", "std"} <= own
+                or {
+                    "mu",
+                    "sigma",
+                }
+                <= own
+            ):
+                warnings.warn(
+                    f"the model seems to normalise its input itself ({name or 'its own'} "
+                    f"{type(module).__name__}) and would be normalised twice; pass "
+                    "normalize=False if so",
+                    stacklevel=4,
+                )
+                return
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return bool(self._batch_norms)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Keep eval mode whatever is asked: an adapter means the same in both modes."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> logits (B, classes)."""
+        self._batch_size = len(images)
+        if self.statistics == "batch":
+            # One image has no batch statistics to speak of: it is seen with the source's.
+            self._use("source" if len(images) == 1 else "batch")
+        x = (images - self.mean) / self.std if self.normalize else images
+        logits = self.model(x)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InputError(f"the model must return logits (B, classes), it returned {what}")
+        self.num_classes = logits.shape[1]
+        return logits
+
+    # -- BatchNorm statistics ------------------------------------------------------------
+
+    def _use(self, statistics: str) -> None:
+        for module in self._batch_norms:
+            batch = statistics == "batch"
+            # Without running statistics PyTorch normalises with the batch's, in eval mode too,
+            # and writes none.
+            module.running_mean = None if batch else module.source_mean
+            module.running_var = None if batch else module.source_var
+
+    def _mix_statistics(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """Shift and scale the input so that source statistics act as the mixed ones."""
+        x = args[0]
+        axes = (0, *range(2, x.ndim))
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        var, mean = torch.var_mean(x, axes, correction=0)
+        share = self.prior / (self.prior + self._batch_size)
+        mean = share * module.source_mean + (1 - share) * mean
+        var = share * module.source_var + (1 - share) * var
+        scale = ((module.source_var + module.eps) / (var + module.eps)).sqrt()
+        return ((x - mean.view(shape)) * scale.view(shape) + module.source_mean.view(shape),)
+
+    def source_state_dict(self) -> dict[str, Tensor]:
+        """The wrapped model's ``state_dict``, running statistics included in every mode."""
+        self._use("source")
+        state = self.model.state_dict()
+        self._use(self.statistics)
+        return state
+
+    # -- features and their statistics ---------------------------------------------------
+
+    def _tap(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._record is None:
+            return
+        if isinstance(module, _BATCH_NORMS):
+            x = args[0]
+            axes: tuple[int, ...] = (0, *range(2, x.ndim))
+            if getattr(module, "source_mean", None) is not None:
+                self._record.append((x, axes, module))
+            return
+        x = output
+        if x.ndim == 3 and self._prefix_tokens:
+            x = x[:, 0]
+        channels_first = x.ndim == 4 and not isinstance(module, nn.LayerNorm)
+        channels_first |= x.ndim == 4 and type(module).__name__.endswith("2d")
+        axes = (0, 2, 3) if channels_first else tuple(range(x.ndim - 1))
+        self._record.append((x, axes, None))
+
+    @contextmanager
+    def recording(self) -> Iterator[list]:
+        """Record the tapped features of the forward passes inside the block."""
+        self._record = record = []
+        try:
+            yield record
+        finally:
+            self._record = None
+
+    @staticmethod
+    def feature_statistics(record: list, correction: int = 1) -> tuple[Tensor, Tensor]:
+        """Concatenated mean and standard deviation (D,) of recorded features.
+
+        Over the batch for class tokens, over batch and positions for feature maps. BatchNorm
+        inputs are measured in units of their source deviation, from their source mean.
+        """
+        means, deviations = [], []
+        for x, axes, norm in record:
+            var, mean = _Moments.apply(x, axes, correction)
+            # The square root's slope is infinite at zero (a dead channel, a batch of one).
+            std = torch.sqrt(var + 1e-12)
+            if norm is not None:
+                scale = torch.rsqrt(norm.source_var + norm.eps)
+                mean, std = (mean - norm.source_mean) * scale, std * scale
+            means.append(mean)
+            deviations.append(std)
+        return torch.cat(means), torch.cat(deviations)
+
+    @staticmethod
+    def feature_sums(record: list) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, sum and sum of squares (D,) in float64, to accumulate statistics over batches."""
+        counts, firsts, seconds = [], [], []
+        for x, axes, norm in record:
+            x = x.double()
+            if norm is not None:
+                shape = (1, -1) + (1,) * (x.ndim - 2)
+                scale = torch.rsqrt(norm.source_var.double() + norm.eps)
+                x = (x - norm.source_mean.view(shape)) * scale.view(shape)
+            first = x.sum(axes)
+            counts.append(torch.full_like(first, x.numel() / first.numel()))
+            firsts.append(first)
+            seconds.append(x.square().sum(axes))
+        return torch.cat(counts), torch.cat(firsts), torch.cat(seconds)
+
+
+def _input_channels(model: nn.Module) -> int:
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            return module.in_channels
+    return 3

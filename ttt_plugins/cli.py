@@ -1,0 +1,300 @@
+"""The command line: parse, call, print. A user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import hub
+from .errors import InputError, TTTError
+from .flags import PROGRAM, Parser, add_dataclass_flags, dataclass_from_args, key_value
+
+__all__ = ["main"]
+
+
+def _device(name: str | None) -> str | None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used here ({reason})") from error
+    return name
+
+
+def _adapter(args: argparse.Namespace) -> nn.Module:
+    """The adapter of MODEL and --method: an artifact of that method, or a model to wrap."""
+    from . import from_pretrained, wrap
+
+    overrides = dict(args.set)
+    if args.lr is not None:
+        overrides["lr"] = args.lr
+    common = {"device": _device(args.device), "seed": args.seed, **overrides}
+    stored = None
+    if args.model.startswith("bundled:"):
+        stored = hub.read(hub.bundled_folder(args.model.removeprefix("bundled:")))
+    elif (Path(args.model) / "config.json").is_file():
+        stored = hub.read(args.model)
+    if args.method is None or (stored and stored.config["method"] == args.method):
+        return from_pretrained(args.model, **common)
+    return wrap(
+        args.model, args.method, pretrained=args.pretrained, model_dir=args.model_dir, **common
+    )
+
+
+def _unadapted(net: nn.Module, model_dir: Path) -> nn.Module:
+    """The model of an adapter, loaded anew and with the same preprocessing."""
+    from . import wrap
+
+    normal = net.backbone.normalize
+    return wrap(
+        net.origin["name"],
+        "source",
+        pretrained=net.origin.get("pretrained", False),
+        mean=net.backbone.mean.flatten().tolist() if normal else None,
+        std=net.backbone.std.flatten().tolist() if normal else None,
+        normalize=normal,
+        model_dir=model_dir,
+        device=net.backbone.device,
+    )
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    from .benchmark import open_dataset, run_benchmark
+
+    data = open_dataset(
+        args.dataset,
+        args.data_dir,
+        corruptions=args.corruption,
+        severities=args.severity,
+        n_examples=args.n_examples,
+        labels=args.labels,
+    )
+    # A timm name without --pretrained means random weights: let them be the same ones twice.
+    torch.manual_seed(args.seed or 0)
+    net = _adapter(args)
+    torch.manual_seed(args.seed or 0)
+    baseline = None if net.method == "source" else _unadapted(net, args.model_dir)
+    print(net.describe(), flush=True)
+    results = run_benchmark(
+        net,
+        data,
+        baseline=baseline,
+        out=args.out,
+        protocol=args.protocol,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        model_name=args.model,
+        command=args.command_line,
+        overwrite=args.overwrite,
+    )
+    print(f"\naccuracy in %, {args.protocol}, batch size {args.batch_size}\n{results.table()}")
+    if data.clean is None:
+        print("clean accuracy not measured: no clean images in the data folder")
+    if data.note:
+        print(data.note)
+    print(f"results.json, RobustBench's files and plot.png are in {args.out}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    print(
+        "A small network, trained on clean CIFAR-10 images, meets corrupted ones: as it is\n"
+        "(source), and adapting to them batch by batch, without labels (tent, sar, mgg).\n",
+        flush=True,
+    )
+    print(run_demo(args.out, n=args.images).table())
+    print(f"\nthe picture is {Path(args.out) / 'demo.png'}")
+
+
+def _train_source(args: argparse.Namespace) -> None:
+    from .data import EXTRA_ROWS, read_parquet
+    from .train.source import SourceRecipe, train_source
+    from .wrapping import save_source
+
+    recipe = dataclass_from_args(args, SourceRecipe)
+    device = _device(args.device)
+    # The last rows belong to MGG's meta-training.
+    train = read_parquet(args.data_dir / "train.parquet")[:-EXTRA_ROWS]
+    test = read_parquet(args.data_dir / "test.parquet")
+    # Beside the artifact, whose folder is written in one piece.
+    work = args.out.with_name(f"{args.out.name}-training")
+    model, log = train_source(recipe, train, test, work, device=device, resume=args.resume)
+    training = _training_record(args, recipe, device) | {"images": len(train), **log}
+    save_source(model, recipe.arch, recipe.model_args, args.out, training=training)
+    print(f"the model is in {args.out}, the checkpoint of its training in {work}")
+
+
+def _training_record(args: argparse.Namespace, recipe: object, device: str) -> dict:
+    """What every trained artifact's config.json says of its making."""
+    return {
+        "command": args.command_line,
+        "note": args.note,
+        "recipe": dataclasses.asdict(recipe),
+        "device": torch.cuda.get_device_name(device) if "cuda" in device else "cpu",
+    }
+
+
+def _train_mgg(args: argparse.Namespace) -> None:
+    from .benchmark import EXTRA_CORRUPTIONS, load_stream
+    from .data import EXTRA_ROWS, read_parquet, to_float
+    from .train.mgg import MGGRecipe, train_mgg, untrained
+
+    recipe = dataclass_from_args(args, MGGRecipe)
+    device = _device(args.device)
+    data = {name: load_stream(args.data_dir, name) for name in EXTRA_CORRUPTIONS}
+    net = untrained(args.model, device=device, model_dir=args.model_dir, **dict(args.set))
+    fitted = 0
+    if not net.backbone.has_batch_norm:
+        # BatchNorm models carry their source statistics; for others clean images are measured.
+        folder = args.data_dir if (args.data_dir / "train.parquet").is_file() else None
+        clean = read_parquet((folder or args.data_dir / "cifar10") / "train.parquet")
+        images = clean.images[:-EXTRA_ROWS][: args.statistics_images]
+        fitted = len(images)
+        net.fit_source_statistics(to_float(part) for part in images.split(500))
+    work = args.out.with_name(f"{args.out.name}-training")
+    trained, log = train_mgg(recipe, net, data, work, resume=args.resume)
+    training = _training_record(args, recipe, device) | {
+        "corruptions": list(data),
+        "images": min(len(part) for part in data.values()),
+        "labels": "used by the outer loss and to choose checkpoint and step size"
+        if recipe.labelled
+        else "used to choose checkpoint and step size only",
+        "statistics_images": fitted,
+        **log,
+    }
+    trained.save_pretrained(args.out, training=training)
+    print(f"the optimizer is in {args.out}, the checkpoint of its training in {work}")
+
+
+def _info(args: argparse.Namespace) -> None:
+    from . import from_pretrained
+
+    print(from_pretrained(args.name).describe())
+
+
+def _list(args: argparse.Namespace) -> None:
+    from . import list_bundled, list_methods
+
+    print("methods:", *list_methods(), sep="\n  ")
+    print("bundled:", *(f"bundled:{name}" for name in list_bundled()), sep="\n  ")
+
+
+# -- parser ------------------------------------------------------------------------------
+
+
+def _add_benchmark(commands) -> None:
+    from .benchmark import DATASETS, PROTOCOLS
+
+    add = commands.add_parser("benchmark", help="measure an adapter on corrupted images")
+    add.set_defaults(run=_benchmark)
+    add.add_argument("model", metavar="MODEL", help="what wrap or from_pretrained takes")
+    add.add_argument("--method", help="name of a method (default: the artifact's own)")
+    add.add_argument("--dataset", choices=DATASETS, default="cifar10")
+    add.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
+    add.add_argument("--out", type=Path, required=True, help="folder for the results")
+    levels = range(1, 6)
+    add.add_argument("--severity", type=int, nargs="+", choices=levels, help="(default: all)")
+    add.add_argument("--corruption", nargs="+", help="(default: the benchmark's)")
+    add.add_argument("--n-examples", type=int, metavar="N", help="images a cell (default: all)")
+    add.add_argument("--batch-size", type=int, default=64, metavar="B")
+    add.add_argument("--protocol", choices=PROTOCOLS, default="reset-per-cell")
+    add.add_argument("--device", help="such as cuda (default: cpu)")
+    add.add_argument("--seed", type=int, help="of the images' order in a cell (default: as stored)")
+    add.add_argument("--lr", type=float, help="short for --set lr=LR")
+    _add_fields(add)
+    add.add_argument("--labels", type=Path, help="parquet file of the clean test images")
+    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    add.add_argument("--pretrained", action="store_true", help="download timm's weights")
+    add.add_argument("--overwrite", action="store_true", help="replace other results in OUT")
+
+
+def _add_fields(add) -> None:
+    add.add_argument(
+        "--set",
+        type=key_value,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="fields of the method's config",
+    )
+
+
+def _add_train(commands) -> None:
+    from .train.mgg import MGGRecipe
+    from .train.source import SourceRecipe
+
+    kinds = commands.add_parser("train", help="train what adapters are made of")
+    kinds = kinds.add_subparsers(required=True, metavar="source|mgg")
+    add = kinds.add_parser("source", help="a classifier to adapt")
+    add.set_defaults(run=_train_source)
+    _add_training(add, "folder with train.parquet and test.parquet", SourceRecipe)
+    add = kinds.add_parser("mgg", help="MGG's optimizer, on corrupted images")
+    add.set_defaults(run=_train_mgg)
+    add.add_argument("--model", required=True, help="the classifier; what wrap takes")
+    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    add.add_argument(
+        "--statistics-images",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="clean training images that source statistics are measured on (default: %(default)s)",
+    )
+    _add_fields(add)
+    _add_training(add, "folder that holds cifar10 and cifar10c", MGGRecipe)
+
+
+def _add_training(add, folder: str, recipe: type) -> None:
+    """The flags that all trainings share, and those of the recipe."""
+    add.add_argument("--data-dir", type=Path, required=True, help=folder)
+    add.add_argument("--out", type=Path, required=True, help="folder for the artifact")
+    add.add_argument("--device", default="cpu")
+    add.add_argument("--resume", action="store_true", help="go on from its checkpoint")
+    add.add_argument("--note", default="", help="a sentence for the card")
+    add_dataclass_flags(add, recipe)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=PROGRAM, description="Test-time training for image classifiers.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    add = commands.add_parser("demo", help="see it work: real images, a table and a picture")
+    add.set_defaults(run=_demo)
+    add.add_argument("--out", type=Path, default=Path("ttt-plugins-demo"), help="folder")
+    add.add_argument("--images", type=int, metavar="N", help="images a corruption (default: all)")
+    _add_benchmark(commands)
+    _add_train(commands)
+    add = commands.add_parser("info", help="describe an adapter")
+    add.set_defaults(run=_info)
+    add.add_argument("name", metavar="NAME_OR_FOLDER")
+    add = commands.add_parser("list", help="name the methods and what is bundled")
+    add.set_defaults(run=_list)
+    return parser
+
+
+def _show_warning(message, *_, **__) -> None:
+    print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code (0, 2 for a user's mistake, 130 for Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    args.command_line = shlex.join([PROGRAM, *argv])
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            args.run(args)
+        except TTTError as error:
+            print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+    return 0

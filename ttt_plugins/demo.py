@@ -1,0 +1,220 @@
+"""The demo: a classifier meets corrupted images, unadapted and with three adapters.
+
+Everything it needs ships inside the package: a small network, its learned MGG optimizer, and
+real images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .benchmark.evaluate import classify
+from .benchmark.output import write_files
+from .benchmark.plots import COLOURS, figure, to_png
+from .benchmark.records import align
+from .data import CIFAR10_CLASSES, LabelledImages
+from .errors import DataError, InputError
+
+__all__ = ["DemoResult", "Sample", "build_adapters", "compare", "draw", "load_sample", "run_demo"]
+
+MODEL = "bundled:source-resnet26-cifar10"
+MGG = "bundled:mgg-resnet26-cifar10"
+SAMPLE = Path(__file__).parent / "assets" / "demo.npz"
+BATCH_SIZE = 64
+CLEAN = "clean"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Labels (N,) and, for ``clean`` and each corruption, images (N, 3, H, W) uint8."""
+
+    labels: Tensor
+    images: dict[str, Tensor]
+
+    @property
+    def corruptions(self) -> list[str]:
+        return [name for name in self.images if name != CLEAN]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What each method predicted: method -> corruption -> classes (N,), and seconds in all."""
+
+    predictions: dict[str, dict[str, Tensor]]
+    seconds: dict[str, float]
+    sample: Sample
+
+    def accuracy(self, method: str, name: str) -> float:
+        """In percent."""
+        right = self.predictions[method][name] == self.sample.labels
+        return 100 * right.double().mean().item()
+
+    def mean(self, method: str) -> float:
+        """Over the corruptions, in percent."""
+        names = self.sample.corruptions
+        return sum(self.accuracy(method, name) for name in names) / len(names)
+
+    def table(self) -> str:
+        """Accuracy in percent: a row for each corruption, a column for each method."""
+        methods = list(self.predictions)
+        rows = [["accuracy in %", *methods]]
+        for name in self.sample.images:
+            rows.append([name, *(f"{self.accuracy(m, name):.1f}" for m in methods)])
+        rows.append(["mean of corruptions", *(f"{self.mean(m):.1f}" for m in methods)])
+        shown = len(self.sample.labels) * len(self.sample.images)
+        rows.append(["ms per image", *(f"{1e3 * self.seconds[m] / shown:.1f}" for m in methods)])
+        return align(rows)
+
+    def changed(self, before: str, after: str) -> tuple[int, int]:
+        """Corrupted images on which only ``after`` is right, and on which only ``before`` is."""
+        gained = lost = 0
+        for name in self.sample.corruptions:
+            was = self.predictions[before][name] == self.sample.labels
+            now = self.predictions[after][name] == self.sample.labels
+            gained += int((now & ~was).sum())
+            lost += int((was & ~now).sum())
+        return gained, lost
+
+
+def load_sample(path: str | Path = SAMPLE, n: int | None = None) -> Sample:
+    """The first ``n`` images of each kind from an npz file: ``labels``, ``clean``, corruptions.
+
+    Raises:
+        InputError: ``n`` is below 1 or more than there are.
+        DataError: the file is missing or of another layout.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            loaded = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        labels = loaded.pop("labels").long()
+        images = {name: pixels.permute(0, 3, 1, 2) for name, pixels in loaded.items()}
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{path}: not the demo's images ({reason}); reinstall ttt-plugins"
+        ) from error
+    if n is not None and not 1 <= n <= len(labels):
+        raise InputError(f"the demo has 1 to {len(labels)} images of each kind, got {n}")
+    order = sorted(images, key=lambda name: (name != CLEAN, name))
+    return Sample(labels[:n], {name: images[name][:n].contiguous() for name in order})
+
+
+def build_adapters(model: str = MODEL, mgg: str = MGG) -> dict[str, nn.Module]:
+    """The unadapted model, Tent, SAR and MGG, each with its own defaults."""
+    from . import from_pretrained, wrap
+
+    adapters = {name: wrap(model, name) for name in ("source", "tent", "sar")}
+    return {**adapters, "mgg": from_pretrained(mgg)}
+
+
+def compare(
+    nets: Mapping[str, nn.Module],
+    sample: Sample,
+    *,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+) -> DemoResult:
+    """Show every kind of image to every adapter, reset before each kind."""
+    count = len(sample.labels)
+    rows = torch.stack([torch.zeros(count, dtype=torch.int64), torch.arange(count)], 1)
+    predictions: dict[str, dict[str, Tensor]] = {name: {} for name in nets}
+    seconds = dict.fromkeys(nets, 0.0)
+    total = len(nets) * len(sample.images) * -(-count // batch_size)
+    with tqdm(total=total, unit="batch", disable=not progress, leave=False) as bar:
+        for kind, images in sample.images.items():
+            parts = {0: LabelledImages(images, sample.labels)}
+            for name, net in nets.items():
+                bar.set_description(f"{kind}, {name}")
+                net.reset()
+                outcome = classify(net, parts, rows, batch_size, bar.update)
+                predictions[name][kind] = outcome.predictions
+                seconds[name] += outcome.seconds
+    return DemoResult(predictions, seconds, sample)
+
+
+def _examples(result: DemoResult, before: str, after: str, count: int) -> list[tuple[str, int]]:
+    """(corruption, row) of images that only ``after`` gets right: kinds taking turns, no image
+    in two kinds."""
+    labels = result.sample.labels
+    queues = {}
+    for name in result.sample.corruptions:
+        now, was = result.predictions[after][name], result.predictions[before][name]
+        queues[name] = torch.nonzero((now == labels) & (was != labels)).flatten().tolist()
+    chosen: dict[int, str] = {}
+    while any(queues.values()):
+        for name, queue in queues.items():
+            while queue and queue[0] in chosen:
+                queue.pop(0)
+            if queue:
+                chosen[queue.pop(0)] = name
+    return [(name, row) for row, name in chosen.items()][:count]
+
+
+def draw(
+    result: DemoResult,
+    *,
+    classes: list[str] = CIFAR10_CLASSES,
+    before: str = "source",
+    after: str = "mgg",
+    examples: int = 8,
+) -> bytes:
+    """Bars for each corruption and method, and below some images with both predictions; PNG."""
+    names, methods = list(result.sample.images), list(result.predictions)
+    drawn = figure(max(9.0, 1.25 * len(names) + 3), 6.2)
+    top, bottom = drawn.subfigures(2, 1, height_ratios=[3, 2])
+    axes = top.add_subplot()
+    width = 0.8 / len(methods)
+    for position, method in enumerate(methods):
+        heights = [*(result.accuracy(method, name) for name in names), result.mean(method)]
+        places = [i + position * width for i in range(len(heights))]
+        axes.bar(places, heights, width, label=method, color=COLOURS[position % len(COLOURS)])
+    ticks = [i + (len(methods) - 1) * width / 2 for i in range(len(names) + 1)]
+    labels = [name.replace("_", "\n") for name in names] + ["mean of\ncorruptions"]
+    axes.set_xticks(ticks, labels)
+    axes.set_ylim(0, 115)  # room for the legend above bars of any height
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylabel("right predictions in %")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(ncols=len(methods), loc="upper right")
+    axes.set_title("The same trained network on spoiled images: as it is, and adapting to them")
+    chosen = _examples(result, before, after, examples)
+    gained, lost = result.changed(before, after)
+    bottom.suptitle(
+        f"{after} corrects {gained} predictions of {before} on the corrupted images, "
+        f"and spoils {lost}" + ("; some that it corrects:" if chosen else ""),
+        fontsize=11,
+    )
+    for column, (name, row) in enumerate(chosen):
+        small = bottom.add_subplot(1, examples, column + 1)
+        small.imshow(result.sample.images[name][row].permute(1, 2, 0).numpy())
+        small.set_axis_off()
+        small.set_title(name.replace("_", " "), fontsize=9)
+        marks = ((before, "\N{BALLOT X}", "#c0392b"), (after, "\N{CHECK MARK}", "#1e8449"))
+        for line, (method, mark, colour) in enumerate(marks):
+            text = f"{method}: {classes[int(result.predictions[method][name][row])]} {mark}"
+            place = {"x": 0.5, "y": -0.13 - 0.17 * line, "transform": small.transAxes}
+            small.text(s=text, color=colour, ha="center", fontsize=9, **place)
+    return to_png(drawn)
+
+
+def run_demo(out: str | Path, *, n: int | None = None, progress: bool = True) -> DemoResult:
+    """Run the comparison on the package's own model and images and write ``demo.png``."""
+    sample = load_sample(n=n)
+    figure(1, 1)  # a missing matplotlib is found before the work
+    result = compare(build_adapters(), sample, progress=progress)
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out}: cannot make this folder ({error.strerror})") from error
+    write_files(out, {"demo.png": draw(result)})
+    return result

@@ -1,0 +1,89 @@
+"""Flags of the command line: made from dataclasses, and values of a ``KEY=VALUE`` list."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+import typing
+from typing import Any, NoReturn
+
+__all__ = ["PROGRAM", "Parser", "add_dataclass_flags", "dataclass_from_args", "key_value"]
+
+PROGRAM = "ttt-plugins"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
+
+
+def _documented(cls: type) -> dict[str, str]:
+    """Field -> text of the Attributes section of a dataclass's docstring."""
+    lines = inspect.getdoc(cls).partition("Attributes:\n")[2].splitlines()
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in lines:
+        if line and not line.startswith(" "):
+            break  # the next section
+        if entry := re.match(r"    (\w+(?:, \w+)*): (.*)", line):
+            names = entry[1].split(", ")
+            found |= dict.fromkeys(names, entry[2])
+        elif line.strip():
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return found
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from error
+
+
+def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    """One flag for each field: ``batch_size: int`` becomes ``--batch-size N``.
+
+    Its help is the field's entry in the docstring's Attributes section. Booleans become
+    ``--flag`` and ``--no-flag``, tuples take several values, dictionaries take JSON.
+    """
+    help_of = _documented(cls)
+    types = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        text = help_of.get(field.name, "").rstrip(".").replace("``", "").replace("%", "%%")
+        options: dict[str, Any] = {"default": default, "help": f"{text} (default: %(default)s)"}
+        kinds = [t for t in typing.get_args(types[field.name]) if t is not type(None)]
+        origin = typing.get_origin(types[field.name])
+        kind = types[field.name]
+        if origin in (tuple, list):
+            options |= {"nargs": "+", "type": kinds[0]}
+        elif kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is dict or origin is dict:
+            options |= {"type": _json_object, "metavar": "JSON"}
+        else:
+            options["type"] = kinds[0] if kinds else kind
+        if default is dataclasses.MISSING:
+            options |= {"required": True, "default": None}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def dataclass_from_args(args: argparse.Namespace, cls: type) -> Any:
+    """The dataclass whose flags `add_dataclass_flags` added."""
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value  # a plain word

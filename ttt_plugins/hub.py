@@ -1,0 +1,170 @@
+"""Artifacts: a folder with ``config.json``, ``model.safetensors`` and a card.
+
+Only JSON and safetensors are read; nothing in an artifact can run code. Folders are written
+aside and renamed, so an interrupted save leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import ArtifactError
+from .version import __version__
+
+__all__ = ["Artifact", "bundled_folder", "fingerprint", "list_bundled", "read", "write"]
+
+FORMAT_VERSION = 1
+_PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Contents of an artifact: the parsed ``config.json``, the tensors, and the card's text."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    card: str = ""
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of a model's ``state_dict()``."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _cards() -> Path:
+    """``hub_cards/``: inside the package when installed, beside it in a checkout."""
+    installed = _PACKAGE / "hub_cards"
+    return installed if installed.is_dir() else _PACKAGE.parent / "hub_cards"
+
+
+def list_bundled() -> list[str]:
+    """Names of the artifacts that ship inside the package."""
+    return sorted(p.parent.name for p in _cards().glob("*/config.json"))
+
+
+def bundled_folder(name: str) -> Path:
+    """Folder of a bundled artifact.
+
+    Raises:
+        ArtifactError: there is none of that name.
+    """
+    if name not in list_bundled():
+        raise ArtifactError(f"nothing bundled is called {name!r}; there are {list_bundled()}")
+    return _cards() / name
+
+
+def read(folder: str | Path) -> Artifact:
+    """Read an artifact folder.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or the format is a newer one.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{folder} is not an adapter artifact: {error}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{folder}/config.json is not valid JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        found = config.get("format_version") if isinstance(config, dict) else None
+        raise ArtifactError(
+            f"{folder}/config.json has format_version {found!r}; this version of ttt_plugins "
+            f"({__version__}) reads {FORMAT_VERSION}. A newer artifact needs a newer ttt_plugins."
+        )
+    for key, kind in (("method", str), ("fields", dict), ("backbone", dict)):
+        if not isinstance(config.get(key), kind):
+            raise ArtifactError(f"{folder}/config.json: {key!r} must be a {kind.__name__}")
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{folder}/model.safetensors cannot be read ({error})") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{folder}/model.safetensors: {name!r} holds non-finite values")
+    card = folder / "README.md"
+    return Artifact(config, tensors, card.read_text("utf-8") if card.is_file() else "")
+
+
+def write(folder: str | Path, artifact: Artifact) -> Path:
+    """Write an artifact folder, replacing an earlier artifact there, all or nothing.
+
+    Raises:
+        ArtifactError: the folder holds something else, or the disk refuses.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ArtifactError(f"{folder} is not empty and not an artifact; choose another folder")
+    aside = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        text = json.dumps(artifact.config, indent=2, sort_keys=True, allow_nan=False)
+        (aside / "config.json").write_text(text + "\n", encoding="utf-8")
+        tensors = {n: t.detach().cpu().contiguous() for n, t in artifact.tensors.items()}
+        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        (aside / "README.md").write_text(artifact.card, encoding="utf-8")
+        aside.chmod(0o755)
+        old = None
+        if folder.exists():
+            old = aside.with_name(aside.name + "-old")
+            os.replace(folder, old)
+        os.replace(aside, folder)
+        if old is not None:
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot write {folder}: {error}") from error
+    finally:
+        if aside is not None and aside.exists():
+            shutil.rmtree(aside)
+    return folder
+
+
+def common_config(method: str, config: Any, backbone: dict[str, Any]) -> dict[str, Any]:
+    """The part of ``config.json`` that every artifact has."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "ttt_plugins_version": __version__,
+        "method": method,
+        "fields": dataclasses.asdict(config),
+        "backbone": backbone,
+    }
+
+
+def timm_config(model: nn.Module, architecture: str, model_args: dict[str, Any]) -> dict[str, Any]:
+    """The keys that make a folder a timm repository too (``timm.create_model("hf-hub:…")``)."""
+    settings = timm.data.resolve_model_data_config(model)
+    kept = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    pretrained = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    pretrained = {k: pretrained[k] for k in kept if k in pretrained}
+    pretrained["num_classes"] = model.num_classes
+    for key in ("first_conv", "classifier"):
+        if value := model.pretrained_cfg.get(key):
+            pretrained[key] = value
+    return {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": model_args,
+        "pretrained_cfg": pretrained,
+    }

@@ -1,0 +1,69 @@
+"""Tent: fully test-time adaptation by entropy minimization.
+
+Paper: Wang et al., ICLR 2021, arXiv 2006.10726.
+
+Equation -> function
+    H(y) = - sum_c p(y_c) log p(y_c)      -> `objectives.entropy`
+    gradient step on the norms' gamma and beta, logits from before the step -> `online.Online`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..objectives import entropy
+from ..registry import Method, check_choice, check_number, register
+from ..updates import SGD, Adam
+from .online import Loss, Objective, Online
+
+__all__ = ["Tent"]
+
+
+@dataclass(frozen=True)
+class Tent:
+    """Entropy minimisation over the norm layers' affine parameters.
+
+    Attributes:
+        lr: learning rate. The paper: 1e-3 with Adam on CIFAR; 2.5e-4 (BatchNorm, batch 64) or
+            1e-3 (ViT) with SGD on ImageNet.
+        optimizer: ``"adam"`` or ``"sgd"`` (momentum ``momentum``).
+        momentum: of SGD, in [0, 1).
+        statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"`` or ``"mix"``.
+        prior: images the source statistics count for in ``"mix"``.
+        params: what adapts unless `wrap` is told otherwise.
+    """
+
+    lr: float = 1e-3
+    optimizer: str = "adam"
+    momentum: float = 0.9
+    statistics: str = "batch"
+    prior: float = 16.0
+    params: str | tuple[str, ...] = "norm"
+
+    def __post_init__(self):
+        check_number(self, "lr", 0)
+        check_choice(self, "optimizer", ("adam", "sgd"))
+        check_number(self, "momentum", 0, 1)
+        check_choice(self, "statistics", ("source", "batch", "mix"))
+        check_number(self, "prior", 0)
+
+
+def mean_entropy(logits, features, first) -> Loss:
+    return Loss(entropy(logits).mean())
+
+
+def build(config: Tent, backbone, source, tensors) -> Online:
+    rule = Adam(config.lr) if config.optimizer == "adam" else SGD(config.lr, config.momentum)
+    return Online(backbone, Objective("mean entropy", mean_entropy), rule, source)
+
+
+register(
+    Method(
+        "tent",
+        Tent,
+        build,
+        None,
+        "Wang et al., Tent: Fully Test-Time Adaptation by Entropy Minimization, ICLR 2021, "
+        "arXiv:2006.10726",
+    )
+)

@@ -1,0 +1,208 @@
+"""Small 32x32 networks of the test-time-training papers, registered with timm.
+
+After ``import ttt_plugins`` they are ordinary timm models::
+
+    timm.create_model("ttt_resnet26", num_classes=10, width=16)      # GroupNorm
+    timm.create_model("ttt_resnet26_bn", num_classes=10)             # BatchNorm
+    timm.create_model("ttt_vit_tiny_patch4_32", num_classes=10)      # LayerNorm
+
+Sources: He et al., "Identity Mappings in Deep Residual Networks" (arXiv 1603.05027) for
+the pre-activation unit; Sun et al., TTT (arXiv 1909.13231) for depth 26, widths 16/32/64,
+8 groups and parameter-free shortcuts; Bartler et al., MT3 (arXiv 2103.16201) for the
+32-filter form with 16 groups, biased convolutions and a hidden layer of 256 in front of the
+classifier; Dosovitskiy et al., ViT (arXiv 2010.11929).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+__all__ = ["PreActResNet"]
+
+
+class PreActUnit(nn.Module):
+    """norm-relu-conv3x3 twice, with a shortcut that has no parameters.
+
+    Where the resolution halves, the shortcut is 2x2 average pooling; where channels are
+    added, they are zeros, half in front and half behind.
+    """
+
+    def __init__(
+        self, width_in: int, width_out: int, stride: int, norm, bias: bool, activate_shortcut: bool
+    ):
+        super().__init__()
+        self.norm1 = norm(width_in)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=bias)
+        self.norm2 = norm(width_out)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=bias)
+        self.stride = stride
+        self.missing = width_out - width_in
+        self.activate_shortcut = activate_shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.norm1(x))
+        shortcut = active if self.activate_shortcut else x
+        if self.stride > 1:
+            shortcut = F.avg_pool2d(shortcut, self.stride)
+        if self.missing:
+            before = self.missing // 2
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, before, self.missing - before))
+        out = self.conv1(active)
+        return self.conv2(F.relu(self.norm2(out))) + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Pre-activation ResNet for small images, with timm's feature interface.
+
+    Args:
+        depth: 6n + 2 layers, n units in each of the three stages; 26 is both papers' depth.
+        width: channels of the first stage; the next two have 2x and 4x as many.
+        norm: ``"group"`` or ``"batch"``.
+        groups: groups of every GroupNorm (TTT: 8 at width 16; MT3: 16 at width 32).
+        norm_eps: epsilon of the norms (PyTorch's default 1e-5; MT3's TensorFlow code: 1e-3).
+        conv_bias: biases in the units' convolutions (MT3: yes).
+        activate_shortcut: the very first unit's shortcut starts after the activation (MT3: yes).
+        hidden: width of a bias-free linear layer with ReLU between pooled features and
+            classifier (MT3: 256), 0 for none. It counts as part of the pooled features.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        depth: int = 26,
+        width: int = 16,
+        norm: str = "group",
+        groups: int = 8,
+        norm_eps: float = 1e-5,
+        conv_bias: bool = False,
+        activate_shortcut: bool = False,
+        hidden: int = 0,
+        global_pool: str = "avg",
+    ):
+        super().__init__()
+        if (depth - 2) % 6:
+            raise ValueError(f"depth must be 6n + 2, got {depth}")
+        if norm == "group":
+            norm_layer = partial(nn.GroupNorm, groups, eps=norm_eps)
+        elif norm == "batch":
+            norm_layer = partial(nn.BatchNorm2d, eps=norm_eps)
+        else:
+            raise ValueError(f"norm must be 'group' or 'batch', got {norm!r}")
+        if global_pool not in ("avg", ""):
+            raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
+        units = (depth - 2) // 6
+        self.global_pool = global_pool
+        self.stem = nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
+        stages, width_in = [], width
+        for stage, width_out in enumerate((width, 2 * width, 4 * width)):
+            blocks = []
+            for unit in range(units):
+                first = unit == 0
+                blocks.append(
+                    PreActUnit(
+                        width_in,
+                        width_out,
+                        2 if first and stage else 1,
+                        norm_layer,
+                        conv_bias,
+                        activate_shortcut and first and stage == 0,
+                    )
+                )
+                width_in = width_out
+            stages.append(nn.Sequential(*blocks))
+        self.stages = nn.Sequential(*stages)
+        self.norm = norm_layer(width_in)
+        self.pre_logits = nn.Linear(width_in, hidden, bias=False) if hidden else nn.Identity()
+        self.num_features = width_in
+        self.head_hidden_size = hidden or width_in
+        self.feature_info = [
+            {"num_chs": width * 2**i, "reduction": 2**i, "module": f"stages.{i}"} for i in range(3)
+        ]
+        self.num_classes = num_classes
+        self.head = self._classifier(num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def _classifier(self, num_classes: int) -> nn.Module:
+        return nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        self.head = self._classifier(num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, 32, 32) -> (B, 4 * width, 8, 8), after the last norm and ReLU."""
+        return F.relu(self.norm(self.stages(self.stem(x))))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, C, H, W) -> pooled features (B, head_hidden_size) or logits (B, classes)."""
+        if not self.global_pool:
+            return x
+        x = self.pre_logits(x.mean((2, 3)))
+        if isinstance(self.pre_logits, nn.Linear):
+            x = F.relu(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+_CIFAR10 = {
+    "input_size": (3, 32, 32),
+    "num_classes": 10,
+    "pool_size": None,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    # Channel means and deviations of the CIFAR-10 training images.
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "ttt_resnet26.untrained": {**_CIFAR10, "first_conv": "stem", "classifier": "head"},
+        "ttt_resnet26_bn.untrained": {**_CIFAR10, "first_conv": "stem", "classifier": "head"},
+        "ttt_vit_tiny_patch4_32.untrained": {
+            **_CIFAR10,
+            "fixed_input_size": True,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+)
+
+
+@register_model
+def ttt_resnet26(pretrained: bool = False, **kwargs) -> PreActResNet:
+    """Pre-activation ResNet-26 with GroupNorm; ``width=16`` (TTT) or ``32`` (MT3)."""
+    return build_model_with_cfg(PreActResNet, "ttt_resnet26", pretrained, **kwargs)
+
+
+@register_model
+def ttt_resnet26_bn(pretrained: bool = False, **kwargs) -> PreActResNet:
+    """Pre-activation ResNet-26 with BatchNorm."""
+    kwargs.setdefault("norm", "batch")
+    return build_model_with_cfg(PreActResNet, "ttt_resnet26_bn", pretrained, **kwargs)
+
+
+@register_model
+def ttt_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """Vision transformer for 32x32 images: 64 patches of 4x4, width 192, 6 blocks, LayerNorm."""
+    defaults = dict(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3, mlp_ratio=2.0)
+    return build_model_with_cfg(
+        VisionTransformer, "ttt_vit_tiny_patch4_32", pretrained, **{**defaults, **kwargs}
+    )

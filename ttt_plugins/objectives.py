@@ -1,0 +1,44 @@
+"""Losses that need no label, as pure functions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["entropy", "feature_discrepancy", "reliable"]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy of the softmax in nats, (B, classes) -> (B,).
+
+    Source: Wang et al., Tent, arXiv 2006.10726, section 3.1.
+    """
+    log_p = logits.log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def reliable(entropies: Tensor, classes: int, margin: float) -> Tensor:
+    """Which samples count, (B,) bool: entropy below ``margin`` x ln(classes).
+
+    Source: Niu et al., SAR, arXiv 2302.12400, equation 2.
+    """
+    return entropies < margin * math.log(classes)
+
+
+def feature_discrepancy(
+    mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor
+) -> Tensor:
+    """Squared distance of a batch's feature statistics (D,) from the source's, a scalar.
+
+    ``(||std - source_std||^2 + ||mean - source_mean||^2) / 64``; the 64 is the released code's
+    constant, not the batch size. Source: Deng et al., MGTTA, arXiv 2412.16901, equation 3.
+    """
+    squared = (std - source_std).square().sum() + (mean - source_mean).square().sum()
+    return squared / 64
+
+
+def is_finite(*tensors: Tensor) -> bool:
+    """Whether every value of every tensor is finite (one synchronisation with the device)."""
+    return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())

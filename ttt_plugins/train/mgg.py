@@ -1,0 +1,277 @@
+"""Meta-training of MGG's optimizer (arXiv 2412.16901, section 3.3).
+
+A sequence of corrupted batches is adapted to with the very step that adaptation uses
+(`methods.online`), the graph of the learned optimizer kept. The parameters that an update leads
+to are judged on the next batch; that batch's gradient, which the next update needs anyway, is
+the derivative of the judgement, so meta-training costs one vector-Jacobian product through 164
+weights more than adaptation does. Network gradients are constants to the optimizer (the released
+code detaches them too).
+
+Beyond the paper, as options: a labelled outer loss, truncation over more than one update, larger
+batches and more sequences, parameters restored at each sequence (methods.md, section 6).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm.auto import tqdm
+
+from .. import gradient_memory
+from ..adapter import Adapter
+from ..data import LabelledImages, to_float
+from ..errors import InputError
+from ..methods.online import Online, evaluate
+from ..updates import Situation
+from ..wrapping import wrap
+
+__all__ = ["MGGRecipe", "stream_accuracy", "train_mgg", "untrained"]
+
+
+@dataclass(frozen=True)
+class MGGRecipe:
+    """How an optimizer is meta-trained; the defaults are the paper's.
+
+    Attributes:
+        epochs: passes; a checkpoint is written after each.
+        sequences: sequences an epoch, each beginning with an empty memory.
+        length: batches a sequence.
+        batch_size: images a batch.
+        alpha: step size while meta-training.
+        meta_lr: Adam's learning rate on the slow weights, falling linearly to zero if ``decay``.
+        decay: whether it falls.
+        labelled: judge by the cross-entropy of the next batch instead of the unlabelled loss.
+        truncation: updates that the meta-gradient passes through.
+        restore: start every sequence from the source parameters (the released code goes on from
+            where the last sequence ended).
+        per_image: draw a corruption for every image rather than one for every sequence.
+        clip: largest norm of the slow weights' gradient, 0 for none.
+        grid: step sizes that validation tries; the best is kept in the artifact.
+        validate_every: epochs between validations on whole streams (they choose the checkpoint).
+        seed: of initial weights and order.
+    """
+
+    epochs: int = 40
+    sequences: int = 1
+    length: int = 64
+    batch_size: int = 2
+    alpha: float = 1e-4
+    meta_lr: float = 1e-2
+    decay: bool = False
+    labelled: bool = False
+    truncation: int = 1
+    restore: bool = False
+    per_image: bool = True
+    clip: float = 0.0
+    grid: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    validate_every: int = 1
+    seed: int = 0
+
+
+def stream_accuracy(
+    net: nn.Module, data: LabelledImages, batch_size: int = 64, seed: int = 0
+) -> float:
+    """Accuracy in [0, 1] of an adapter on one shuffled stream, from a reset."""
+    net.reset()
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    right = 0
+    for rows in order.split(batch_size):
+        logits = net(to_float(data.images[rows]).to(net.backbone.device))
+        right += (logits.argmax(1).cpu() == data.labels[rows]).sum().item()
+    return right / len(data)
+
+
+def _batches(recipe: MGGRecipe, data: Mapping[str, LabelledImages], generator):
+    """One sequence: ``length`` + 1 batches, because the last update needs a judge as well."""
+    names = list(data)
+    count = (recipe.length + 1) * recipe.batch_size
+    rows_there = min(len(part) for part in data.values())
+    # Sequences longer than the data go over it again in another order.
+    orders = [
+        torch.randperm(rows_there, generator=generator) for _ in range(-(-count // rows_there))
+    ]
+    rows = torch.cat(orders)[:count]
+    kinds = torch.randint(len(names), (count if recipe.per_image else 1,), generator=generator)
+    kinds = kinds.expand(count)
+    images = torch.stack([data[names[k]].images[r] for k, r in zip(kinds, rows, strict=True)])
+    labels = torch.stack([data[names[k]].labels[r] for k, r in zip(kinds, rows, strict=True)])
+    yield from zip(images.split(recipe.batch_size), labels.split(recipe.batch_size), strict=True)
+
+
+def _judge(
+    algorithm: Online, params: dict[str, Tensor], images: Tensor, labels: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy at ``params`` and its gradient: the labelled outer loss."""
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    logits = functional_call(algorithm.backbone, leaves, (images,))
+    loss = F.cross_entropy(logits, labels)
+    grads = torch.autograd.grad(
+        loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    return loss.detach(), dict(zip(leaves, grads, strict=True))
+
+
+def run_sequence(
+    algorithm: Online,
+    params: dict[str, Tensor],
+    batches,
+    slow: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    recipe: MGGRecipe,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Adapt along one sequence and train the slow weights on the way.
+
+    Returns:
+        the adapted parameters at its end and the outer loss of every update.
+    """
+    device = algorithm.backbone.device
+    state, losses = algorithm.init(), []
+    surrogate = None  # sum over the window of <theta_{t+1}, gradient of its judgement>
+    window = 0
+    for images, labels in batches:
+        images = to_float(images.to(device)).to(algorithm.backbone.dtype)
+        first = evaluate(algorithm.backbone, algorithm.objective, params, images)
+        if surrogate is not None:
+            loss, grads = first.loss, first.grads
+            if recipe.labelled:
+                loss, grads = _judge(algorithm, params, images, labels.to(device))
+            losses.append(loss.item())
+            surrogate = surrogate + sum((params[n] * grads[n]).sum() for n in params)
+            window += 1
+            if window == recipe.truncation:
+                _descend(surrogate, slow, optimizer, recipe.clip)
+                surrogate, window = None, 0
+                params = {n: p.detach() for n, p in params.items()}
+                state = {n: t.detach() for n, t in state.items()}
+        if not first.finite:
+            break
+        params, state = algorithm.rule.step(params, state, first, Situation(None, algorithm.source))
+        surrogate = 0.0 if surrogate is None else surrogate
+    if isinstance(surrogate, Tensor):
+        _descend(surrogate, slow, optimizer, recipe.clip)
+    return {n: p.detach() for n, p in params.items()}, losses
+
+
+def _descend(surrogate: Tensor, slow: dict[str, Tensor], optimizer, clip: float) -> None:
+    optimizer.zero_grad()
+    surrogate.backward()
+    if clip:
+        nn.utils.clip_grad_norm_(slow.values(), clip)
+    if all(torch.isfinite(p.grad).all() for p in slow.values() if p.grad is not None):
+        optimizer.step()
+
+
+def untrained(model: str | nn.Module, *, seed: int = 0, **options) -> Adapter:
+    """An MGG adapter with a random optimizer, to meta-train; ``options`` as for `wrap`."""
+    slow = gradient_memory.init_slow(torch.Generator().manual_seed(seed))
+    return wrap(model, "mgg", tensors=_named(slow), **options)
+
+
+def _named(slow: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Slow weights under the names they have in an artifact."""
+    return {f"memory.{name}": tensor for name, tensor in slow.items()}
+
+
+def train_mgg(
+    recipe: MGGRecipe,
+    net: Adapter,
+    data: Mapping[str, LabelledImages],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> tuple[Adapter, dict]:
+    """Meta-train an optimizer on ``data``: corrupted images by corruption, rows aligned.
+
+    After every epoch ``out/checkpoint.pt`` holds all that is needed to go on. Labels are used for
+    the choice of checkpoint and step size, and by the outer loss only if ``recipe.labelled``.
+
+    Args:
+        net: an MGG adapter around the classifier to train on, such as `untrained` makes; with
+            its config (but for the step size) and its source statistics. Its own optimizer is
+            not used, and it is not changed.
+
+    Returns:
+        an adapter with the best optimizer and step size, and the log.
+
+    Raises:
+        InputError: no data, too few images for one batch, or another recipe's checkpoint.
+    """
+    if not data or min(len(part) for part in data.values()) < recipe.batch_size:
+        raise InputError("meta-training needs at least one batch of corrupted images")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.pt"
+    device = net.backbone.device
+    slow = gradient_memory.init_slow(torch.Generator().manual_seed(recipe.seed))
+    slow = {n: t.to(device).requires_grad_() for n, t in slow.items()}
+    optimizer = torch.optim.Adam(slow.values(), lr=recipe.meta_lr)
+    config = replace(net.config, lr=recipe.alpha)
+    algorithm = net.with_tensors(config).algorithm(_named(slow))
+    source = algorithm.source
+
+    def adapter(lr: float, weights: Mapping[str, Tensor]) -> Adapter:
+        return net.with_tensors(replace(net.config, lr=lr), _named(weights))
+
+    def validate(weights: Mapping[str, Tensor]) -> dict[float, float]:
+        scores = {}
+        for lr in recipe.grid:
+            trial = adapter(lr, weights)
+            scores[lr] = sum(stream_accuracy(trial, part) for part in data.values()) / len(data)
+        return scores
+
+    params, log, first, best = source, [], 0, None
+    if resume and checkpoint.is_file():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        if saved["recipe"] != asdict(recipe):
+            raise InputError(f"{checkpoint} was made by another recipe: {saved['recipe']}")
+        with torch.no_grad():
+            for name, tensor in slow.items():
+                tensor.copy_(saved["slow"][name])
+        optimizer.load_state_dict(saved["optimizer"])
+        params, log, first, best = saved["params"], saved["log"], saved["epoch"], saved["best"]
+    bar = tqdm(range(first, recipe.epochs), "meta-training", disable=not progress)
+    for epoch in bar:
+        # Seeded by epoch, so a resumed run draws what an unbroken one would have drawn.
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch + 1)
+        if recipe.decay:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.meta_lr * (1 - epoch / recipe.epochs)
+        losses: list[float] = []
+        for _ in range(recipe.sequences):
+            start = source if recipe.restore else params
+            batches = _batches(recipe, data, generator)
+            params, seen = run_sequence(algorithm, start, batches, slow, optimizer, recipe)
+            losses += seen
+        entry = {"epoch": epoch + 1, "outer_loss": sum(losses) / max(1, len(losses))}
+        if (epoch + 1) % recipe.validate_every == 0 or epoch + 1 == recipe.epochs:
+            weights = {n: t.detach().clone() for n, t in slow.items()}
+            scores = validate(weights)
+            entry["accuracy"] = {f"{lr:g}": score for lr, score in scores.items()}
+            lr = max(scores, key=scores.get)
+            if best is None or scores[lr] > best["accuracy"]:
+                best = {"accuracy": scores[lr], "lr": lr, "epoch": epoch + 1, "slow": weights}
+            if progress:
+                shown = "  ".join(f"{a:g}: {s:.4f}" for a, s in scores.items())
+                tqdm.write(f"epoch {epoch + 1:3d}  loss {entry['outer_loss']:.4f}  {shown}")
+        log.append(entry)
+        saved = {
+            "slow": {n: t.detach() for n, t in slow.items()},
+            "optimizer": optimizer.state_dict(),
+            "params": params,
+            "recipe": asdict(recipe),
+            "log": log,
+            "epoch": epoch + 1,
+            "best": best,
+        }
+        torch.save(saved, checkpoint.with_suffix(".tmp"))
+        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    chosen = {k: best[k] for k in ("accuracy", "lr", "epoch")}
+    return adapter(best["lr"], best["slow"]), {"epochs": log, "chosen": chosen}

@@ -1,0 +1,179 @@
+"""Update rules: pure pairs of ``init(params) -> state`` and ``step(...) -> (params, state)``.
+
+A rule sees the adapted parameters as a dict of tensors and returns new ones; nothing is written
+in place, so the caller may drop the result at any moment. A state is a flat dict of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import gradient_memory
+from .objectives import is_finite
+from .scope import flatten, unflatten
+
+__all__ = ["Adam", "Evaluation", "GradientMemory", "SGD", "SharpnessAware", "UpdateRule"]
+
+Tensors = dict[str, Tensor]
+
+
+class Evaluation(NamedTuple):
+    """One forward and backward pass at some parameters.
+
+    Attributes:
+        logits: (B, classes), detached.
+        loss: scalar, detached.
+        grads: one tensor per adapted parameter.
+        kept: which samples the loss counts, (B,) bool, where the objective selects.
+        level: mean loss of the samples the first pass kept, where the objective selects.
+    """
+
+    logits: Tensor
+    loss: Tensor
+    grads: Tensors
+    kept: Tensor | None = None
+    level: Tensor | None = None
+
+    @property
+    def finite(self) -> bool:
+        return is_finite(self.loss, *self.grads.values())
+
+
+class Situation(NamedTuple):
+    """What a rule may ask for beyond the gradients it is given."""
+
+    evaluate: Callable[[Tensors, Evaluation], Evaluation]
+    source: Tensors
+
+
+class UpdateRule(Protocol):
+    """See the module's docstring; ``step`` returns None to leave everything as it is.
+
+    ``passes`` is the number of forward-backward passes over the batch that a step needs.
+    """
+
+    passes: ClassVar[int]
+
+    def init(self, params: Tensors) -> Tensors: ...
+
+    def step(
+        self, params: Tensors, state: Tensors, first: Evaluation, situation: Situation
+    ) -> tuple[Tensors, Tensors] | None: ...
+
+
+def _move(params: Tensors, direction: Tensor, lr: float) -> Tensors:
+    """New tensors ``params - lr * direction``."""
+    parts = unflatten(direction, params)
+    return {name: p.sub(parts[name].to(p.dtype), alpha=lr) for name, p in params.items()}
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent with heavy-ball momentum, as ``torch.optim.SGD``."""
+
+    passes: ClassVar[int] = 1
+
+    lr: float
+    momentum: float = 0.9
+
+    def init(self, params: Tensors) -> Tensors:
+        return {"velocity": torch.zeros_like(flatten(params))}
+
+    def step(self, params, state, first, situation):
+        velocity = self.momentum * state["velocity"] + flatten(first.grads)
+        return _move(params, velocity, self.lr), {"velocity": velocity}
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam with bias correction, as ``torch.optim.Adam`` (arXiv 1412.6980, algorithm 1)."""
+
+    passes: ClassVar[int] = 1
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def init(self, params: Tensors) -> Tensors:
+        flat = flatten(params)
+        return {
+            "m": torch.zeros_like(flat),
+            "v": torch.zeros_like(flat),
+            "t": torch.zeros((), dtype=torch.int64, device=flat.device),
+        }
+
+    def step(self, params, state, first, situation):
+        grad = flatten(first.grads)
+        t = state["t"] + 1
+        m = torch.lerp(state["m"], grad, 1 - self.beta1)
+        v = self.beta2 * state["v"] + (1 - self.beta2) * grad.square()
+        exponent = t.to(grad.dtype)
+        root = (v / (1 - self.beta2**exponent)).sqrt() + self.eps
+        direction = m / (1 - self.beta1**exponent) / root
+        return _move(params, direction, self.lr), {"m": m, "v": v, "t": t}
+
+
+@dataclass(frozen=True)
+class SharpnessAware:
+    """SAR's rule: the gradient is taken where a step of length ``radius`` uphill leads.
+
+    Source: Niu et al., arXiv 2302.12400, algorithm 1. The second pass filters the samples again;
+    when the moving average of the filtered entropy (weight 0.9) falls under ``recovery``, the
+    model has collapsed and everything starts again from the source.
+
+    Deviation from the released code: a batch in which no sample is reliable moves nothing (there
+    the mean over no samples is not a number).
+    """
+
+    passes: ClassVar[int] = 2
+
+    lr: float
+    momentum: float
+    radius: float
+    recovery: float
+
+    def init(self, params: Tensors) -> Tensors:
+        flat = flatten(params)
+        # Not a number stands for an average that has not begun.
+        return {"velocity": torch.zeros_like(flat), "level": flat.new_full((), torch.nan)}
+
+    def step(self, params, state, first, situation):
+        if not first.kept.any():
+            return params, state
+        grad = flatten(first.grads)
+        direction = grad / (grad.norm() + 1e-12)
+        second = situation.evaluate(_move(params, direction, -self.radius), first)
+        if not second.finite:
+            return None
+        velocity = state["velocity"]
+        if second.kept.any():
+            velocity = self.momentum * velocity + flatten(second.grads)
+            params = _move(params, velocity, self.lr)
+        old = torch.where(state["level"].isnan(), second.level, state["level"])
+        level = torch.where(state["level"].isnan(), old, 0.9 * old + 0.1 * second.level)
+        if level < self.recovery:
+            return dict(situation.source), self.init(situation.source)
+        return params, {"velocity": velocity, "level": level}
+
+
+@dataclass(frozen=True)
+class GradientMemory:
+    """MGG's learned optimizer as an update rule; ``slow`` are its shared weights."""
+
+    passes: ClassVar[int] = 1
+
+    lr: float
+    slow: Tensors
+
+    def init(self, params: Tensors) -> Tensors:
+        return gradient_memory.init_state(self.slow, sum(p.numel() for p in params.values()))
+
+    def step(self, params, state, first, situation):
+        update, state = gradient_memory.step(self.slow, state, flatten(first.grads))
+        return _move(params, update, self.lr), state
