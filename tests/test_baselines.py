@@ -166,11 +166,6 @@ def follow(net, plain, batches):
         expected = plain(batch)
         assert (net(batch) - expected).abs().max() < TOLERANCE
         assert distance(net, plain.model) < TOLERANCE
-        level = net.adaptation_state()["rule.level"].item()
-        if plain.average is None:
-            assert math.isnan(level)
-        else:
-            assert abs(level - plain.average) < TOLERANCE
 
 
 def test_sar_equals_a_plain_loop(kind, make_model, images):
@@ -185,44 +180,41 @@ def test_sar_equals_a_plain_loop(kind, make_model, images):
 
 # BUG (reported): the moving average is taken before the second filter; methods.md says "of the
 # filtered loss", and the released code feeds it the loss of the samples that pass both.
-def test_sar_averages_the_loss_that_passed_both_filters(make_model, images):
-    model = make_model("groupnorm", F64)
-    # A long ascent, so that the second filter throws samples out.
-    net = tp.wrap(model, "sar", lr=1e-2, radius=1.0, recovery=0.0, skip_late=False)
-    plain = PlainSAR(model, lr=1e-2, radius=1.0, recovery=0.0)
-    batches = [images(24, seed, F64) for seed in range(4)]
-    with_plain = [plain(batch) for batch in batches]
-    assert any(first > second > 0 for _, first, second in plain.kept)
-    for batch, expected in zip(batches, with_plain, strict=True):
-        assert (net(batch) - expected).abs().max() < TOLERANCE
-    level = net.adaptation_state()["rule.level"].item()
-    assert abs(level - plain.average) < TOLERANCE
+def test_sar_averages_the_loss_that_passed_both_filters(kind, make_model, images):
+    model = make_model(kind, F64)
+    net = tp.wrap(model, "sar", lr=1e-2, recovery=0.0, skip_late=False)
+    plain = PlainSAR(model, lr=1e-2, recovery=0.0)
+    assert math.isnan(net.adaptation_state()["rule.level"].item())  # no average yet
+    for seed in range(5):
+        follow(net, plain, [images(24, seed, F64)])
+        level = net.adaptation_state()["rule.level"].item()
+        assert abs(level - plain.average) < TOLERANCE
+    assert any(first > second for _, first, second in plain.kept)
 
 
 def test_sar_recovers(kind, make_model, images):
     """At a threshold that the average falls under after some batches, everything starts over."""
     model = make_model(kind, F64)
-    batches = [images(24, seed % 3, F64) for seed in range(10)]
-    scout = PlainSAR(model, lr=3e-2, recovery=0.0)
+    batches = [images(24, 0, F64)] * 10  # entropy falls on a batch seen again and again
+    # At margin 1 both filters keep every sample: this is about the recovery alone.
+    scout = PlainSAR(model, lr=3e-2, margin=1.0, recovery=0.0)
     averages = []
     for batch in batches:
         scout(batch)
         averages.append(scout.average)
-    # Between two averages, so that it triggers in the middle whatever the model.
-    falls = [i for i in range(2, 8) if averages[i] < min(averages[:i])]
-    assert falls, averages
-    threshold = (averages[falls[0]] + min(averages[: falls[0]])) / 2
-    net = tp.wrap(model, "sar", lr=3e-2, recovery=threshold, skip_late=False)
-    plain = PlainSAR(model, lr=3e-2, recovery=threshold)
+    assert averages == sorted(averages, reverse=True)
+    threshold = (averages[3] + averages[4]) / 2
+    net = tp.wrap(model, "sar", lr=3e-2, margin=1.0, recovery=threshold, skip_late=False)
+    plain = PlainSAR(model, lr=3e-2, margin=1.0, recovery=threshold)
     source = net.adaptation_state()
-    for i, batch in enumerate(batches):
-        follow(net, plain, [batch])
-        if plain.resets and i == falls[0]:
-            state = net.adaptation_state()
-            assert all(
-                torch.equal(t, source[n]) for n, t in state.items() if n.startswith("params.")
-            )
-    assert plain.resets >= 1
+    follow(net, plain, batches[:4])
+    assert plain.resets == 0
+    follow(net, plain, batches[4:5])
+    state = net.adaptation_state()
+    assert plain.resets == 1
+    assert all(torch.equal(t, source[n]) for n, t in state.items() if n.startswith("params."))
+    follow(net, plain, batches[5:])  # velocity and average begin anew as well
+    assert plain.resets == 2
 
 
 def test_sar_without_reliable_samples_moves_nothing(make_model, images, same_tensors):
