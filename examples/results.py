@@ -27,7 +27,7 @@ from ttt_plugins.train.mgg import stream_accuracy
 
 GRIDS = {
     "tent": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-    "sar": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "sar": (1e-3, 1e-2, 3e-2, 1e-1),
 }
 
 
@@ -58,8 +58,10 @@ def run_stream(net, stream: LabelledImages, batch_size: int, seed: int) -> dict:
     return {"n": len(stream), "right": right, "seconds": seconds}
 
 
-def measure(backbone: str, data: Path, seeds, n: int, batch_size: int, tune_n=None) -> dict:
-    """Everything the table needs for one backbone."""
+def measure(
+    backbone: str, data: Path, seeds, n: int, batch_size: int, path: Path, tune_n=None
+) -> dict:
+    """Everything the table needs for one backbone; ``path`` is written after every seed."""
     model = f"bundled:source-{backbone}-cifar10"
     tuning = {m: choose_rate(model, m, g, data, batch_size, tune_n) for m, g in GRIDS.items()}
     rates = {method: max(scores, key=scores.get) for method, scores in tuning.items()}
@@ -68,33 +70,32 @@ def measure(backbone: str, data: Path, seeds, n: int, batch_size: int, tune_n=No
         nets["batch statistics"] = tp.wrap(model, "source", statistics="batch")
     nets |= {method: tp.wrap(model, method, lr=lr) for method, lr in rates.items()}
     nets["mgg"] = tp.from_pretrained(f"bundled:mgg-{backbone}-cifar10")
-    streams = {}
-    for corruption in CORRUPTIONS:
-        stream = load_stream(data, corruption, n_examples=n)
-        for seed in seeds:
-            for method, net in nets.items():
-                if method == "source" and seed != seeds[0]:
-                    continue  # order means nothing to it
-                key = f"{method}/{corruption}/{seed}"
-                streams[key] = run_stream(net, stream, batch_size, seed)
-        shown = {
-            m: round(100 * sum(s["right"]) / s["n"], 1)
-            for m in nets
-            for s in [streams[f"{m}/{corruption}/{seeds[0]}"]]
-        }
-        print(f"  {corruption}: {shown}", flush=True)
-    return {
+    result = {
         "backbone": backbone,
         "batch_size": batch_size,
-        "seeds": list(seeds),
+        "seeds": [],
         "n_examples": n,
         "tuning": {m: {f"{lr:g}": s for lr, s in v.items()} for m, v in tuning.items()},
         "rates": rates | {"mgg": nets["mgg"].config.lr},
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "versions": {"torch": torch.__version__, "ttt_plugins": tp.__version__},
-        "streams": streams,
+        "streams": {},
     }
+    streams = result["streams"]
+    for seed in seeds:
+        for corruption in CORRUPTIONS:
+            stream = load_stream(data, corruption, n_examples=n)
+            for method, net in nets.items():
+                if method == "source" and seed != seeds[0]:
+                    continue  # order means nothing to it
+                key = f"{method}/{corruption}/{seed}"
+                streams[key] = run_stream(net, stream, batch_size, seed)
+        result["seeds"].append(seed)
+        path.write_text(json.dumps(result) + "\n")
+        shown = {m: round(mean, 2) for m, (mean, _) in averages(result).items()}
+        print(f"  seeds {result['seeds']}: {shown}", flush=True)
+    return result
 
 
 def _accuracies(result: dict, method: str, seed: int) -> dict[str, float]:
@@ -199,8 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         for backbone, path in zip(args.backbone, paths, strict=True):
             print(backbone, flush=True)
-            result = measure(backbone, args.data, args.seeds, args.n_examples, args.batch_size)
-            path.write_text(json.dumps(result) + "\n")
+            measure(backbone, args.data, args.seeds, args.n_examples, args.batch_size, path)
     print(report([json.loads(path.read_text()) for path in paths if path.is_file()]))
 
 

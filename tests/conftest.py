@@ -10,7 +10,6 @@ from torch import nn
 
 import ttt_plugins as tp
 from ttt_plugins import gradient_memory
-from ttt_plugins.backbone import Backbone
 from ttt_plugins.registry import get_method
 
 # These models are too small for a second thread to help, and on busy cores threads that wait for
@@ -112,28 +111,20 @@ def slow():
 
 @pytest.fixture
 def make_net(slow):
-    """``make_net(method, model, tensors=None, backbone=None, normalize=..., **fields)``.
+    """``make_net(method, model, tensors=None, backbone=None, **options)`` -> an adapter.
 
     Like ``tp.wrap``, except that MGG gets this suite's slow weights, so that nothing depends on
     the bundled artifacts. ``tensors`` adds to the learned tensors (source statistics);
     ``backbone`` is used instead of a new one.
     """
 
-    def make(method, model, tensors=None, backbone=None, mean=None, std=None, **fields):
-        if method != "mgg" and backbone is None and not tensors:
-            return tp.wrap(model, method, mean=mean, std=std, **fields)
-        record = get_method(method)
-        config = record.config(**fields)
-        if backbone is None:
-            backbone = Backbone(
-                model, mean=mean, std=std, statistics=config.statistics, prior=config.prior
-            )
-        learned = {}
+    def make(method, model, tensors=None, backbone=None, **options):
         if method == "mgg":
-            learned = {f"memory.{n}": t.to(backbone.dtype) for n, t in slow.items()}
-        learned |= tensors or {}
-        origin = {"source": "module", "name": type(model).__name__}
-        return tp.Adapter(backbone, record, config, tensors=learned, origin=origin)
+            tensors = {f"memory.{n}": t for n, t in slow.items()} | (tensors or {})
+        if backbone is None:
+            return tp.wrap(model, method, tensors=tensors, **options)
+        record = get_method(method)
+        return tp.Adapter(backbone, record, record.config(**options), tensors=tensors)
 
     return make
 

@@ -78,7 +78,8 @@ def test_tent_equals_a_plain_loop(kind, optimizer, make, make_model, images):
         rule.zero_grad()
         assert (net(batch) - logits.detach()).abs().max() < TOLERANCE
         assert distance(net, plain) < TOLERANCE
-    moved = max((p - q).abs().max() for p, q in zip(plain.parameters(), model.parameters()))
+    pairs = zip(plain.parameters(), model.parameters(), strict=True)
+    moved = max((p - q).abs().max() for p, q in pairs)
     assert moved > 1e-3
 
 
@@ -178,9 +179,9 @@ def test_sar_equals_a_plain_loop(kind, make_model, images):
     assert all(total > first >= second > 0 for total, first, second in plain.kept)
 
 
-# BUG (reported): the moving average is taken before the second filter; methods.md says "of the
-# filtered loss", and the released code feeds it the loss of the samples that pass both.
 def test_sar_averages_the_loss_that_passed_both_filters(kind, make_model, images):
+    # methods.md: "the moving average of the filtered loss"; the released code feeds it the loss of
+    # the samples that pass both filters.
     model = make_model(kind, F64)
     net = tp.wrap(model, "sar", lr=1e-2, recovery=0.0, skip_late=False)
     plain = PlainSAR(model, lr=1e-2, recovery=0.0)

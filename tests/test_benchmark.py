@@ -254,7 +254,8 @@ def test_mixed_stream_agrees_with_a_plain_loop():
         right[rows] = plain(x).argmax(1).numpy() == labels[rows]
     assert accuracies(results) == [right[:20].mean(), right[20:].mean()]
     assert net.resets == 1
-    along = [sum(batch) for batch in zip(*(c.correct_per_batch for c in results.methods[0].cells))]
+    counts = [cell.correct_per_batch for cell in results.methods[0].cells]
+    along = [sum(batch) for batch in zip(*counts, strict=True)]
     assert along == [right[order[i : i + BATCH]].sum() for i in range(0, 51, BATCH)]
 
 
@@ -841,12 +842,21 @@ def test_flags_from_a_dataclass(capsys):
 # -- demo --------------------------------------------------------------------------------
 
 
+def _write_sample(folder, labels, arrays):
+    """Tiles of 32x32 in a picture two wide, as the package ships its sample."""
+    (folder / "labels.json").write_text(json.dumps([int(label) for label in labels]))
+    for name, images in arrays.items():
+        grid = images.reshape(-1, 2, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 64, 3)
+        Image.fromarray(grid).save(folder / f"{name}.webp", lossless=True)
+
+
 def test_demo_at_tiny_size(tmp_path):
     rng = np.random.default_rng(0)
-    arrays = {name: random_cell(rng, 24)[0] for name in ("snow", "clean", "fog_3d")}
+
+    arrays = {n: random_cell(rng, 24)[0] for n in ("snow", "clean", "fog_3d")}
     labels = rng.integers(0, 10, 24)
-    np.savez_compressed(tmp_path / "demo.npz", labels=labels, **arrays)
-    sample = load_sample(tmp_path / "demo.npz", 16)
+    _write_sample(tmp_path, labels, arrays)
+    sample = load_sample(tmp_path, 16)
     assert list(sample.images) == ["clean", "fog_3d", "snow"]
     assert np.array_equal(sample.images["snow"].permute(0, 2, 3, 1).numpy(), arrays["snow"][:16])
     nets = {"source": FakeAdapter(lr=0.0), "tent": FakeAdapter(lr=0.1), "mgg": FakeAdapter(lr=2.0)}
@@ -872,8 +882,11 @@ def test_demo_picture_without_a_corrected_image():
 
 def test_demo_mistakes(tmp_path):
     with pytest.raises(DataError, match="not the demo's images"):
-        load_sample(tmp_path / "none.npz")
-    np.savez(tmp_path / "demo.npz", labels=np.zeros(3, int), fog=np.zeros((3, 4, 4, 3), np.uint8))
-    with pytest.raises(InputError, match="1 to 3 images"):
-        load_sample(tmp_path / "demo.npz", 4)
+        load_sample(tmp_path / "none")
+    _write_sample(tmp_path, [0, 1, 2, 3], {"fog": np.zeros((4, 32, 32, 3), np.uint8)})
+    with pytest.raises(InputError, match="1 to 4 images"):
+        load_sample(tmp_path, 5)
+    (tmp_path / "labels.json").write_text("[0, 1, 2]")
+    with pytest.raises(DataError, match="do not match"):
+        load_sample(tmp_path)
     assert issubclass(DataError, TTTError)

@@ -86,7 +86,8 @@ class Adapter(nn.Module):
                 return self._predict(images)
             except (RuntimeError, ValueError, AssertionError) as error:
                 expected = self.backbone.input_size
-                if isinstance(error, TTTError) or tuple(images.shape[1:]) == expected:
+                known = isinstance(error, (TTTError, torch.OutOfMemoryError))
+                if known or tuple(images.shape[1:]) == expected:
                     raise
                 raise InputError(
                     f"the model cannot take images of shape {tuple(images.shape[1:])}; it was "
@@ -222,6 +223,8 @@ class Adapter(nn.Module):
             InputError: made by another method, model or parameter choice; nothing is loaded.
         """
         expected = self.adaptation_state()
+        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+            raise InputError("an adaptation state is a dict of tensors")
         if missing := sorted(expected.keys() ^ state.keys()):
             raise InputError(
                 f"this adaptation state belongs to another adapter: {missing[0]!r} is "
@@ -234,7 +237,10 @@ class Adapter(nn.Module):
                     f"this adaptation state belongs to another adapter: {name!r} is "
                     f"{given.dtype} {tuple(given.shape)}, expected {own.dtype} {tuple(own.shape)}"
                 )
-        moved = {n: t.detach().clone().to(expected[n].device) for n, t in state.items()}
+        with torch.inference_mode(False):
+            # In our own order: a rule's flat tensors follow the order of the parameters, and a
+            # file may have sorted the names.
+            moved = {n: state[n].detach().clone().to(own.device) for n, own in expected.items()}
         self.batches = int(moved.pop("batches"))
         if self._record.build is None:
             return

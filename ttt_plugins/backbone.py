@@ -115,8 +115,8 @@ def _tapped_norms(model: nn.Module) -> dict[str, nn.Module]:
 
     Block transformers: the first norm of every block but the first, and the final norm, as MGTTA
     has it. Everything else: four norms evenly spaced from the first to the last (BatchNorms where
-    there are any, because each carries its source statistics). Taking all 25 of a ResNet-26
-    instead gains under one point and costs a third of a step (see the changelog).
+    there are any, because each carries its source statistics): reading the features of all would
+    cost a good part of a step, and a step of MGG may cost no more than one of Tent.
     """
     norms = batch_norms(model)
     if not norms:
@@ -180,7 +180,10 @@ class Backbone(nn.Module):
         if self.normalize:
             self._check_double_normalisation(model)
             for name, value in (("mean", mean), ("std", std)):
-                value = torch.as_tensor(value, dtype=torch.float32).flatten()
+                try:
+                    value = torch.as_tensor(value, dtype=torch.float32).flatten()
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise InputError(f"{name} must hold numbers, got {value!r}") from error
                 channels = self.input_size[0]
                 if len(value) not in (1, channels) or not torch.isfinite(value).all():
                     raise InputError(f"{name} must hold 1 or {channels} numbers, got {value}")
@@ -250,7 +253,14 @@ class Backbone(nn.Module):
             # One image has no batch statistics to speak of: it is seen with the source's.
             self._use("source" if len(images) == 1 else "batch")
         x = (images - self.mean) / self.std if self.normalize else images
-        logits = self.model(x)
+        # Attention's fused inference path rounds otherwise than the one with a graph, and an
+        # adapter that does not move has to be the plain model bit for bit.
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            logits = self.model(x)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InputError(f"the model must return logits (B, classes), it returned {what}")

@@ -61,10 +61,9 @@ def render(name: str, config: dict[str, Any]) -> str:
     method, backbone = config["method"], config["backbone"]
     record = get_method(method)
     if method == "source":
-        summary = (
-            f"The timm architecture `{config['architecture']}`, a classifier to start test-time "
-            "training from."
-        )
+        # An unadapted model saved by reference has no architecture of its own.
+        model = config.get("architecture", backbone.get("name"))
+        summary = f"`{model}` (timm), a classifier to start test-time training from."
         load = (
             "```python\nimport ttt_plugins as tp\n\n"
             f'net = tp.wrap("bundled:{name}", "tent")   # or a local folder of this artifact\n```\n'

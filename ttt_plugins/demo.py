@@ -6,12 +6,14 @@ real images.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -26,8 +28,8 @@ __all__ = ["DemoResult", "Sample", "build_adapters", "compare", "draw", "load_sa
 
 MODEL = "bundled:source-resnet26-cifar10"
 MGG = "bundled:mgg-resnet26-cifar10"
-SAMPLE = Path(__file__).parent / "assets" / "demo.npz"
-BATCH_SIZE = 64
+SAMPLE = Path(__file__).parent / "assets" / "demo"
+BATCH_SIZE = 32
 CLEAN = "clean"
 
 
@@ -83,23 +85,32 @@ class DemoResult:
         return gained, lost
 
 
-def load_sample(path: str | Path = SAMPLE, n: int | None = None) -> Sample:
-    """The first ``n`` images of each kind from an npz file: ``labels``, ``clean``, corruptions.
+def _tiles(path: Path, side: int = 32) -> Tensor:
+    """Images (N, 3, side, side) uint8 from one lossless picture that holds them row by row."""
+    with Image.open(path) as picture:
+        pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy())
+    rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
+    grid = pixels.view(rows, side, columns, side, 3).permute(0, 2, 4, 1, 3)
+    return grid.reshape(rows * columns, 3, side, side)
+
+
+def load_sample(folder: str | Path = SAMPLE, n: int | None = None) -> Sample:
+    """The first ``n`` images of each kind: ``labels.json``, and a ``<kind>.webp`` of tiles each.
 
     Raises:
         InputError: ``n`` is below 1 or more than there are.
-        DataError: the file is missing or of another layout.
+        DataError: a file is missing or of another layout.
     """
-    path = Path(path)
+    folder = Path(folder)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            loaded = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        labels = loaded.pop("labels").long()
-        images = {name: pixels.permute(0, 3, 1, 2) for name, pixels in loaded.items()}
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        labels = torch.tensor(json.loads((folder / "labels.json").read_text()))
+        images = {path.stem: _tiles(path) for path in sorted(folder.glob("*.webp"))}
+        if not images or any(len(part) != len(labels) for part in images.values()):
+            raise ValueError("pictures and labels do not match")
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"{path}: not the demo's images ({reason}); reinstall ttt-plugins"
+            f"{folder}: not the demo's images ({reason}); reinstall ttt-plugins"
         ) from error
     if n is not None and not 1 <= n <= len(labels):
         raise InputError(f"the demo has 1 to {len(labels)} images of each kind, got {n}")

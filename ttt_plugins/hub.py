@@ -124,7 +124,9 @@ def write(folder: str | Path, artifact: Artifact) -> Path:
         tensors = {n: t.detach().cpu().contiguous() for n, t in artifact.tensors.items()}
         save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
         (aside / "README.md").write_text(artifact.card, encoding="utf-8")
-        aside.chmod(0o755)
+        aside.chmod(0o755)  # temporary folders and their files are private; artifacts are not
+        for file in aside.iterdir():
+            file.chmod(0o644)
         old = None
         if folder.exists():
             old = aside.with_name(aside.name + "-old")

@@ -88,7 +88,7 @@ def check_number(owner: object, name: str, low: float, high: float = float("inf"
     """Raise `InputError` unless the field is a real number in [low, high]."""
     value = getattr(owner, name)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high:
+    if not number or not low <= value <= high or value == float("inf"):
         upper = "" if high == float("inf") else f" and at most {high:g}"
         raise InputError(
             f"{type(owner).__name__}.{name} must be a number of at least {low:g}{upper}, "

@@ -49,7 +49,12 @@ def select(backbone: Backbone, params: str | Collection[str], skip_late: bool = 
                 ) from error
             chosen = {n for n in named if pattern.search(n)}
     else:
-        chosen = set(params)
+        try:
+            chosen = set(params)
+        except TypeError as error:
+            raise InputError(f"params must be a string or names, got {params!r}") from error
+        if not all(isinstance(n, str) for n in chosen):
+            raise InputError(f"params must be a string or names, got {params!r}")
         if unknown := sorted(chosen - set(named)):
             raise InputError(
                 f"params: the model has no floating-point parameter {unknown[0]!r}; its first ones "

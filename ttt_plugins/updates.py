@@ -30,18 +30,17 @@ class Evaluation(NamedTuple):
         loss: scalar, detached.
         grads: one tensor per adapted parameter.
         kept: which samples the loss counts, (B,) bool, where the objective selects.
-        level: mean loss of the samples the first pass kept, where the objective selects.
     """
 
     logits: Tensor
     loss: Tensor
     grads: Tensors
     kept: Tensor | None = None
-    level: Tensor | None = None
 
     @property
     def finite(self) -> bool:
-        return is_finite(self.loss, *self.grads.values())
+        # The squares too: the rules' second moments hold them.
+        return is_finite(self.loss, flatten(self.grads).square())
 
 
 class Situation(NamedTuple):
@@ -155,8 +154,9 @@ class SharpnessAware:
         if second.kept.any():
             velocity = self.momentum * velocity + flatten(second.grads)
             params = _move(params, velocity, self.lr)
-        old = torch.where(state["level"].isnan(), second.level, state["level"])
-        level = torch.where(state["level"].isnan(), old, 0.9 * old + 0.1 * second.level)
+        level = state["level"]
+        if second.kept.any():
+            level = torch.where(level.isnan(), second.loss, 0.9 * level + 0.1 * second.loss)
         if level < self.recovery:
             return dict(situation.source), self.init(situation.source)
         return params, {"velocity": velocity, "level": level}

@@ -200,7 +200,7 @@ def wrap(
         if isinstance(method, str):
             config = _config_of(record, artifact.config, bundled)
     if params is not None:
-        overrides["params"] = params if isinstance(params, str) else tuple(params)
+        overrides["params"] = tuple(params) if isinstance(params, (list, set)) else params
     config = configure(config, overrides)
     return _build(
         module,

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from ..backbone import batch_norms, norm_modules
+from ..errors import InputError
 from ..objectives import entropy, feature_discrepancy
 from ..registry import Method, check_choice, check_number, register
 from ..updates import GradientMemory
@@ -83,6 +84,12 @@ def build(config: MGG, backbone, source, tensors) -> Online:
     statistics = None
     if "source.mean" in tensors:
         statistics = tensors["source.mean"], tensors["source.std"]
+        sizes = [max(p.numel() for p in m.parameters()) for m in backbone.tapped.values()]
+        if any(t.shape != (sum(sizes),) for t in statistics):
+            raise InputError(
+                f"source statistics of another network: {tuple(statistics[0].shape)} features, "
+                f"this one has {sum(sizes)}; use fit_source_statistics"
+            )
     elif backbone.has_batch_norm:
         channels = sum(m.num_features for m in backbone.tapped.values())
         zero = torch.zeros(channels, dtype=backbone.dtype, device=backbone.device)

@@ -21,11 +21,10 @@ __all__ = ["Loss", "Online", "Outcome", "evaluate"]
 
 
 class Loss(NamedTuple):
-    """What an objective returns; the optional fields as in `Evaluation`."""
+    """What an objective returns; ``kept`` as in `Evaluation`."""
 
     value: Tensor
     kept: Tensor | None = None
-    level: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,11 @@ def evaluate(
         grads = torch.autograd.grad(
             loss.value, list(leaves.values()), allow_unused=True, materialize_grads=True
         )
-    level = None if loss.level is None else loss.level.detach()
     return Evaluation(
         logits.detach(),
         loss.value.detach(),
         dict(zip(leaves, grads, strict=True)),
         loss.kept,
-        level,
     )
 
 

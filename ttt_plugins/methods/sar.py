@@ -62,12 +62,9 @@ def build(config: SAR, backbone, source, tensors) -> Online:
     def filtered_entropy(logits, features, first) -> Loss:
         entropies = entropy(logits)
         kept = reliable(entropies.detach(), logits.shape[1], config.margin)
-        # The second pass chooses among the samples the first one kept; the moving average is
-        # taken before that choice.
-        before = kept if first is None else first.kept
-        level = (entropies.detach() * before).sum() / before.sum().clamp_min(1)
-        kept = kept & before
-        return Loss((entropies * kept).sum() / kept.sum().clamp_min(1), kept, level)
+        if first is not None:
+            kept = kept & first.kept  # the second pass chooses among those the first one kept
+        return Loss((entropies * kept).sum() / kept.sum().clamp_min(1), kept)
 
     rule = SharpnessAware(config.lr, config.momentum, config.radius, config.recovery)
     objective = Objective("mean entropy of the reliable samples", filtered_entropy)

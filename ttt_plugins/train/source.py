@@ -167,7 +167,7 @@ def train_source(
     the run continues there and ends as an unbroken one would.
 
     Raises:
-        InputError: an unknown optimizer, or a checkpoint made by another recipe.
+        InputError: an unknown architecture or optimizer, or a checkpoint made by another recipe.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,12 @@ def train_source(
     kwargs = dict(recipe.model_args)
     if recipe.patch_drop:
         kwargs["patch_drop_rate"] = recipe.patch_drop
-    model = timm.create_model(recipe.arch, num_classes=classes, **kwargs).to(device)
+    try:
+        model = timm.create_model(recipe.arch, num_classes=classes, **kwargs).to(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"timm could not create {recipe.arch!r} with {kwargs} ({error})"
+        ) from error
     if train.images.shape[2] >= 32 and not recipe.patch_drop:
         model = model.to(memory_format=torch.channels_last)
     settings = timm.data.resolve_model_data_config(model)

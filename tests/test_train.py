@@ -1,0 +1,512 @@
+"""Training of source networks and of optimizers, and the views that training draws."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ttt_plugins as tp
+from ttt_plugins import gradient_memory, views
+from ttt_plugins.data import LabelledImages, to_float
+from ttt_plugins.train import mgg as meta
+from ttt_plugins.train import source as supervised
+
+
+def tensors_equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def made_up(n, seed=0, classes=4, size=32):
+    """Images whose overall colour tells the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    tint = torch.rand(classes, 3, 1, 1, generator=torch.Generator().manual_seed(9))
+    noise = torch.rand(n, 3, size, size, generator=generator)
+    return LabelledImages((255 * (0.6 * tint[labels] + 0.4 * noise)).byte(), labels)
+
+
+class Interrupted(Exception):
+    """What stands for Ctrl-C or a power cut."""
+
+
+def interrupt_after(monkeypatch, module, name, calls):
+    """Let ``module.name`` raise at its call number ``calls`` + 1."""
+    true, seen = getattr(module, name), []
+
+    def counted(*args, **kwargs):
+        seen.append(1)
+        if len(seen) > calls:
+            raise Interrupted
+        return true(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
+
+
+# -- source networks ---------------------------------------------------------------------------
+
+SMALL = {"width": 8, "depth": 8}
+RECIPES = {
+    "sgd": supervised.SourceRecipe(
+        arch="ttt_resnet26_bn",
+        model_args=SMALL,
+        epochs=2,
+        batch_size=16,
+        lr=0.05,
+        cutmix=0.5,
+        ema=0.9,
+    ),
+    "adamw": supervised.SourceRecipe(
+        arch="ttt_vit_tiny_patch4_32",
+        model_args={"embed_dim": 24, "depth": 2, "num_heads": 3},
+        epochs=2,
+        batch_size=16,
+        optimizer="adamw",
+        lr=1e-3,
+        patch_drop=0.5,
+        patch_drop_until=0.5,
+        ema=0.9,
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", [*RECIPES, "muon"])
+def test_source_training_resumes_bit_for_bit(optimizer, tmp_path, monkeypatch):
+    if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    recipe = RECIPES.get(optimizer) or replace(RECIPES["adamw"], optimizer="muon", lr=1e-2)
+    train, test = made_up(64), made_up(16, 1)
+    unbroken, log = supervised.train_source(
+        recipe, train, test, tmp_path / "unbroken", progress=False
+    )
+    with monkeypatch.context() as patch:
+        # The accuracy is measured after an epoch's steps and before its checkpoint.
+        interrupt_after(patch, supervised, "accuracy", 1)
+        with pytest.raises(Interrupted):
+            supervised.train_source(recipe, train, test, tmp_path / "broken", progress=False)
+    torch.manual_seed(1234)  # a new process draws from elsewhere
+    resumed, again = supervised.train_source(
+        recipe, train, test, tmp_path / "broken", resume=True, progress=False
+    )
+    assert tensors_equal(resumed.state_dict(), unbroken.state_dict())
+    assert again == log
+    assert [entry["epoch"] for entry in log["epochs"]] == [1, 2]
+
+
+def test_source_training_learns(tmp_path):
+    recipe = replace(RECIPES["sgd"], epochs=6, cutmix=0.0, cutout=0, label_smoothing=0.0)
+    model, log = supervised.train_source(
+        recipe, made_up(64), made_up(32, 1), tmp_path, progress=False
+    )
+    assert log["epochs"][-1]["loss"] < log["epochs"][0]["loss"]
+    assert log["epochs"][-1]["test_accuracy"] > 0.5  # of four classes
+    net = tp.wrap(model, "source")
+    test = made_up(32, 1)
+    found = (net(to_float(test.images)).argmax(1) == test.labels).float().mean().item()
+    assert found == pytest.approx(log["epochs"][-1]["test_accuracy"])
+    assert not model.training
+
+
+def test_source_training_without_resume_starts_over(tmp_path):
+    recipe = replace(RECIPES["sgd"], epochs=1)
+    first, _ = supervised.train_source(recipe, made_up(32), made_up(8), tmp_path, progress=False)
+    second, _ = supervised.train_source(recipe, made_up(32), made_up(8), tmp_path, progress=False)
+    assert tensors_equal(first.state_dict(), second.state_dict())
+    other, _ = supervised.train_source(
+        replace(recipe, seed=1), made_up(32), made_up(8), tmp_path / "b", progress=False
+    )
+    assert not torch.equal(first.stem.weight, other.stem.weight)
+
+
+def test_source_training_refuses_another_recipe(tmp_path):
+    recipe = replace(RECIPES["sgd"], epochs=1)
+    supervised.train_source(recipe, made_up(32), made_up(8), tmp_path, progress=False)
+    with pytest.raises(tp.InputError, match="another recipe"):
+        supervised.train_source(
+            replace(recipe, lr=0.1), made_up(32), made_up(8), tmp_path, resume=True, progress=False
+        )
+
+
+def test_source_training_says_what_it_cannot_do(tmp_path):
+    with pytest.raises(tp.InputError, match="one batch"):
+        supervised.train_source(RECIPES["sgd"], made_up(8), made_up(8), tmp_path, progress=False)
+    with pytest.raises(tp.InputError, match="sgd, adamw or muon"):
+        supervised.train_source(
+            replace(RECIPES["sgd"], optimizer="lion"),
+            made_up(32),
+            made_up(8),
+            tmp_path,
+            progress=False,
+        )
+
+
+def test_weight_decay_spares_norms_and_biases(make_model):
+    for name, recipe in RECIPES.items():
+        model = make_model("batchnorm" if name == "sgd" else "layernorm")
+        (optimizer,) = supervised._optimizers(model, recipe)
+        decayed = [p for g in optimizer.param_groups for p in g["params"] if g["weight_decay"] > 0]
+        spared = [p for g in optimizer.param_groups for p in g["params"] if not g["weight_decay"]]
+        assert {p.ndim for p in spared} == {1}
+        assert decayed and all(p.ndim >= 2 for p in decayed)
+        assert len(decayed) + len(spared) == len(list(model.parameters()))
+
+
+def test_rate_rises_and_falls():
+    rates = [supervised._rate(step, 100, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[55] == pytest.approx(0.5)  # half way down the cosine
+    assert 0 <= rates[-1] < 0.01
+
+
+def test_augmented_targets_are_distributions():
+    data = made_up(32)
+    for cutmix in (0.0, 1.0):
+        recipe = replace(RECIPES["sgd"], cutmix=cutmix, label_smoothing=0.1)
+        x, target = supervised._augment(
+            data.images, data.labels, 4, recipe, torch.Generator().manual_seed(0)
+        )
+        assert x.shape == data.images.shape and x.min() >= 0 and x.max() <= 1
+        assert torch.allclose(target.sum(1), torch.ones(32))
+        sure = target.gather(1, data.labels[:, None])
+        assert torch.allclose(sure, torch.full_like(sure, 0.925)) is (cutmix == 0)
+
+
+# -- optimizers --------------------------------------------------------------------------------
+
+RECIPE = meta.MGGRecipe(
+    epochs=3,
+    sequences=2,
+    length=3,
+    batch_size=4,
+    alpha=1e-2,
+    meta_lr=1e-2,
+    grid=(1e-3, 1e-2),
+)
+
+
+@pytest.fixture(scope="module")
+def corrupted():
+    clean = made_up(24)
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randint(0, 60, clean.images.shape, generator=generator)
+    return {
+        "noise": LabelledImages((clean.images.int() + noise).clamp(0, 255).byte(), clean.labels),
+        "dark": LabelledImages((clean.images.float() * 0.4).byte(), clean.labels),
+    }
+
+
+def untrained(model, **fields):
+    return meta.untrained(model, **{"discrepancy": 0.1, **fields})
+
+
+def slow_of(net):
+    return {n: t for n, t in net.learned_tensors().items() if n.startswith("memory.")}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"labelled": True, "truncation": 2, "restore": True, "decay": True, "clip": 1.0},
+        {"per_image": False, "validate_every": 2, "length": 9},  # longer than the data
+    ],
+)
+def test_meta_training_resumes_bit_for_bit(options, tmp_path, monkeypatch, make_model, corrupted):
+    recipe, model = replace(RECIPE, **options), make_model("batchnorm")
+    kwargs = dict(progress=False)
+    unbroken, log = meta.train_mgg(
+        recipe, untrained(model), corrupted, tmp_path / "unbroken", **kwargs
+    )
+    with monkeypatch.context() as patch:
+        # In the middle of the second epoch: one of its two sequences is over.
+        interrupt_after(patch, meta, "run_sequence", recipe.sequences + 1)
+        with pytest.raises(Interrupted):
+            meta.train_mgg(recipe, untrained(model), corrupted, tmp_path / "broken", **kwargs)
+    torch.manual_seed(1234)
+    resumed, again = meta.train_mgg(
+        recipe, untrained(model), corrupted, tmp_path / "broken", resume=True, **kwargs
+    )
+    assert again == log
+    assert resumed.config == unbroken.config
+    assert tensors_equal(resumed.learned_tensors(), unbroken.learned_tensors())
+    assert [entry["epoch"] for entry in log["epochs"]] == [1, 2, 3]
+
+
+def test_the_best_validation_is_kept(tmp_path, make_model, corrupted):
+    net, log = meta.train_mgg(
+        RECIPE, untrained(make_model("batchnorm")), corrupted, tmp_path, progress=False
+    )
+    scores = {
+        (entry["epoch"], float(lr)): score
+        for entry in log["epochs"]
+        for lr, score in entry["accuracy"].items()
+    }
+    assert {lr for _, lr in scores} == set(RECIPE.grid)
+    chosen = log["chosen"]
+    assert chosen["accuracy"] == max(scores.values())
+    assert scores[chosen["epoch"], chosen["lr"]] == chosen["accuracy"]
+    assert net.config.lr == chosen["lr"]
+    # and the adapter that comes back is the one that scored so
+    found = [meta.stream_accuracy(net, part) for part in corrupted.values()]
+    assert sum(found) / len(found) == pytest.approx(chosen["accuracy"])
+    json.dumps(log)
+
+
+def test_the_best_is_neither_the_first_nor_the_last(tmp_path, monkeypatch, make_model, corrupted):
+    """Scripted scores: epoch 2 at the second step size is best, and its weights come back."""
+    model, scores = make_model("groupnorm"), {}
+    script = iter([0.3, 0.4, 0.5, 0.7, 0.6, 0.2])
+
+    def scripted(net, data):
+        # One score for each epoch and step size, the same on both corruptions.
+        key = (net.config.lr, net.learned_tensors()["memory.W1"].sum().item())
+        return scores.setdefault(key, next(script) if key not in scores else None)
+
+    monkeypatch.setattr(meta, "stream_accuracy", scripted)
+    net, log = meta.train_mgg(
+        RECIPE, untrained(model), corrupted, tmp_path / "three", progress=False
+    )
+    assert log["chosen"] == {"accuracy": 0.7, "lr": RECIPE.grid[1], "epoch": 2}
+    assert net.config.lr == RECIPE.grid[1]
+    monkeypatch.undo()
+    # A run of two epochs ends at the weights that the run of three passed through.
+    meta.train_mgg(
+        replace(RECIPE, epochs=2), untrained(model), corrupted, tmp_path / "two", progress=False
+    )
+    saved = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["slow"]
+    assert tensors_equal(slow_of(net), {f"memory.{n}": t for n, t in saved.items()})
+
+
+def test_meta_training_moves_every_slow_weight(tmp_path, make_model, corrupted):
+    net, _ = meta.train_mgg(
+        replace(RECIPE, epochs=1),
+        untrained(make_model("groupnorm")),
+        corrupted,
+        tmp_path,
+        progress=False,
+    )
+    first = gradient_memory.init_slow(torch.Generator().manual_seed(RECIPE.seed))
+    trained = slow_of(net)
+    assert all(torch.isfinite(t).all() for t in trained.values())
+    assert all(not torch.equal(t, trained[f"memory.{n}"]) for n, t in first.items())
+
+
+def test_meta_training_leaves_the_network_alone(tmp_path, make_model, corrupted):
+    model = make_model("batchnorm")
+    before = copy.deepcopy(model.state_dict())
+    meta.train_mgg(replace(RECIPE, epochs=1), untrained(model), corrupted, tmp_path, progress=False)
+    assert tensors_equal(model.state_dict(), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"labelled": True}, {"truncation": 3}, {"restore": True}, {"per_image": False}, {"seed": 1}],
+)
+def test_options_are_not_ignored(change, tmp_path, make_model, corrupted):
+    recipe = replace(RECIPE, epochs=1)
+    model = make_model("groupnorm")
+    a, _ = meta.train_mgg(recipe, untrained(model), corrupted, tmp_path / "a", progress=False)
+    b, _ = meta.train_mgg(
+        replace(recipe, **change), untrained(model), corrupted, tmp_path / "b", progress=False
+    )
+    assert not tensors_equal(slow_of(a), slow_of(b))
+
+
+def test_labels_matter_to_the_labelled_loss_alone(tmp_path, make_model, corrupted):
+    """The unlabelled outer loss must not see a label; only the choice of checkpoint may."""
+    model = make_model("groupnorm")
+    shuffled = {
+        name: LabelledImages(part.images, (part.labels + 1) % 4) for name, part in corrupted.items()
+    }
+    for labelled in (False, True):
+        recipe = replace(RECIPE, epochs=1, grid=(1e-3,), labelled=labelled)
+        a, b = (
+            slow_of(
+                meta.train_mgg(
+                    recipe, untrained(model), data, tmp_path / f"{labelled}{i}", progress=False
+                )[0]
+            )
+            for i, data in enumerate((corrupted, shuffled))
+        )
+        assert tensors_equal(a, b) is (not labelled)
+
+
+def test_the_adapter_says_what_to_train_on(tmp_path, make_model, corrupted, images):
+    """Its losses, its statistics and its choice of parameters; it is not changed itself."""
+    model, recipe = make_model("layernorm"), replace(RECIPE, epochs=1)
+    nets = {
+        "plain": untrained(model),
+        "fitted": untrained(model).fit_source_statistics([images(16)], progress=False),
+        "choice": untrained(model, params="blocks.*norm"),
+        "without": untrained(model, discrepancy=0.0).fit_source_statistics(
+            [images(16)], progress=False
+        ),
+    }
+    trained = {}
+    for name, net in nets.items():
+        before = net.learned_tensors()
+        trained[name], _ = meta.train_mgg(recipe, net, corrupted, tmp_path / name, progress=False)
+        assert tensors_equal(net.learned_tensors(), before) and net.batches == 0
+        assert trained[name].config == replace(net.config, lr=trained[name].config.lr)
+        assert trained[name].names == net.names
+    assert tensors_equal(
+        {n: t for n, t in trained["fitted"].learned_tensors().items() if "source" in n},
+        {n: t for n, t in nets["fitted"].learned_tensors().items() if "source" in n},
+    )
+    assert not tensors_equal(slow_of(trained["plain"]), slow_of(trained["fitted"]))
+    assert not tensors_equal(slow_of(trained["plain"]), slow_of(trained["choice"]))
+    assert tensors_equal(slow_of(trained["plain"]), slow_of(trained["without"]))
+
+
+def test_meta_training_refuses_another_recipe(tmp_path, make_model, corrupted):
+    recipe, model = replace(RECIPE, epochs=1), make_model("groupnorm")
+    meta.train_mgg(recipe, untrained(model), corrupted, tmp_path, progress=False)
+    with pytest.raises(tp.InputError, match="another recipe"):
+        meta.train_mgg(
+            replace(recipe, labelled=True),
+            untrained(model),
+            corrupted,
+            tmp_path,
+            resume=True,
+            progress=False,
+        )
+
+
+def test_meta_training_needs_images(tmp_path, make_model, corrupted):
+    for data in ({}, {"noise": corrupted["noise"][:2]}):
+        with pytest.raises(tp.InputError, match="at least one batch"):
+            meta.train_mgg(
+                RECIPE, untrained(make_model("groupnorm")), data, tmp_path, progress=False
+            )
+
+
+def test_a_finished_run_only_reports(tmp_path, monkeypatch, make_model, corrupted):
+    recipe, model = replace(RECIPE, epochs=1), make_model("groupnorm")
+    net, log = meta.train_mgg(recipe, untrained(model), corrupted, tmp_path, progress=False)
+    interrupt_after(monkeypatch, meta, "run_sequence", 0)
+    again, same = meta.train_mgg(
+        recipe, untrained(model), corrupted, tmp_path, resume=True, progress=False
+    )
+    assert same == log and tensors_equal(again.learned_tensors(), net.learned_tensors())
+
+
+def test_stream_accuracy_is_the_share_of_right_answers(make_model):
+    data = made_up(21)
+    net = tp.wrap(make_model("groupnorm"), "source")
+    expected = (net(to_float(data.images)).argmax(1) == data.labels).float().mean().item()
+    assert meta.stream_accuracy(net, data, batch_size=8) == pytest.approx(expected)
+    tent = tp.wrap(make_model("groupnorm"), "tent", lr=1e-2)
+    first = meta.stream_accuracy(tent, data, batch_size=8)
+    assert meta.stream_accuracy(tent, data, batch_size=8) == first  # from a reset
+    assert tent.batches == 3
+
+
+# -- views -------------------------------------------------------------------------------------
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def numbered(b, h, w):
+    """Images of which every pixel has a value of its own, none of them 0."""
+    return 1 + torch.arange(b * 3 * h * w, dtype=torch.float32).view(b, 3, h, w)
+
+
+def test_a_crop_is_a_window_of_the_padded_image():
+    images = numbered(40, 6, 5)
+    cropped = views.random_crop(images, 2, generator())
+    assert cropped.shape == images.shape
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
+    places = set()
+    for one, whole in zip(cropped, padded, strict=True):
+        found = [
+            (top, left)
+            for top in range(5)
+            for left in range(5)
+            if torch.equal(one, whole[:, top : top + 6, left : left + 5])
+        ]
+        assert len(found) == 1
+        places.add(found[0])
+    assert {t for t, _ in places} == {le for _, le in places} == set(range(5))  # 0 and 4 included
+
+
+def test_no_padding_is_no_crop():
+    images = numbered(4, 6, 5)
+    assert torch.equal(views.random_crop(images, 0, generator()), images)
+
+
+def test_crops_keep_the_images_type():
+    images = made_up(3).images
+    assert views.random_crop(images, 4, generator()).dtype == torch.uint8
+    assert views.random_flip(images, generator()).dtype == torch.uint8
+
+
+def test_a_flip_mirrors_about_half():
+    images = numbered(400, 3, 4)
+    flipped = views.random_flip(images, generator())
+    mirrored = torch.tensor(
+        [torch.equal(one, image.flip(2)) for one, image in zip(flipped, images, strict=True)]
+    )
+    kept = torch.tensor([torch.equal(a, b) for a, b in zip(flipped, images, strict=True)])
+    assert (mirrored ^ kept).all()
+    assert 150 < mirrored.sum() < 250
+    assert torch.equal(views.random_flip(flipped, generator()), images)  # the same ones, back
+
+
+def test_cutout_fills_one_square():
+    images = numbered(60, 16, 16)
+    fill = torch.tensor([-1.0, -2.0, -3.0])
+    cut = images.clone()
+    assert views.cutout_(cut, 6, fill, generator()) is cut
+    sizes = set()
+    for one, image in zip(cut, images, strict=True):
+        hole = one[0] == -1
+        assert torch.equal(one[1] == -2, hole) and torch.equal(one[2] == -3, hole)
+        assert torch.equal(one[:, ~hole], image[:, ~hole])
+        rows, cols = hole.any(1).nonzero().flatten(), hole.any(0).nonzero().flatten()
+        # a rectangle, at most as large as asked for, smaller where the border cuts it
+        assert hole.sum() == len(rows) * len(cols) > 0
+        assert len(rows) <= 6 and len(cols) <= 6
+        sizes.add((len(rows), len(cols)))
+    assert (6, 6) in sizes and len(sizes) > 1
+
+
+def test_cutmix_share_is_the_area_left():
+    # Each image has one value of its own, so a pasted pixel tells where it comes from.
+    b = 50
+    images = torch.arange(b, dtype=torch.float32).view(b, 1, 1, 1).expand(b, 3, 16, 16).clone()
+    shares = []
+    for seed in range(5):
+        mixed = images.clone()
+        out, partner, share = views.cutmix_(mixed, 1.0, generator(seed))
+        assert out is mixed and sorted(partner.tolist()) == list(range(b))
+        for i in range(b):
+            own = mixed[i] == i
+            pasted = mixed[i] == partner[i]
+            assert (own | pasted).all()
+            if partner[i] != i:
+                assert share[i].item() == pytest.approx(own.float().mean().item(), abs=1e-6)
+                rows, cols = pasted[0].any(1).sum(), pasted[0].any(0).sum()
+                assert pasted[0].sum() == rows * cols  # one box, the same in every channel
+        shares.append(share.mean().item())
+    assert min(shares) >= 0 and max(shares) <= 1 and max(shares) - min(shares) > 0.1
+
+
+def test_views_draw_from_their_generator_alone():
+    images = numbered(20, 8, 8)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+
+    def draw(seed):
+        g = generator(seed)
+        x = views.random_flip(views.random_crop(images, 2, g), g).clone()
+        views.cutout_(x, 3, torch.zeros(3), g)
+        return views.cutmix_(x, 1.0, g)[0]
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(torch.get_rng_state(), state)
