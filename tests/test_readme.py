@@ -15,13 +15,15 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def _blocks(text: str = README) -> list[tuple[str, str]]:
+    """(language, content) of the fenced blocks, in order."""
+    parts = re.split(r"^```(.*)\n", text, flags=re.MULTILINE)[1:]
+    return list(zip(parts[0::4], parts[1::4], strict=True))
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = _blocks("python")
+    blocks = [content for language, content in _blocks() if language == "python"]
     assert len(blocks) >= 3
     namespace: dict = {}
     for block in blocks:
@@ -31,8 +33,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 
 
 def test_it_opens_with_exactly_two_commands():
-    opening = README.split("\n## ")[0]
-    commands = re.findall(r"^```\n(.*?)^```$", opening, re.MULTILINE | re.DOTALL)
+    commands = [content for _, content in _blocks(README.split("\n## ")[0])]
     assert len(commands) == 2
     assert commands[0].strip().endswith("ttt-plugins demo")
     assert "pytest" in commands[1]
@@ -43,7 +44,7 @@ def test_it_opens_with_exactly_two_commands():
 
 def _commands() -> list[str]:
     found = []
-    for block in _blocks(""):
+    for _, block in _blocks():
         for line in block.replace("\\\n", " ").splitlines():
             if line.startswith("ttt-plugins "):
                 found.append(line)
@@ -62,4 +63,4 @@ def test_ci_runs_the_test_command():
     extracted = subprocess.run(
         ["bash", "-c", awk], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
-    assert extracted == re.findall(r"^```\n(.*?)^```$", README, re.M | re.S)[1].strip()
+    assert extracted == _blocks()[1][1].strip()

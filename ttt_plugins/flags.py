@@ -16,6 +16,8 @@ PROGRAM = "ttt-plugins"
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser whose complaints look like every other error of the command line."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
 
@@ -80,6 +82,7 @@ def dataclass_from_args(args: argparse.Namespace, cls: type) -> Any:
 
 
 def key_value(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` -> its parts; the value is read as JSON, or is a plain word."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")

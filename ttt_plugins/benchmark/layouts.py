@@ -82,6 +82,7 @@ def open_compact(
     n_examples: int | None,
     labels: str | Path | None,
 ) -> CorruptionData:
+    """Check a folder of ``<corruption>.npz`` files; arguments and errors as for `open_dataset`."""
     file = _test_parquet(folder, labels)
     if file is None:
         raise DataError(
@@ -175,6 +176,7 @@ def open_robustbench(
     n_examples: int | None,
     labels: str | Path | None,
 ) -> CorruptionData:
+    """Check a folder in RobustBench's layout; arguments and errors as for `open_dataset`."""
     spec = DATASETS[dataset]
     bridge.import_robustbench()
     used = _enough(root / spec.folder, spec.rows, n_examples, "a cell")
