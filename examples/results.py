@@ -144,6 +144,27 @@ def time_to_accuracy(result: dict) -> tuple[float, float, float] | None:
     return sar, mgg, sar / mgg
 
 
+def summary(results: list[dict]) -> str:
+    """Markdown: one row a backbone."""
+    lines = [
+        "| backbone | images, seeds | source | batch statistics | Tent (lr) | SAR (lr) "
+        "| MGG (alpha) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        table, rates = averages(result), result["rates"]
+        cells = [result["backbone"], f"{result['n_examples']}, {len(result['seeds'])}"]
+        for method in ("source", "batch statistics", "tent", "sar", "mgg"):
+            if method not in table:
+                cells.append("–")
+                continue
+            mean, error = table[method]
+            text = f"{mean:.2f}" if method == "source" else f"{mean:.2f} ± {error:.2f}"
+            cells.append(text + (f" ({rates[method]:g})" if method in rates else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def report(results: list[dict]) -> str:
     """Markdown: averages, time to accuracy, and accuracies by corruption."""
     lines = []
@@ -201,7 +222,9 @@ def main(argv: list[str] | None = None) -> None:
         for backbone, path in zip(args.backbone, paths, strict=True):
             print(backbone, flush=True)
             measure(backbone, args.data, args.seeds, args.n_examples, args.batch_size, path)
-    print(report([json.loads(path.read_text()) for path in paths if path.is_file()]))
+    results = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    print(summary(results))
+    print(report(results))
 
 
 if __name__ == "__main__":

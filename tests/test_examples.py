@@ -41,6 +41,10 @@ def test_results_table(monkeypatch, tmp_path):
     assert results._accuracies(found, "tent", 1)[CORRUPTIONS[3]] == 100 * sum(right) / 12
     text = results.report([json.loads((tmp_path / "out.json").read_text())])
     assert text.count("\n| ") == 2 + len(CORRUPTIONS) + 1
+    row = results.summary([found]).splitlines()[-1].split(" | ")
+    assert row[0] == "| resnet26bn"
+    assert row[1] == "12, 2"
+    assert row[2] == f"{results.averages(found)['source'][0]:.2f}"
 
 
 def test_time_to_accuracy_by_hand():

@@ -87,7 +87,8 @@ class Adapter(nn.Module):
             except (RuntimeError, ValueError, AssertionError) as error:
                 expected = self.backbone.input_size
                 known = isinstance(error, (TTTError, torch.OutOfMemoryError))
-                if known or tuple(images.shape[1:]) == expected:
+                sizes = zip(expected, images.shape[1:], strict=True)
+                if known or all(e is None or e == size for e, size in sizes):
                     raise
                 raise InputError(
                     f"the model cannot take images of shape {tuple(images.shape[1:])}; it was "
@@ -115,7 +116,7 @@ class Adapter(nn.Module):
                     "the loss or its gradient was not finite: this update is skipped, the "
                     "prediction is returned; net.skipped_updates counts (warned once)",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             self.skipped_updates += 1
         return outcome.logits
@@ -204,6 +205,13 @@ class Adapter(nn.Module):
         """Back to the source, bit for bit; costs nothing but dropping the adapted tensors."""
         self._params = self._state = None
         self.batches = 0
+
+    def load_state_dict(self, *args, **kwargs):
+        """Refused: the weights are shared with the wrapped model, which is never written."""
+        raise InputError(
+            "an adapter shares its model's weights: load them into the model before wrapping it, "
+            "or use load_adaptation_state for what was adapted"
+        )
 
     def adaptation_state(self) -> dict[str, Tensor]:
         """Everything that changed since the source, as a flat dict of tensors to save."""

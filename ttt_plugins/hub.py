@@ -29,6 +29,7 @@ from .version import __version__
 __all__ = ["Artifact", "bundled_folder", "fingerprint", "list_bundled", "read", "write"]
 
 FORMAT_VERSION = 1
+_FILES = {"config.json", "model.safetensors", "README.md"}
 _PACKAGE = Path(__file__).parent
 
 
@@ -113,9 +114,11 @@ def write(folder: str | Path, artifact: Artifact) -> Path:
         ArtifactError: the folder holds something else, or the disk refuses.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise ArtifactError(f"{folder} is not empty and not an artifact; choose another folder")
-    aside = None
+    if folder.exists():
+        ours = folder.is_dir() and {p.name for p in folder.iterdir()} <= _FILES
+        if not ours:
+            raise ArtifactError(f"{folder} is not empty and not an artifact; choose another folder")
+    aside = old = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -127,14 +130,15 @@ def write(folder: str | Path, artifact: Artifact) -> Path:
         aside.chmod(0o755)  # temporary folders and their files are private; artifacts are not
         for file in aside.iterdir():
             file.chmod(0o644)
-        old = None
         if folder.exists():
             old = aside.with_name(aside.name + "-old")
             os.replace(folder, old)
         os.replace(aside, folder)
         if old is not None:
-            shutil.rmtree(old)
-    except (OSError, SafetensorError) as error:
+            shutil.rmtree(old, ignore_errors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if old is not None and old.exists() and not folder.exists():
+            os.replace(old, folder)
         raise ArtifactError(f"cannot write {folder}: {error}") from error
     finally:
         if aside is not None and aside.exists():

@@ -20,11 +20,12 @@ class Method:
     Attributes:
         name: as users type it.
         config: frozen dataclass of the method's fields.
-        build: ``(config, backbone, names, tensors) -> algorithm`` with ``init()`` and
-            ``adapt(params, state, images)``; None for a method that does not adapt.
-        default_artifact: ``backbone -> bundled name`` whose learned tensors `wrap` takes when it
-            is given none; None for methods that learn nothing beforehand.
-        citation: BibTeX-ready reference of the method's paper.
+        build: ``(config, backbone, source, tensors) -> algorithm`` with ``init()``,
+            ``adapt(params, state, images)`` and ``describe()``, where ``source`` are the
+            parameters that adapt; None for a method that does not adapt.
+        default_artifact: ``model -> bundled name`` whose learned tensors `wrap` takes when it is
+            given none; None for methods that learn nothing beforehand.
+        citation: reference of the method's paper.
     """
 
     name: str
@@ -73,7 +74,7 @@ def configure(config: Any, overrides: dict[str, Any]) -> Any:
     """``config`` with fields replaced.
 
     Raises:
-        InputError: a field does not exist, or its value has another type than the default's.
+        InputError: a field does not exist, or the config refuses its value.
     """
     fields = {f.name: f for f in dataclasses.fields(config)}
     for name in overrides:

@@ -76,8 +76,12 @@ def parameters(backbone: Backbone, names: Collection[str]) -> dict[str, Tensor]:
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Tensors -> one vector (n,), in the mapping's order."""
-    return torch.cat([t.reshape(-1) for t in tensors.values()])
+    """Tensors -> one vector (n,) of at least single precision, in the mapping's order.
+
+    In half precision the rules' squared gradients would underflow.
+    """
+    vector = torch.cat([t.reshape(-1) for t in tensors.values()])
+    return vector.to(torch.promote_types(vector.dtype, torch.float32))
 
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -150,12 +150,10 @@ class SharpnessAware:
         second = situation.evaluate(_move(params, direction, -self.radius), first)
         if not second.finite:
             return None
-        velocity = state["velocity"]
+        velocity, level = state["velocity"], state["level"]
         if second.kept.any():
             velocity = self.momentum * velocity + flatten(second.grads)
             params = _move(params, velocity, self.lr)
-        level = state["level"]
-        if second.kept.any():
             level = torch.where(level.isnan(), second.loss, 0.9 * level + 0.1 * second.loss)
         if level < self.recovery:
             return dict(situation.source), self.init(situation.source)

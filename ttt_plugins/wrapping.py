@@ -23,7 +23,7 @@ __all__ = ["from_pretrained", "save_pretrained", "wrap"]
 _OWN_WEIGHTS = "artifact"  # config["backbone"]["source"] when the weights are in the artifact
 
 
-def _timm_model(name: str, pretrained: bool) -> nn.Module:
+def _timm_model(name: str, pretrained: bool, seed: int | None) -> nn.Module:
     plain = name.split(":")[-1].split(".")[0]
     if ":" not in name and not timm.is_model(plain):
         close = difflib.get_close_matches(plain, timm.list_models(), 3)
@@ -32,7 +32,10 @@ def _timm_model(name: str, pretrained: bool) -> nn.Module:
             + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
         )
     try:
-        return timm.create_model(name, pretrained=pretrained)
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            return timm.create_model(name, pretrained=pretrained)
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(f"timm could not create {name!r}: {error}") from error
 
@@ -49,8 +52,17 @@ def _own_model(artifact: hub.Artifact, folder: Path) -> nn.Module:
     """The classifier whose weights an artifact carries."""
     config = artifact.config
     try:
+        if not timm.is_model(config["architecture"]):
+            raise ValueError(f"timm knows no {config['architecture']!r}")
+        # Named here, so that no artifact can pass them: they would fetch or unpickle files.
         model = timm.create_model(
-            config["architecture"], num_classes=config["num_classes"], **config["model_args"]
+            config["architecture"],
+            pretrained=False,
+            pretrained_cfg=None,
+            pretrained_cfg_overlay=None,
+            checkpoint_path="",
+            num_classes=config["num_classes"],
+            **config["model_args"],
         )
         model.load_state_dict(artifact.tensors, strict=True)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -69,11 +81,11 @@ def _check_fingerprint(model: nn.Module, backbone: dict, name: str, strict: bool
     )
     if strict:
         raise ArtifactError(message + "; pass strict_backbone=False to use it all the same")
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=3)
 
 
 def _load_model(
-    model: str | nn.Module, pretrained: bool, model_dir: str | Path
+    model: str | nn.Module, pretrained: bool, model_dir: str | Path, seed: int | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A module and where it came from, for a timm name, a zoo name, an artifact or a module."""
     if isinstance(model, nn.Module):
@@ -91,10 +103,13 @@ def _load_model(
                 f"{model} is an adapter without a model of its own; load it with "
                 f"from_pretrained({model!r})"
             )
-        kind = "bundled" if model.startswith("bundled:") else "folder"
-        return _own_model(artifact, folder), {"source": kind, "name": model}
-    origin = {"source": "timm", "name": model, "pretrained": pretrained}
-    return _timm_model(model, pretrained), origin
+        if model.startswith("bundled:"):
+            origin = {"source": "bundled", "name": model}
+        else:
+            origin = {"source": "folder", "name": str(folder.resolve())}
+        return _own_model(artifact, folder), origin
+    origin = {"source": "timm", "name": model, "pretrained": pretrained, "timm": timm.__version__}
+    return _timm_model(model, pretrained, seed), origin
 
 
 def _build(
@@ -169,7 +184,8 @@ def wrap(
         normalize: False when the model normalises by itself (RobustBench's do, which is known).
         pretrained: download timm's weights.
         device: where to put the adapter; the model stays where it is unless given.
-        seed: of everything random.
+        seed: of everything random, the weights of an untrained timm model included; without it
+            those come from torch's global generator.
         model_dir: where RobustBench keeps its checkpoints.
         tensors: what the method has learned beforehand (``"memory.<name>"`` for MGG), instead of
             a bundled artifact's.
@@ -185,7 +201,7 @@ def wrap(
     record = get_method(method)
     if not isinstance(normalize, bool):
         raise InputError(f"normalize must be True or False, got {normalize!r}")
-    module, origin = _load_model(model, pretrained, model_dir)
+    module, origin = _load_model(model, pretrained, model_dir, seed)
     if origin["source"] == "robustbench":
         normalize = False
     config = record.config() if isinstance(method, str) else method
@@ -196,7 +212,10 @@ def wrap(
         bundled = record.default_artifact(module)
         artifact = hub.read(hub.bundled_folder(bundled))
         tensors = _check_tensors(record, artifact.tensors, bundled)
-        tensors = {n: t for n, t in tensors.items() if not n.startswith("source.")}
+        made_for = artifact.config["backbone"].get("fingerprint")
+        if hub.fingerprint(module.state_dict()) != made_for:
+            # The optimizer fits any network, the source statistics only their own.
+            tensors = {n: t for n, t in tensors.items() if not n.startswith("source.")}
         if isinstance(method, str):
             config = _config_of(record, artifact.config, bundled)
     if params is not None:
@@ -264,7 +283,10 @@ def from_pretrained(
         module, origin = _own_model(artifact, folder), {"source": "folder", "name": name}
         if name.startswith("bundled:"):
             origin["source"] = "bundled"
-    elif backbone is not None or described.get("source") in ("bundled", "folder", "timm"):
+    elif backbone is not None or (
+        described.get("source") in ("bundled", "folder", "robustbench", "timm")
+        and isinstance(described.get("name"), str)
+    ):
         chosen = described["name"] if backbone is None else backbone
         module, origin = _load_model(chosen, bool(described.get("pretrained")), "models")
         _check_fingerprint(module, described, name, strict_backbone)

@@ -13,7 +13,9 @@ Deviations from the released code, and why:
 1. BatchNorm networks are compared at the inputs of their BatchNorms, in units of the running
    statistics, because every such network carries those and no clean images are needed.
 2. Feature maps are measured over batch and positions, class tokens over the batch as released.
-3. A batch of one has no deviation: then only the means are compared.
+3. A batch of one has no deviation: then only the means are compared. BatchNorm sees it with the
+   source's statistics.
+4. Outside block transformers four norms are compared, evenly spaced (`backbone._tapped_norms`).
 """
 
 from __future__ import annotations
@@ -75,16 +77,27 @@ def unlabelled_loss(config: MGG, backbone, source_statistics) -> Objective:
 
     compares = bool(config.discrepancy) and source_statistics is not None
     name = "mean entropy"
-    name += " + distance of the feature statistics" if compares else " (no source statistics)"
+    if compares:
+        name += " + distance of the feature statistics"
+    elif config.discrepancy:
+        name += " alone: no source statistics, so discrepancy is without effect; call "
+        name += "fit_source_statistics"
     return Objective(name, loss, compares)
 
 
 def build(config: MGG, backbone, source, tensors) -> Online:
-    slow = {n.removeprefix("memory."): t for n, t in tensors.items() if n.startswith("memory.")}
+    slow = {
+        n.removeprefix("memory."): t.to(torch.promote_types(t.dtype, torch.float32))
+        for n, t in tensors.items()
+        if n.startswith("memory.")
+    }
     statistics = None
     if "source.mean" in tensors:
         statistics = tensors["source.mean"], tensors["source.std"]
-        sizes = [max(p.numel() for p in m.parameters()) for m in backbone.tapped.values()]
+        sizes = [
+            getattr(m, "num_features", None) or max(p.numel() for p in m.parameters())
+            for m in backbone.tapped.values()
+        ]
         if any(t.shape != (sum(sizes),) for t in statistics):
             raise InputError(
                 f"source statistics of another network: {tuple(statistics[0].shape)} features, "

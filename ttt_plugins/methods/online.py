@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..backbone import Backbone
+from ..objectives import is_finite
+from ..scope import flatten
 from ..updates import Evaluation, Situation, Tensors, UpdateRule
 
 __all__ = ["Loss", "Online", "Outcome", "evaluate"]
@@ -111,5 +113,7 @@ class Online:
         moved = None
         if first.finite:
             moved = self.rule.step(params, state, first, Situation(again, self.source))
+        if moved is not None and not is_finite(flatten(moved[0])):
+            moved = None
         new_params, new_state = (params, state) if moved is None else moved
         return Outcome(first.logits, new_params, new_state, moved is None, passes)

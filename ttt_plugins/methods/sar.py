@@ -26,12 +26,13 @@ class SAR:
 
     Attributes:
         lr: learning rate of SGD. The paper: 1e-3 (ViT), 2.5e-4 (ResNet, batch 64).
-        momentum: of SGD, in [0, 1).
+        momentum: of SGD, in [0, 1].
         margin: samples count below this share of ln(classes), in [0, 1] (the paper's 0.4).
         radius: length of the ascent step (the paper's rho = 0.05).
         recovery: start over when the moving average of the filtered entropy falls under this
             many nats (the paper's 0.2).
-        skip_late: leave out the norms of the last stage or blocks, as the paper does.
+        skip_late: leave out the norms of the last stage or blocks, as the paper does; with
+            ``params="norm"`` only.
         statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"`` or ``"mix"``.
         prior: images the source statistics count for in ``"mix"``.
         params: what adapts unless `wrap` is told otherwise.

@@ -27,7 +27,7 @@ class Tent:
         lr: learning rate. The paper: 1e-3 with Adam on CIFAR; 2.5e-4 (BatchNorm, batch 64) or
             1e-3 (ViT) with SGD on ImageNet.
         optimizer: ``"adam"`` or ``"sgd"`` (momentum ``momentum``).
-        momentum: of SGD, in [0, 1).
+        momentum: of SGD, in [0, 1].
         statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"`` or ``"mix"``.
         prior: images the source statistics count for in ``"mix"``.
         params: what adapts unless `wrap` is told otherwise.

@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm.auto import tqdm
 
-from .. import gradient_memory
+from .. import gradient_memory, hub
 from ..adapter import Adapter
 from ..data import LabelledImages, to_float
 from ..errors import InputError
-from ..methods.online import Online, evaluate
+from ..methods.online import Loss, Objective, Online, evaluate
+from ..registry import check_number
 from ..updates import Situation
 from ..wrapping import wrap
 
@@ -37,7 +37,10 @@ __all__ = ["MGGRecipe", "stream_accuracy", "train_mgg", "untrained"]
 
 @dataclass(frozen=True)
 class MGGRecipe:
-    """How an optimizer is meta-trained; the defaults are the paper's.
+    """How an optimizer is meta-trained; the defaults are the paper's, with two exceptions.
+
+    The paper has 128 fixed images, here every epoch draws afresh from all there are; and ``grid``,
+    from which the step size is chosen, is ours.
 
     Attributes:
         epochs: passes; a checkpoint is written after each.
@@ -74,6 +77,13 @@ class MGGRecipe:
     validate_every: int = 1
     seed: int = 0
 
+    def __post_init__(self):
+        for name in ("epochs", "sequences", "length", "batch_size", "truncation"):
+            check_number(self, name, 1)
+        check_number(self, "validate_every", 1)
+        if not self.grid:
+            raise InputError("MGGRecipe.grid must hold at least one step size")
+
 
 def stream_accuracy(
     net: nn.Module, data: LabelledImages, batch_size: int = 64, seed: int = 0
@@ -109,13 +119,9 @@ def _judge(
     algorithm: Online, params: dict[str, Tensor], images: Tensor, labels: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy at ``params`` and its gradient: the labelled outer loss."""
-    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    logits = functional_call(algorithm.backbone, leaves, (images,))
-    loss = F.cross_entropy(logits, labels)
-    grads = torch.autograd.grad(
-        loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-    )
-    return loss.detach(), dict(zip(leaves, grads, strict=True))
+    judge = Objective("cross-entropy", lambda logits, *_: Loss(F.cross_entropy(logits, labels)))
+    found = evaluate(algorithm.backbone, judge, params, images)
+    return found.loss, found.grads
 
 
 def run_sequence(
@@ -138,6 +144,9 @@ def run_sequence(
     for images, labels in batches:
         images = to_float(images.to(device)).to(algorithm.backbone.dtype)
         first = evaluate(algorithm.backbone, algorithm.objective, params, images)
+        if not first.finite:
+            # Nothing after this is worth learning from; the next sequence starts afresh.
+            return dict(algorithm.source), losses
         if surrogate is not None:
             loss, grads = first.loss, first.grads
             if recipe.labelled:
@@ -150,8 +159,6 @@ def run_sequence(
                 surrogate, window = None, 0
                 params = {n: p.detach() for n, p in params.items()}
                 state = {n: t.detach() for n, t in state.items()}
-        if not first.finite:
-            break
         params, state = algorithm.rule.step(params, state, first, Situation(None, algorithm.source))
         surrogate = 0.0 if surrogate is None else surrogate
     if isinstance(surrogate, Tensor):
@@ -227,11 +234,19 @@ def train_mgg(
             scores[lr] = sum(stream_accuracy(trial, part) for part in data.values()) / len(data)
         return scores
 
+    made_by = {
+        "recipe": asdict(recipe),
+        "config": asdict(net.config),
+        "model": hub.fingerprint(net.backbone.source_state_dict()),
+    }
     params, log, first, best = source, [], 0, None
     if resume and checkpoint.is_file():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        if saved["recipe"] != asdict(recipe):
-            raise InputError(f"{checkpoint} was made by another recipe: {saved['recipe']}")
+        if saved["made_by"] != made_by:
+            raise InputError(
+                f"{checkpoint} was made by another recipe, method config or model: "
+                f"{saved['made_by']}"
+            )
         with torch.no_grad():
             for name, tensor in slow.items():
                 tensor.copy_(saved["slow"][name])
@@ -266,7 +281,7 @@ def train_mgg(
             "slow": {n: t.detach() for n, t in slow.items()},
             "optimizer": optimizer.state_dict(),
             "params": params,
-            "recipe": asdict(recipe),
+            "made_by": made_by,
             "log": log,
             "epoch": epoch + 1,
             "best": best,
