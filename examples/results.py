@@ -59,22 +59,47 @@ def run_stream(net, stream: LabelledImages, batch_size: int, seed: int) -> dict:
 
 
 def measure(
-    backbone: str, data: Path, seeds, n: int, batch_size: int, path: Path, tune_n=None
+    backbone: str,
+    data: Path,
+    seeds,
+    n: int,
+    batch_size: int,
+    path: Path,
+    tune_n=None,
+    resume=False,
 ) -> dict:
-    """Everything the table needs for one backbone; ``path`` is written after every seed."""
+    """Everything the table needs for one backbone; ``path`` is written after every seed.
+
+    With ``resume`` the learning rates are those an earlier run wrote there, and so are the seeds
+    it finished, if its streams were as long.
+    """
     model = f"bundled:source-{backbone}-cifar10"
-    tuning = {m: choose_rate(model, m, g, data, batch_size, tune_n) for m, g in GRIDS.items()}
+    stored = json.loads(path.read_text()) if resume and path.is_file() else None
+    if stored is not None:
+        tuning = {
+            m: {float(lr): score for lr, score in scores.items()}
+            for m, scores in stored["tuning"].items()
+        }
+    else:
+        tuning = {m: choose_rate(model, m, g, data, batch_size, tune_n) for m, g in GRIDS.items()}
     rates = {method: max(scores, key=scores.get) for method, scores in tuning.items()}
     nets = {"source": tp.wrap(model, "source")}
     if nets["source"].backbone.has_batch_norm:
         nets["batch statistics"] = tp.wrap(model, "source", statistics="batch")
     nets |= {method: tp.wrap(model, method, lr=lr) for method, lr in rates.items()}
     nets["mgg"] = tp.from_pretrained(f"bundled:mgg-{backbone}-cifar10")
+    if nets["mgg"].backbone.has_batch_norm:
+        # Part of MGG's advantage is its statistics; this says how much.
+        statistics_used = nets["mgg"].config.statistics
+        nets[f"tent, {statistics_used}"] = tp.wrap(
+            model, "tent", lr=rates["tent"], statistics=statistics_used
+        )
     result = {
         "backbone": backbone,
         "batch_size": batch_size,
         "seeds": [],
         "n_examples": n,
+        "tune_examples": tune_n,
         "tuning": {m: {f"{lr:g}": s for lr, s in v.items()} for m, v in tuning.items()},
         "rates": rates | {"mgg": nets["mgg"].config.lr},
         "threads": torch.get_num_threads(),
@@ -82,8 +107,12 @@ def measure(
         "versions": {"torch": torch.__version__, "ttt_plugins": tp.__version__},
         "streams": {},
     }
+    if stored is not None and (stored["n_examples"], stored["batch_size"]) == (n, batch_size):
+        result["streams"], result["seeds"] = stored["streams"], stored["seeds"]
     streams = result["streams"]
     for seed in seeds:
+        if seed in result["seeds"]:
+            continue
         for corruption in CORRUPTIONS:
             stream = load_stream(data, corruption, n_examples=n)
             for method, net in nets.items():
@@ -211,7 +240,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--n-examples", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--tune-examples", type=int, help="images of each extra corruption (default: all)"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--resume", action="store_true", help="learning rates and seeds of the run already in OUT"
+    )
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args(argv)
     paths = [args.out / f"online-{backbone}.json" for backbone in args.backbone]
@@ -221,7 +256,16 @@ def main(argv: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         for backbone, path in zip(args.backbone, paths, strict=True):
             print(backbone, flush=True)
-            measure(backbone, args.data, args.seeds, args.n_examples, args.batch_size, path)
+            measure(
+                backbone,
+                args.data,
+                args.seeds,
+                args.n_examples,
+                args.batch_size,
+                path,
+                args.tune_examples,
+                args.resume,
+            )
     results = [json.loads(path.read_text()) for path in paths if path.is_file()]
     print(summary(results))
     print(report(results))

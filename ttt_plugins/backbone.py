@@ -288,7 +288,7 @@ class Backbone(nn.Module):
         x = args[0]
         axes = (0, *range(2, x.ndim))
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        var, mean = torch.var_mean(x, axes, correction=0)
+        var, mean = _Moments.apply(x, axes, 0)
         share = self.prior / (self.prior + self._batch_size)
         mean = share * module.source_mean + (1 - share) * mean
         var = share * module.source_var + (1 - share) * var
