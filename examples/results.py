@@ -188,7 +188,8 @@ def summary(results: list[dict]) -> str:
                 cells.append("–")
                 continue
             mean, error = table[method]
-            text = f"{mean:.2f}" if method == "source" else f"{mean:.2f} ± {error:.2f}"
+            spread = method != "source" and len(result["seeds"]) > 1
+            text = f"{mean:.2f} ± {error:.2f}" if spread else f"{mean:.2f}"
             cells.append(text + (f" ({rates[method]:g})" if method in rates else ""))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
