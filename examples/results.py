@@ -89,10 +89,14 @@ def measure(
     nets |= {method: tp.wrap(model, method, lr=lr) for method, lr in rates.items()}
     nets["mgg"] = tp.from_pretrained(f"bundled:mgg-{backbone}-cifar10")
     if nets["mgg"].backbone.has_batch_norm:
-        # Part of MGG's advantage is its statistics; this says how much.
+        # Part of MGG's advantage is its statistics; this says how much,
+        # on both sides.
         statistics_used = nets["mgg"].config.statistics
         nets[f"tent, {statistics_used}"] = tp.wrap(
             model, "tent", lr=rates["tent"], statistics=statistics_used
+        )
+        nets["mgg, batch"] = tp.from_pretrained(
+            f"bundled:mgg-{backbone}-cifar10", statistics="batch"
         )
     result = {
         "backbone": backbone,

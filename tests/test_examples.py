@@ -35,8 +35,8 @@ def test_results_table(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "GRIDS", {"tent": (1e-3, 1e-2), "sar": (1e-3,)})
     found = results.measure("resnet26bn", Path(), [0, 1], 12, 6, tmp_path / "out.json")
     assert found["rates"].keys() == {"tent", "sar", "mgg"}
-    # source once, the five that see an order once a seed
-    assert len(found["streams"]) == len(CORRUPTIONS) * (1 + 5 * 2)
+    # source once, the six that see an order once a seed
+    assert len(found["streams"]) == len(CORRUPTIONS) * (1 + 6 * 2)
     right = found["streams"][f"tent/{CORRUPTIONS[3]}/1"]["right"]
     assert results._accuracies(found, "tent", 1)[CORRUPTIONS[3]] == 100 * sum(right) / 12
     text = results.report([json.loads((tmp_path / "out.json").read_text())])

@@ -126,8 +126,10 @@ class SharpnessAware:
     when the moving average of the filtered entropy (weight 0.9) falls under ``recovery``, the
     model has collapsed and everything starts again from the source.
 
-    Deviation from the released code: a batch in which no sample is reliable moves nothing (there
-    the mean over no samples is not a number).
+    Deviations from the released code:
+    1. A batch in which no sample is reliable moves nothing (there the mean over no samples is not
+       a number, and momentum still moves).
+    2. The moving average starts over with the recovery (there it survives it).
     """
 
     passes: ClassVar[int] = 2
