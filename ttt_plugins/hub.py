@@ -26,7 +26,16 @@ from torch import Tensor, nn
 from .errors import ArtifactError
 from .version import __version__
 
-__all__ = ["Artifact", "bundled_folder", "fingerprint", "list_bundled", "read", "write"]
+__all__ = [
+    "Artifact",
+    "bundled_folder",
+    "fingerprint",
+    "list_bundled",
+    "named_folder",
+    "read",
+    "read_named",
+    "write",
+]
 
 FORMAT_VERSION = 1
 _FILES = {"config.json", "model.safetensors", "README.md"}
@@ -72,6 +81,23 @@ def bundled_folder(name: str) -> Path:
     if name not in list_bundled():
         raise ArtifactError(f"nothing bundled is called {name!r}; there are {list_bundled()}")
     return _cards() / name
+
+
+def named_folder(name: str) -> Path | None:
+    """The folder that ``"bundled:<name>"`` or a path names, None when it is no artifact's."""
+    if name.startswith("bundled:"):
+        return bundled_folder(name.removeprefix("bundled:"))
+    folder = Path(name)
+    return folder if (folder / "config.json").is_file() else None
+
+
+def read_named(name: str) -> Artifact:
+    """Read the artifact that ``"bundled:<name>"`` or a folder names.
+
+    Raises:
+        ArtifactError: there is none, or it does not load.
+    """
+    return read(named_folder(name) or name)
 
 
 def read(folder: str | Path) -> Artifact:

@@ -40,14 +40,6 @@ def _timm_model(name: str, pretrained: bool, seed: int | None) -> nn.Module:
         raise InputError(f"timm could not create {name!r}: {error}") from error
 
 
-def _artifact_folder(name: str) -> Path | None:
-    """The folder a model name points to, None when it is not an artifact's name."""
-    if name.startswith("bundled:"):
-        return hub.bundled_folder(name.removeprefix("bundled:"))
-    folder = Path(name)
-    return folder if (folder / "config.json").is_file() else None
-
-
 def _own_model(artifact: hub.Artifact, folder: Path) -> nn.Module:
     """The classifier whose weights an artifact carries."""
     config = artifact.config
@@ -96,7 +88,7 @@ def _load_model(
         from .robustbench_bridge import load_zoo_model
 
         return load_zoo_model(model, model_dir), {"source": "robustbench", "name": model}
-    if (folder := _artifact_folder(model)) is not None:
+    if (folder := hub.named_folder(model)) is not None:
         artifact = hub.read(folder)
         if artifact.config["backbone"].get("source") != _OWN_WEIGHTS:
             raise InputError(
@@ -268,7 +260,7 @@ def from_pretrained(
         ArtifactError: the artifact is missing, damaged, or made for another classifier.
     """
     name = str(name)
-    folder = _artifact_folder(name)
+    folder = hub.named_folder(name)
     if folder is None:
         raise ArtifactError(
             f"{name!r} is neither a folder with a config.json nor bundled; bundled are "

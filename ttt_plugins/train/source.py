@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..data import LabelledImages, to_float
 from ..errors import InputError
+from ..hub import read_named
 from ..views import cutmix_, cutout_, random_crop, random_flip
 
 __all__ = ["SourceRecipe", "accuracy", "train_source"]
@@ -50,6 +51,8 @@ class SourceRecipe:
         patch_drop_until: share of the epochs, in [0, 1].
         ema: decay of the weights' moving average per step; the average is what is kept.
         autocast: compute in bfloat16 where the device does so.
+        init: artifact of the same architecture whose weights training starts from; fresh ones
+            unless given.
         seed: of initialisation, order and augmentation.
     """
 
@@ -69,6 +72,7 @@ class SourceRecipe:
     patch_drop_until: float = 0.8
     ema: float = 0.998
     autocast: bool = False
+    init: str = ""
     seed: int = 0
 
 
@@ -184,6 +188,12 @@ def train_source(
         raise InputError(
             f"timm could not create {recipe.arch!r} with {kwargs} ({error})"
         ) from error
+    if recipe.init:
+        start = read_named(recipe.init)
+        try:
+            model.load_state_dict(start.tensors)
+        except RuntimeError as error:
+            raise InputError(f"{recipe.init} does not fit {recipe.arch}: {error}") from error
     if train.images.shape[2] >= 32 and not recipe.patch_drop:
         model = model.to(memory_format=torch.channels_last)
     settings = timm.data.resolve_model_data_config(model)
