@@ -18,6 +18,7 @@ ROOMS = (
     "flags",
     "data",
     "networks",
+    "structure",
     "backbone",
     "scope",
     "views",

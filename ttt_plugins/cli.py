@@ -117,7 +117,7 @@ def _demo(args: argparse.Namespace) -> None:
 def _train_source(args: argparse.Namespace) -> None:
     from .data import EXTRA_ROWS, read_parquet
     from .train.source import SourceRecipe, train_source
-    from .wrapping import save_source
+    from .wrapping import save_with_model
 
     recipe = dataclass_from_args(args, SourceRecipe)
     device = _device(args.device)
@@ -128,7 +128,7 @@ def _train_source(args: argparse.Namespace) -> None:
     work = args.out.with_name(f"{args.out.name}-training")
     model, log = train_source(recipe, train, test, work, device=device, resume=args.resume)
     training = _training_record(args, recipe, device) | {"images": len(train), **log}
-    save_source(model, recipe.arch, recipe.model_args, args.out, training=training)
+    save_with_model(model, recipe.arch, recipe.model_args, args.out, training=training)
     print(f"the model is in {args.out}, the checkpoint of its training in {work}")
 
 

@@ -191,7 +191,7 @@ def train_source(
     if recipe.init:
         start = read_named(recipe.init)
         try:
-            model.load_state_dict(start.tensors)
+            model.load_state_dict(start.weights or {})
         except RuntimeError as error:
             raise InputError(f"{recipe.init} does not fit {recipe.arch}: {error}") from error
     if train.images.shape[2] >= 32 and not recipe.patch_drop:
