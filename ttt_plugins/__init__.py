@@ -23,7 +23,7 @@ from .errors import (
     TTTError,
 )
 from .hub import list_bundled
-from .methods import MGG, SAR, Source, Tent
+from .methods import MGG, SAR, TTT, Source, Tent
 from .registry import list_methods
 from .version import __version__
 from .wrapping import from_pretrained, wrap
@@ -31,6 +31,7 @@ from .wrapping import from_pretrained, wrap
 __all__ = [
     "MGG",
     "SAR",
+    "TTT",
     "Adapter",
     "ArtifactError",
     "DataError",

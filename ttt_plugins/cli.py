@@ -15,6 +15,7 @@ from torch import nn
 from . import hub
 from .errors import InputError, TTTError
 from .flags import PROGRAM, Parser, add_dataclass_flags, dataclass_from_args, key_value
+from .registry import configure
 
 __all__ = ["main"]
 
@@ -132,6 +133,55 @@ def _train_source(args: argparse.Namespace) -> None:
     print(f"the model is in {args.out}, the checkpoint of its training in {work}")
 
 
+def _train_ttt(args: argparse.Namespace) -> None:
+    from .data import EXTRA_ROWS, read_parquet
+    from .methods import TTT
+    from .train.ttt import HeadRecipe, JointRecipe, fit_rotation_head, train_joint
+    from .wrapping import save_with_model
+
+    device = _device(args.device)
+    # The last rows belong to MGG's meta-training, with whose results TTT's are compared.
+    train = read_parquet(args.data_dir / "train.parquet")[:-EXTRA_ROWS]
+    config = configure(TTT(), dict(args.set))
+    if args.freeze_trunk:
+        recipe = _recipe_of(args, HeadRecipe, JointRecipe, "--freeze-trunk")
+        if not args.model:
+            raise InputError("--freeze-trunk needs --model, the classifier that stays as it is")
+        net, log = fit_rotation_head(
+            args.model, train.images, recipe, config=config, device=device, model_dir=args.model_dir
+        )
+        training = _training_record(args, recipe, device) | {"images": len(train), **log}
+        net.save_pretrained(args.out, training=training)
+        print(f"the rotation head is in {args.out}")
+        return
+    if args.model:
+        raise InputError("--model belongs to --freeze-trunk; joint training takes --arch or --init")
+    recipe = dataclass_from_args(args, JointRecipe)
+    test = read_parquet(args.data_dir / "test.parquet")
+    work = args.out.with_name(f"{args.out.name}-training")
+    model, head, log = train_joint(recipe, train, test, work, device=device, resume=args.resume)
+    training = _training_record(args, recipe, device) | {"images": len(train), **log}
+    save_with_model(
+        model,
+        recipe.arch,
+        recipe.model_args,
+        args.out,
+        config=dataclasses.replace(config, split=recipe.split),
+        tensors=head,
+        training=training,
+    )
+    print(f"model and rotation head are in {args.out}, the checkpoint of their training in {work}")
+
+
+def _recipe_of(args: argparse.Namespace, cls: type, other: type, flag: str) -> object:
+    """The recipe ``flag`` asks for; typed flags that only the other recipe has are mistakes."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in sorted({f.name for f in dataclasses.fields(other)} - known):
+        if hasattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} has no meaning with {flag}")
+    return dataclass_from_args(args, cls)
+
+
 def _training_record(args: argparse.Namespace, recipe: object, device: str) -> dict:
     """What every trained artifact's config.json says of its making."""
     return {
@@ -231,12 +281,24 @@ def _add_fields(add) -> None:
 def _add_train(commands) -> None:
     from .train.mgg import MGGRecipe
     from .train.source import SourceRecipe
+    from .train.ttt import JointRecipe
 
     kinds = commands.add_parser("train", help="train what adapters are made of")
-    kinds = kinds.add_subparsers(required=True, metavar="source|mgg")
+    kinds = kinds.add_subparsers(required=True, metavar="source|ttt|mgg")
     add = kinds.add_parser("source", help="a classifier to adapt")
     add.set_defaults(run=_train_source)
     _add_training(add, "folder with train.parquet and test.parquet", SourceRecipe)
+    add = kinds.add_parser("ttt", help="a classifier with a rotation head, or the head alone")
+    add.set_defaults(run=_train_ttt)
+    add.add_argument(
+        "--freeze-trunk",
+        action="store_true",
+        help="train only a rotation head, on the classifier that --model names",
+    )
+    add.add_argument("--model", help="with --freeze-trunk: the classifier; what wrap takes")
+    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    _add_fields(add)
+    _add_training(add, "folder with train.parquet and test.parquet", JointRecipe)
     add = kinds.add_parser("mgg", help="MGG's optimizer, on corrupted images")
     add.set_defaults(run=_train_mgg)
     add.add_argument("--model", required=True, help="the classifier; what wrap takes")

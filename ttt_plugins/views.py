@@ -1,7 +1,9 @@
 """Random views of image batches, as batched tensor operations on the images' device.
 
-Every function takes (B, C, H, W) and draws from the ``torch.Generator`` it is given, so the
-same seed gives the same views.
+Two sources of chance. Training draws from a ``torch.Generator``. Methods that adapt to each image
+on its own draw from the image: `image_keys` turns an image and a seed into a number, `uniforms`
+turns that into as many uniform numbers as a view needs. So an image's views do not depend on the
+batch it came in, nor on the device, and no state has to be kept.
 """
 
 from __future__ import annotations
@@ -10,7 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cutmix_", "cutout_", "random_crop", "random_flip"]
+__all__ = [
+    "crop_and_flip",
+    "cutmix_",
+    "cutout_",
+    "image_keys",
+    "quarter_turns",
+    "random_crop",
+    "random_flip",
+    "uniforms",
+]
+
+# Constants of Steele, Lea & Flood's SplitMix64 (OOPSLA 2014), as signed 64-bit numbers.
+_GAMMA, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
 
 def _rand(shape, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -84,3 +98,64 @@ def cutmix_(
     partner = torch.randperm(b, generator=generator, device=generator.device).to(images.device)
     mixed = torch.where(mask, images[partner], images)
     return images.copy_(mixed), partner, 1 - mask.float().mean((1, 2, 3))
+
+
+# -- chance from the image -----------------------------------------------------------------
+
+
+def _scramble(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 tensors (products wrap, shifts are made logical)."""
+    for shift, factor in ((30, _MIX1), (27, _MIX2)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def image_keys(images: Tensor, seed: int) -> Tensor:
+    """(B, C, H, W) -> (B,) int64: a number for each image's bits and the seed."""
+    width = {8: torch.int64, 4: torch.int32, 2: torch.int16}[images.element_size()]
+    bits = images.contiguous().view(width).flatten(1).long()
+    place = torch.arange(1, bits.shape[1] + 1, device=bits.device) * _GAMMA
+    return _scramble((_scramble(bits ^ place)).sum(1) + _scramble(torch.tensor(seed)).item())
+
+
+def uniforms(keys: Tensor, shape: tuple[int, ...], salt: int = 0) -> Tensor:
+    """(B,) keys -> (B, *shape) numbers in [0, 1), other ones for every ``salt``."""
+    count = 1
+    for size in shape:
+        count *= size
+    place = torch.arange(1, count + 1, device=keys.device) * _GAMMA
+    salted = _scramble(keys ^ _scramble(torch.tensor(~salt)).item())
+    mixed = _scramble(salted[:, None] + place)
+    return (((mixed >> 40) & 0xFFFFFF).float() / (1 << 24)).view(-1, *shape)
+
+
+def crop_and_flip(images: Tensor, u: Tensor, padding: int) -> Tensor:
+    """K views of each image: zero-pad by ``padding``, cut the original size, maybe mirror.
+
+    Args:
+        images: (B, C, H, W).
+        u: (B, K, 3) uniform numbers: row, column, mirror (left-right below one half).
+
+    Returns:
+        (B, K, C, H, W).
+    """
+    b, _, h, w = images.shape
+    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
+    top, left = (u[..., :2] * (2 * padding + 1)).long().unbind(-1)
+    rows = top[..., None] + torch.arange(h, device=images.device)
+    cols = torch.arange(w, device=images.device).expand(*u.shape[:2], w)
+    cols = left[..., None] + torch.where(u[..., 2:] < 0.5, cols.flip(-1), cols)
+    batch = torch.arange(b, device=images.device).view(b, 1, 1, 1)
+    return padded[batch, rows[..., None], cols[..., None, :]].permute(0, 1, 4, 2, 3)
+
+
+def quarter_turns(images: Tensor, quarters: Tensor) -> Tensor:
+    """Rotate each square image (..., C, S, S) by its number of quarter turns, as ``torch.rot90``.
+
+    Args:
+        quarters: (...) integers in 0..3, counter-clockwise.
+    """
+    k = quarters[..., None, None, None]
+    turned = torch.where(k % 2 == 1, images.transpose(-1, -2), images)
+    turned = torch.where((k == 1) | (k == 2), turned.flip(-2), turned)
+    return torch.where((k == 2) | (k == 3), turned.flip(-1), turned)

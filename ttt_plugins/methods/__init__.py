@@ -4,5 +4,6 @@ from .mgg import MGG
 from .sar import SAR
 from .source import Source
 from .tent import Tent
+from .ttt import TTT
 
-__all__ = ["MGG", "SAR", "Source", "Tent"]
+__all__ = ["MGG", "SAR", "Source", "TTT", "Tent"]
