@@ -10,6 +10,7 @@ model.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,10 +22,14 @@ from .errors import InputError
 from .structure import (
     BATCH_NORMS,
     batch_norms,
+    channel_axis,
+    classifier_names,
+    fixed_norms,
+    inner,
     input_channels,
     pooled_features,
     share_structure,
-    tapped_norms,
+    tapped_modules,
 )
 
 __all__ = ["Backbone"]
@@ -61,6 +66,13 @@ class _Moments(torch.autograd.Function):
         return torch.addcmul((grad_mean / count).view(ctx.shape), slope, centred), None, None
 
 
+def _names_or_none(model: nn.Module) -> list[str]:
+    try:
+        return classifier_names(model)
+    except InputError:
+        return []
+
+
 class Backbone(nn.Module):
     """A classifier on images in [0, 1].
 
@@ -70,8 +82,14 @@ class Backbone(nn.Module):
         normalize: False when the model normalises its input itself.
         statistics: what BatchNorm layers use: ``"source"`` (running statistics), ``"batch"``, or
             ``"mix"``, the running statistics counted as ``prior`` images (Schneider et al. 2020,
-            arXiv 2006.16971, equation 1). Without effect on models without BatchNorm.
+            arXiv 2006.16971, equation 1). Without effect on models without BatchNorm, and on
+            layers whose statistics are frozen. One image alone has no batch statistics: with
+            ``"batch"``, and with ``"mix"`` and ``prior=0``, it is seen with the source's.
         prior: images that the source statistics count for in ``"mix"``.
+
+    Raises:
+        InputError: the model has no classifier (``num_classes=0``), or mean, std, normalize or
+            statistics do not fit.
     """
 
     def __init__(
@@ -88,12 +106,23 @@ class Backbone(nn.Module):
         if statistics not in ("source", "batch", "mix"):
             raise InputError(f"statistics must be source, batch or mix, got {statistics!r}")
         configured = bool(getattr(model, "pretrained_cfg", None))
+        _, network = inner(model)  # what a wrapper's size, classes and tokens are those of
+        self.num_classes: int | None = getattr(network, "num_classes", None)
+        if self.num_classes == 0:
+            raise InputError(
+                f"{type(network).__name__} was made without a classifier (num_classes=0), so it "
+                "has no logits; make it with num_classes=<number of classes>, or wrap a model "
+                "with the head of your own on top"
+            )
         self.model = share_structure(model).eval()
         settings = timm.data.resolve_model_data_config(model) if configured else {}
-        if configured:
-            self.input_size = tuple(settings["input_size"])
+        described = getattr(network, "pretrained_cfg", None)
+        if described:
+            self.input_size = tuple(timm.data.resolve_model_data_config(network)["input_size"])
         else:
             self.input_size = (input_channels(model), None, None)
+        #: Whether the model takes no images of another size.
+        self.fixed_size = bool((described or {}).get("fixed_input_size"))
         if not normalize and (mean is not None or std is not None):
             raise InputError("normalize=False and mean or std given: choose one of the two")
         mean = settings.get("mean") if mean is None else mean
@@ -122,7 +151,6 @@ class Backbone(nn.Module):
                     raise InputError(f"std must be positive, got {value.tolist()}")
                 value = value.view(-1, 1, 1).to(self.device, self.dtype)
                 self.register_buffer(name, value, persistent=False)
-        self.num_classes: int | None = getattr(model, "num_classes", None)
         self.statistics, self.prior = statistics, float(prior)
         self._batch_norms = list(batch_norms(self.model).values())
         for module in self._batch_norms:
@@ -131,8 +159,15 @@ class Backbone(nn.Module):
             module.register_buffer("source_var", module.running_var, persistent=False)
             if statistics == "mix":
                 module.register_forward_pre_hook(self._mix_statistics)
-        self.tapped = tapped_norms(self.model)
-        self._prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+        #: Norms that keep their source statistics whatever is chosen, by the name of their kind.
+        self.fixed_norms = Counter(type(m).__name__ for m in fixed_norms(self.model).values())
+        self._distilled = len(_names_or_none(self.model)) > 1
+        self.tapped = tapped_modules(self.model)
+        # Registers alone, without a class token, stand for nothing.
+        self._class_token = bool(
+            getattr(network, "num_prefix_tokens", 0)
+            and getattr(network, "cls_token", None) is not None
+        )
         self._record: list[tuple[Tensor, tuple[int, ...], nn.Module | None]] | None = None
         for module in self.tapped.values():
             if isinstance(module, BATCH_NORMS):
@@ -200,6 +235,8 @@ class Backbone(nn.Module):
             out = pooled_features(self.model, x) if pooled else self.model(x)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
+        if self._distilled and isinstance(out, (tuple, list)) and len({o.shape for o in out}) == 1:
+            out = sum(out) / len(out)  # the heads' average, as timm has it at inference
         if not isinstance(out, Tensor) or out.ndim != 2:
             what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             wanted = "features (B, D)" if pooled else "logits (B, classes)"
@@ -224,6 +261,8 @@ class Backbone(nn.Module):
         axes = (0, *range(2, x.ndim))
         shape = (1, -1) + (1,) * (x.ndim - 2)
         var, mean = _Moments.apply(x, axes, 0)
+        if not self.prior and self._batch_size == 1:
+            return (x,)  # nothing else to go by than the source
         share = self.prior / (self.prior + self._batch_size)
         mean = share * module.source_mean + (1 - share) * mean
         var = share * module.source_var + (1 - share) * var
@@ -246,13 +285,10 @@ class Backbone(nn.Module):
     def _tap_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if self._record is None:
             return
-        x = output
-        if x.ndim == 3 and self._prefix_tokens:
-            x = x[:, 0]
-        channels_first = x.ndim == 4 and not isinstance(module, nn.LayerNorm)
-        channels_first |= x.ndim == 4 and type(module).__name__.endswith("2d")
-        axes = (0, 2, 3) if channels_first else tuple(range(x.ndim - 1))
-        self._record.append((x, axes, None))
+        x, axis = output, channel_axis(module, output)
+        if self._class_token and x.ndim == 3 and axis == 2:
+            x, axis = x[:, 0], 1
+        self._record.append((x, tuple(i for i in range(x.ndim) if i != axis), None))
 
     @contextmanager
     def recording(self) -> Iterator[list]:
