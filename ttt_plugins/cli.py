@@ -173,6 +173,38 @@ def _train_ttt(args: argparse.Namespace) -> None:
     print(f"model and rotation head are in {args.out}, the checkpoint of their training in {work}")
 
 
+def _train_mt3(args: argparse.Namespace) -> None:
+    import os
+
+    from .data import EXTRA_ROWS, read_parquet
+    from .methods import MT3
+    from .train.mt3 import MT3Recipe, train_mt3
+    from .wrapping import save_with_model
+
+    recipe = dataclass_from_args(args, MT3Recipe)
+    device = _device(args.device)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    # The last rows belong to MGG's meta-training, with whose results MT3's are compared.
+    train = read_parquet(args.data_dir / "train.parquet")[:-EXTRA_ROWS]
+    config = configure(MT3(lr=recipe.inner_lr), dict(args.set))
+    work = args.out.with_name(f"{args.out.name}-training")
+    model, head, log = train_mt3(recipe, train, work, device=device, resume=args.resume)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    training = _training_record(args, recipe, device) | {"images": len(train), **log}
+    save_with_model(
+        model,
+        log["architecture"],
+        log["model_args"],
+        args.out,
+        config=config,
+        tensors=head,
+        training=training,
+    )
+    print(f"the meta-model is in {args.out}, the checkpoint of its training in {work}")
+
+
 def _recipe_of(args: argparse.Namespace, cls: type, other: type, flag: str) -> object:
     """The recipe ``flag`` asks for; typed flags that only the other recipe has are mistakes."""
     known = {f.name for f in dataclasses.fields(cls)}
@@ -280,11 +312,12 @@ def _add_fields(add) -> None:
 
 def _add_train(commands) -> None:
     from .train.mgg import MGGRecipe
+    from .train.mt3 import MT3Recipe
     from .train.source import SourceRecipe
     from .train.ttt import JointRecipe
 
     kinds = commands.add_parser("train", help="train what adapters are made of")
-    kinds = kinds.add_subparsers(required=True, metavar="source|ttt|mgg")
+    kinds = kinds.add_subparsers(required=True, metavar="source|ttt|mt3|mgg")
     add = kinds.add_parser("source", help="a classifier to adapt")
     add.set_defaults(run=_train_source)
     _add_training(add, "folder with train.parquet and test.parquet", SourceRecipe)
@@ -299,6 +332,10 @@ def _add_train(commands) -> None:
     add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
     _add_fields(add)
     _add_training(add, "folder with train.parquet and test.parquet", JointRecipe)
+    add = kinds.add_parser("mt3", help="a meta-model that one self-supervised step improves")
+    add.set_defaults(run=_train_mt3)
+    _add_fields(add)
+    _add_training(add, "folder with train.parquet", MT3Recipe)
     add = kinds.add_parser("mgg", help="MGG's optimizer, on corrupted images")
     add.set_defaults(run=_train_mgg)
     add.add_argument("--model", required=True, help="the classifier; what wrap takes")

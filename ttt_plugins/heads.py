@@ -2,7 +2,8 @@
 
 A head is a dict of tensors, built before anything adapts, so that it can be trained, saved and
 checked like the rest. The rotation head is a copy of the layers behind the split (``rest.<name>``)
-and a linear map to four classes (``head.weight``, ``head.bias``).
+and a linear map to four classes (``head.weight``, ``head.bias``). BYOL's projector and predictor
+are two linear layers each (``projector.in.weight`` … ``predictor.out.bias``).
 """
 
 from __future__ import annotations
@@ -18,9 +19,19 @@ from .errors import ArtifactError, InputError
 from .scope import call
 from .structure import feature_width, trunk
 
-__all__ = ["check_head", "init_linear", "init_rotation", "rest_tensors", "rotation_logits"]
+__all__ = [
+    "byol_shapes",
+    "check_head",
+    "init_byol",
+    "init_linear",
+    "init_rotation",
+    "project",
+    "rest_tensors",
+    "rotation_logits",
+]
 
 ROTATIONS = 4
+_BYOL_HIDDEN, _BYOL_OUT = 256, 128
 
 
 def rest_tensors(model: nn.Module, split: int | str) -> dict[str, Tensor]:
@@ -29,10 +40,9 @@ def rest_tensors(model: nn.Module, split: int | str) -> dict[str, Tensor]:
     owners = {name.rpartition(".")[0] for name in rest}
     named = {n: p.detach() for n, p in model.named_parameters() if n in set(rest)}
     for name, buffer in model.named_buffers():
-        # Persistent statistics alone: what a state_dict would hold.
-        if name.rpartition(".")[2] in ("running_mean", "running_var"):
-            if name.rpartition(".")[0] in owners:
-                named[name] = buffer.detach()
+        owner, _, kind = name.rpartition(".")
+        if owner in owners and kind in ("running_mean", "running_var"):
+            named[name] = buffer.detach()
     return named
 
 
@@ -72,6 +82,45 @@ def rotation_logits(
     rest = {n.removeprefix("rest."): t for n, t in head.items() if n.startswith("rest.")}
     features = call(backbone, params, images, pooled=True, replaced=rest)
     return F.linear(features, head["head.weight"], head["head.bias"])
+
+
+def byol_shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of projector and predictor on features of a given width.
+
+    Each is linear 256, ReLU, linear 128, without a norm (Bartler et al., arXiv 2103.16201).
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, inputs in (("projector", width), ("predictor", _BYOL_OUT)):
+        for layer, rows, columns in (
+            ("in", _BYOL_HIDDEN, inputs),
+            ("out", _BYOL_OUT, _BYOL_HIDDEN),
+        ):
+            shapes |= {f"{part}.{layer}.weight": (rows, columns), f"{part}.{layer}.bias": (rows,)}
+    return shapes
+
+
+def init_byol(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """An untrained projector and predictor for a model's pooled features.
+
+    Raises:
+        InputError: the width of the pooled features cannot be told.
+    """
+    width = feature_width(model)
+    if width is None:
+        raise InputError(f"the width of {type(model).__name__}'s pooled features is unknown")
+    tensors: dict[str, Tensor] = {}
+    for name, (rows, columns) in (
+        (n, s) for n, s in byol_shapes(width).items() if n.endswith("weight")
+    ):
+        layer = init_linear(columns, rows, generator)
+        tensors |= {f"{name.removesuffix('weight')}{n}": t for n, t in layer.items()}
+    return tensors
+
+
+def project(head: Mapping[str, Tensor], part: str, x: Tensor) -> Tensor:
+    """``part`` ("projector" or "predictor") on (N, D) -> (N, 128)."""
+    x = F.linear(x, head[f"{part}.in.weight"], head[f"{part}.in.bias"]).relu()
+    return F.linear(x, head[f"{part}.out.weight"], head[f"{part}.out.bias"])
 
 
 def check_head(
