@@ -36,7 +36,8 @@ def select(
     Args:
         params: ``"norm"`` (affine parameters of norm-like layers; in networks without norms the
             gains of their convolutions), ``"all"`` (every floating-point parameter), ``"lora"``
-            (weights of linear layers and 1x1 convolutions, the classifier's left out), a regular expression searched in the names, or a collection of names.
+            (weights of linear layers and 1x1 convolutions, the classifier's left out), a regular
+            expression searched in the names, or a collection of names.
         eligible: the method's own limits, names outside it are left out; None for no limits.
 
     Raises:
