@@ -106,11 +106,11 @@ class Backbone(nn.Module):
         if statistics not in ("source", "batch", "mix"):
             raise InputError(f"statistics must be source, batch or mix, got {statistics!r}")
         configured = bool(getattr(model, "pretrained_cfg", None))
-        _, network = inner(model)  # what a wrapper's size, classes and tokens are those of
-        self.num_classes: int | None = getattr(network, "num_classes", None)
+        _, network = inner(model)  # a wrapper's input size and tokens are this one's
+        self.num_classes: int | None = getattr(model, "num_classes", None)
         if self.num_classes == 0:
             raise InputError(
-                f"{type(network).__name__} was made without a classifier (num_classes=0), so it "
+                f"{type(model).__name__} was made without a classifier (num_classes=0), so it "
                 "has no logits; make it with num_classes=<number of classes>, or wrap a model "
                 "with the head of your own on top"
             )
@@ -161,6 +161,9 @@ class Backbone(nn.Module):
                 module.register_forward_pre_hook(self._mix_statistics)
         #: Norms that keep their source statistics whatever is chosen, by the name of their kind.
         self.fixed_norms = Counter(type(m).__name__ for m in fixed_norms(self.model).values())
+        self._untracked = sum(
+            isinstance(m, BATCH_NORMS) and m.running_mean is None for m in self.model.modules()
+        )
         self._distilled = len(_names_or_none(self.model)) > 1
         self.tapped = tapped_modules(self.model)
         # Registers alone, without a class token, stand for nothing.
@@ -244,6 +247,36 @@ class Backbone(nn.Module):
         if not pooled:
             self.num_classes = out.shape[1]
         return out
+
+    def describe(self) -> list[str]:
+        """Lines on preprocessing, input size, classes, and which statistics the norms use."""
+        if self.normalize:
+            rounded = [[round(v, 4) for v in t.flatten().tolist()] for t in (self.mean, self.std)]
+            preprocessing = f"(image - {rounded[0]}) / {rounded[1]}, inside"
+        else:
+            preprocessing = "none here; the model gets images in [0, 1]"
+        fixed = ", no other" if self.fixed_size else ""
+        if not self._batch_norms:
+            statistics = "the model has no BatchNorm with running statistics"
+        else:
+            statistics = {
+                "source": "source, for batches of any size",
+                "batch": "batch (a batch of one image uses the source's)",
+                "mix": f"mix (the source counts as {self.prior:g} images, a batch as its own)",
+            }[self.statistics]
+            if self.statistics == "mix" and not self.prior:
+                statistics += "; one image alone uses the source's"
+            statistics += f"; {len(self._batch_norms)} layers"
+        if self.fixed_norms:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in self.fixed_norms.items())
+            statistics += f"; {kinds} keep the source's whatever is chosen"
+        if self._untracked:
+            statistics += f"; {self._untracked} BatchNorm without any always use the batch's"
+        return [
+            f"preprocessing: {preprocessing}",
+            f"input: {self.input_size} (C, H, W){fixed}, classes: {self.num_classes}",
+            f"norm statistics: {statistics}",
+        ]
 
     # -- BatchNorm statistics ------------------------------------------------------------
 

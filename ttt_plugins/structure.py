@@ -21,6 +21,7 @@ __all__ = [
     "channels",
     "classifier_name",
     "classifier_names",
+    "describe_split",
     "feature_width",
     "fixed_norms",
     "gain_modules",
@@ -440,3 +441,17 @@ def trunk(model: nn.Module, split: int | str) -> tuple[list[str], list[str]]:
     # What follows the split's last one is rest.
     cut = max(i for i, n in enumerate(names) if n.startswith(f"{last}.")) + 1
     return names[:cut], names[cut:]
+
+
+def describe_split(model: nn.Module, split: int | str) -> str:
+    """A line on where the trunk ends and how much lies on either side."""
+    named = dict(model.named_parameters())
+    before, after = (sum(named[n].numel() for n in names) for names in trunk(model, split))
+    if split == "end":
+        return f"split: the trunk is everything but {', '.join(classifier_names(model))}"
+    found = stages(model)
+    last = found[split - 1] if isinstance(split, int) else split
+    return (
+        f"split: the trunk ends with {last!r} ({before:,} parameters; {after:,} between it and "
+        f"the classifier); stages: {', '.join(found)}"
+    )
