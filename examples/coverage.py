@@ -39,11 +39,12 @@ from ttt_plugins.views import image_keys
 
 CLASSES = 10
 SIZES = (64, 96, 128, 160, 192, 224, 256)
-#: Step sizes that move a random network visibly, SAR without its filter, few views an image.
+#: SAR without its filter, few views an image, and steps that gradients of random networks, which
+#: can be of any size, survive.
 FIELDS = {
     "sar": dict(lr=1e-1, margin=1.0, recovery=0.0),
-    "ttt": dict(lr=1e-5, steps=1, copies=1, chunk_size=2),
-    "mt3": dict(lr=1e-5, copies=1, chunk_size=2),
+    "ttt": dict(lr=1e-7, steps=1, copies=1, chunk_size=2),
+    "mt3": dict(lr=1e-7, copies=1, chunk_size=2),
 }
 #: Copies of the weights that exist at once at the worst moment of a row.
 _COPIES = 8
@@ -72,8 +73,11 @@ def _without_memory(build) -> nn.Module:
 
 
 def smallest_entrypoints() -> dict[str, str]:
-    """timm module -> its entrypoint with the fewest parameters, without building them in memory."""
-    found = {}
+    """timm module -> its entrypoint with the fewest parameters, the smallest first.
+
+    They are counted without building them in memory.
+    """
+    found, least = {}, {}
     for module in tqdm(timm.list_modules(), "smallest entrypoints"):
         sizes = {}
         for name in timm.list_models(module=module):
@@ -82,7 +86,8 @@ def smallest_entrypoints() -> dict[str, str]:
                 sizes[name] = sum(p.numel() for p in model.parameters())
         if sizes:
             found[module] = min(sizes, key=sizes.get)
-    return found
+            least[module] = sizes[found[module]]
+    return {module: found[module] for module in sorted(found, key=least.get)}
 
 
 def _zoo() -> dict[str, dict]:
@@ -168,6 +173,15 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, bool, Tensor]:
     return model, own, images[:2]
 
 
+def _images(n: int, channels: int, size: int, generator: torch.Generator) -> Tensor:
+    """Images in [0, 1] that differ in brightness, coarse structure and noise."""
+    level = torch.rand(n, channels, 1, 1, generator=generator)
+    coarse = torch.rand(n, channels, 4, 4, generator=generator)
+    coarse = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+    fine = torch.rand(n, channels, size, size, generator=generator)
+    return 0.4 * level + 0.4 * coarse + 0.2 * fine
+
+
 def _fitting_images(model: nn.Module, name: str, generator: torch.Generator) -> Tensor:
     """Four images of the smallest size the model takes, its own where it takes no other."""
     if name.startswith("robustbench:cifar"):
@@ -179,7 +193,7 @@ def _fitting_images(model: nn.Module, name: str, generator: torch.Generator) -> 
     fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size")
     sizes = [] if fixed else [s for s in SIZES if s < own[1]]
     for size in (*sizes, own[1]):
-        images = torch.rand(4, own[0], size, size, generator=generator)
+        images = _images(4, own[0], size, generator)
         try:
             with torch.no_grad():
                 out = model(images)
@@ -208,8 +222,8 @@ def _some_parameters(model: nn.Module) -> str | list[str]:
     return r"bias$" if any(n.endswith("bias") for n in names) else names[:1]
 
 
-def _moved(net: tp.Adapter, fresh: dict[str, Tensor], images: Tensor) -> tuple[int, int]:
-    """How many of the tensors that adapt have moved since ``fresh``, and how many there are.
+def _moved(net: tp.Adapter, fresh: dict[str, Tensor], images: Tensor) -> dict:
+    """How many of the tensors that adapt have moved since ``fresh``, of how many, and who not.
 
     Raises:
         AssertionError: something else has moved, or nothing has.
@@ -231,7 +245,8 @@ def _moved(net: tp.Adapter, fresh: dict[str, Tensor], images: Tensor) -> tuple[i
     heads = set(net.learned_tensors())
     assert changed.keys() - heads == named, "adapts other tensors than it says"
     assert any(changed.values()), "one step moved nothing"
-    return sum(changed.values()), len(changed)
+    still = sorted(n.removeprefix("model.") for n, moved in changed.items() if not moved)
+    return {"moved": [len(changed) - len(still), len(changed)], "still": still[:6]}
 
 
 def check(model: nn.Module, own: bool, images: Tensor, method: str) -> dict:
@@ -267,7 +282,7 @@ def check(model: nn.Module, own: bool, images: Tensor, method: str) -> dict:
     assert logits.shape == (len(images), classes), f"logits of shape {tuple(logits.shape)}"
     assert torch.isfinite(logits).all(), "logits are not finite"
     if method != "source":
-        found["moved"] = _moved(net, fresh, images)
+        found |= _moved(net, fresh, images)
     net.reset()
     assert _same(net.adaptation_state(), fresh), "reset is not the start"
     assert torch.equal(net(images), logits), "other logits after reset"

@@ -22,6 +22,7 @@ from .errors import InputError
 from .structure import (
     BATCH_NORMS,
     batch_norms,
+    caches,
     channel_axis,
     classifier_names,
     fixed_norms,
@@ -178,6 +179,7 @@ class Backbone(nn.Module):
                 module.register_forward_pre_hook(self._tap_input, prepend=True)
             else:
                 module.register_forward_hook(self._tap_output)
+        self._caches = caches(self.model)
         self._batch_size = 0
         self._use(statistics)
 
@@ -238,6 +240,8 @@ class Backbone(nn.Module):
             out = pooled_features(self.model, x) if pooled else self.model(x)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
+            for cache in self._caches:  # the next call comes with other parameters
+                cache.clear()
         if self._distilled and isinstance(out, (tuple, list)) and len({o.shape for o in out}) == 1:
             out = sum(out) / len(out)  # the heads' average, as timm has it at inference
         if not isinstance(out, Tensor) or out.ndim != 2:

@@ -17,6 +17,7 @@ from .errors import InputError
 
 __all__ = [
     "batch_norms",
+    "caches",
     "channel_axis",
     "channels",
     "classifier_name",
@@ -54,7 +55,23 @@ def share_structure(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach()
+    # A cache may hold tensors of a graph, which cannot be copied.
+    memo |= {id(cache): {} for cache in caches(model)}
     return copy.deepcopy(model, memo)
+
+
+def caches(model: nn.Module) -> list[dict]:
+    """Dicts in which modules keep what they computed from parameters in eval mode.
+
+    LeViT and its kin look attention biases up that way, for ever. With other parameters that is
+    the wrong value, and of a function's transform (``grad``, ``vmap``) not even a value.
+    """
+    return [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, dict) and name.endswith("cache") and not name.startswith("_")
+    ]
 
 
 def _sized(module: nn.Module) -> bool:
