@@ -15,11 +15,14 @@ import contextlib
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import statistics
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from unittest import mock
 
@@ -31,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 import ttt_plugins as tp
+from ttt_plugins.backbone import Backbone
 from ttt_plugins.heads import init_byol, init_rotation
 from ttt_plugins.registry import get_method
 from ttt_plugins.robustbench_bridge import import_robustbench, version
@@ -119,8 +123,12 @@ def _no_downloads() -> Iterator[None]:
 
 
 def _zoo_model(name: str) -> nn.Module:
+    entry = _zoo()[name]
+    dataset, _, plain = name.removeprefix("robustbench:").partition("/")
+    # What RobustBench's own load_model looks for first.
+    registered = f"{plain.lower().replace('-', '_')}_{dataset}_corruptions"
     with _no_downloads():
-        return _zoo()[name]["model"]()
+        return timm.create_model(registered) if timm.is_model(registered) else entry["model"]()
 
 
 def architectures() -> dict[str, str]:
@@ -128,8 +136,12 @@ def architectures() -> dict[str, str]:
     first: dict[str, str] = {}
     found = {}
     for name in tqdm(_zoo(), "RobustBench architectures"):
-        model = _without_memory(lambda name=name: _zoo_model(name))
-        heads = tuple(f"{n}." for n in classifier_names(model))
+        try:
+            model = _without_memory(lambda name=name: _zoo_model(name))
+            heads = tuple(f"{n}." for n in classifier_names(model))
+        except Exception:  # its row will say why
+            found[name] = name
+            continue
         shapes = [
             (n, type(model).__name__, tuple(p.shape[n.startswith(heads) :]))
             for n, p in model.named_parameters()
@@ -143,15 +155,20 @@ def architectures() -> dict[str, str]:
 # -- a model with weights on which everything shows ----------------------------------------------
 
 
-def build(name: str, seed: int = 0) -> tuple[nn.Module, bool, Tensor]:
-    """A random model, whether it normalises by itself, and two images of a size it takes.
+def build(name: str, seed: int = 0) -> nn.Module:
+    """A random model by name; timm's with ten classes."""
+    torch.manual_seed(seed)
+    if name.startswith("robustbench:"):
+        return _zoo_model(name)
+    return timm.create_model(name, num_classes=CLASSES)
+
+
+def prepare(model: nn.Module, name: str = "", seed: int = 0) -> Tensor:
+    """Give a random model weights that hide nothing; two images of the smallest size it takes.
 
     Nothing is left at a trivial value: constant parameters get noise, running statistics are those
     of a few images, and the classifier is scaled to logits of order one.
     """
-    torch.manual_seed(seed)
-    own = name.startswith("robustbench:")
-    model = _zoo_model(name) if own else timm.create_model(name, num_classes=CLASSES)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -170,7 +187,7 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, bool, Tensor]:
         for head in classifier_names(model):
             for p in model.get_submodule(head).parameters():
                 p.div_(spread)
-    return model, own, images[:2]
+    return images[:2]
 
 
 def _images(n: int, channels: int, size: int, generator: torch.Generator) -> Tensor:
@@ -189,7 +206,10 @@ def _fitting_images(model: nn.Module, name: str, generator: torch.Generator) -> 
     elif name.startswith("robustbench:"):
         own = (3, 224, 224)
     else:
-        own = timm.data.resolve_model_data_config(model)["input_size"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a model of no timm name says nothing of its input
+            own = Backbone(model).input_size
+        own = (own[0], own[1] or SIZES[0], own[2] or SIZES[0])
     fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size")
     sizes = [] if fixed else [s for s in SIZES if s < own[1]]
     for size in (*sizes, own[1]):
@@ -250,7 +270,7 @@ def _moved(net: tp.Adapter, fresh: dict[str, Tensor], images: Tensor) -> dict:
 
 
 def check(model: nn.Module, own: bool, images: Tensor, method: str) -> dict:
-    """One row: everything promised of ``method`` on ``model``.
+    """One row: everything promised of ``method`` on ``model``, which may normalise on its own.
 
     Raises:
         Exception: whatever fails; an AssertionError names a promise that was not kept.
@@ -337,13 +357,12 @@ def run_model(name: str, methods: list[str]) -> dict:
     """All rows of one model."""
     record: dict = {"rows": {}}
     try:
-        model = _without_memory(
-            lambda: _zoo_model(name) if ":" in name else timm.create_model(name, num_classes=10)
-        )
+        model = _without_memory(lambda: build(name))
         needed = _COPIES * sum(p.numel() * p.element_size() for p in model.parameters())
         if needed > _free_bytes():
             raise MemoryError(f"needs about {needed / 1e9:.0f} GB, more than is free")
-        model, own, images = build(name)
+        model = build(name)
+        images = prepare(model, name)
     except Exception as error:  # a model that cannot be made is a row with a reason
         return record | {"error": _reason(error)}
     record["parameters"] = sum(p.numel() for p in model.parameters())
@@ -353,12 +372,21 @@ def run_model(name: str, methods: list[str]) -> dict:
     for method in methods:
         start = time.perf_counter()
         try:
-            row = check(model, own, images, method)
+            row = check(model, name.startswith("robustbench:"), images, method)
         except Exception as error:  # the reason stands in the table
             row = {"error": _reason(error)}
         record["rows"][method] = row | {"seconds": time.perf_counter() - start}
         gc.collect()
     return record
+
+
+def _alone(name: str, methods: list[str]) -> dict:
+    """`run_model` in another process, which may be killed for its memory without harm to us."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(run_model, name, methods).result()
+        except BrokenProcessPool as error:
+            return {"rows": {}, "error": _reason(error)}
 
 
 def _reason(error: Exception) -> str:
@@ -371,8 +399,12 @@ def run(
     models: list[str] | None = None,
     limit: int | None = None,
     resume: bool = False,
+    isolated: bool = False,
 ) -> dict:
-    """Fill ``out`` with the results of all models, or of those named."""
+    """Fill ``out`` with the results of all models, or of those named.
+
+    ``isolated`` gives every model a process of its own, whose memory the next one gets back.
+    """
     results = json.loads(out.read_text()) if resume and out.is_file() else {}
     versions = {p: version(p) for p in ("torch", "timm", "robustbench", "ttt-plugins")}
     if results and results["versions"]["timm"] != versions["timm"]:
@@ -391,7 +423,7 @@ def run(
         done = results["models"].get(name, {"rows": {}})
         left = [m for m in methods if m not in done["rows"]]
         if left and "error" not in done:
-            new = run_model(name, left)
+            new = _alone(name, left) if isolated else run_model(name, left)
             results["models"][name] = done | new | {"rows": done["rows"] | new["rows"]}
         out.write_text(json.dumps(results, indent=1) + "\n")
     return results
@@ -477,7 +509,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args(argv)
     methods = args.methods or tp.list_methods()
-    results = run(args.out, methods, args.models, args.limit, args.resume)
+    results = run(args.out, methods, args.models, args.limit, args.resume, isolated=True)
     if args.report is not None:
         args.report.write_text(report(results))
 

@@ -26,11 +26,13 @@ from .structure import (
     channel_axis,
     classifier_names,
     fixed_norms,
+    image_size,
     inner,
     input_channels,
     pooled_features,
     share_structure,
     tapped_modules,
+    tied_parameters,
 )
 
 __all__ = ["Backbone"]
@@ -119,7 +121,8 @@ class Backbone(nn.Module):
         settings = timm.data.resolve_model_data_config(model) if configured else {}
         described = getattr(network, "pretrained_cfg", None)
         if described:
-            self.input_size = tuple(timm.data.resolve_model_data_config(network)["input_size"])
+            size = timm.data.resolve_model_data_config(network)["input_size"]
+            self.input_size = (size[0], *(image_size(network) or size[1:]))
         else:
             self.input_size = (input_channels(model), None, None)
         #: Whether the model takes no images of another size.
@@ -180,6 +183,8 @@ class Backbone(nn.Module):
             else:
                 module.register_forward_hook(self._tap_output)
         self._caches = caches(self.model)
+        #: Parameter -> the other modules' parameters that are the same one (tied weights).
+        self.tied = tied_parameters(self)
         self._batch_size = 0
         self._use(statistics)
 

@@ -163,9 +163,16 @@ def call(
         replaced: further parameters and buffers, by their names in the user's model.
     """
     tensors = {_PREFIX + n: t for n, t in (replaced or {}).items()}
-    return functional_call(
-        backbone, tensors | materialise(backbone, params), (images, pooled), strict=False
-    )
+    tensors |= materialise(backbone, params)
+    # functional_call's own ties would put a module's tensors back wrongly where that module is
+    # registered in several places: it exchanges them twice and restores the first exchange.
+    tensors |= {
+        n: tensors[first]
+        for first in backbone.tied
+        if first in tensors
+        for n in backbone.tied[first]
+    }
+    return functional_call(backbone, tensors, (images, pooled), tie_weights=False, strict=False)
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:

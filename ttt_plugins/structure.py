@@ -26,6 +26,7 @@ __all__ = [
     "feature_width",
     "fixed_norms",
     "gain_modules",
+    "image_size",
     "inner",
     "late_norms",
     "norm_modules",
@@ -34,6 +35,7 @@ __all__ = [
     "share_structure",
     "stages",
     "tapped_modules",
+    "tied_parameters",
     "trunk",
 ]
 
@@ -58,6 +60,25 @@ def share_structure(model: nn.Module) -> nn.Module:
     # A cache may hold tensors of a graph, which cannot be copied.
     memo |= {id(cache): {} for cache in caches(model)}
     return copy.deepcopy(model, memo)
+
+
+def tied_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """First name of each tied parameter -> its names in further modules.
+
+    A module that is registered in several places has its parameters once: those are no ties.
+    """
+    first: dict[int, str] = {}
+    seen, tied = set(), {}
+    for prefix, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            name = f"{prefix}.{own}" if prefix else own
+            if parameter is None or (id(module), own) in seen:
+                continue
+            seen.add((id(module), own))
+            start = first.setdefault(id(parameter), name)
+            if start != name:
+                tied.setdefault(start, []).append(name)
+    return tied
 
 
 def caches(model: nn.Module) -> list[dict]:
@@ -245,6 +266,18 @@ def channel_axis(module: nn.Module, x: Tensor) -> int:
 
 
 # -- classifier and pooled features ------------------------------------------------------------
+
+
+def image_size(model: nn.Module) -> tuple[int, int] | None:
+    """(H, W) that a network with position embeddings was made for, None if it does not say.
+
+    It need not be ``pretrained_cfg``'s: ``timm.create_model(name, img_size=64)``.
+    """
+    for module in (model, *model.children()):
+        size = getattr(module, "img_size", None)
+        if isinstance(size, (tuple, list)) and len(size) == 2:
+            return int(size[0]), int(size[1])
+    return None
 
 
 def input_channels(model: nn.Module) -> int:
