@@ -43,12 +43,12 @@ from ttt_plugins.views import image_keys
 
 CLASSES = 10
 SIZES = (64, 96, 128, 160, 192, 224, 256)
-#: SAR without its filter, few views an image, and steps that gradients of random networks, which
-#: can be of any size, survive.
+#: SAR without its filter, few views an image. A step of TTT or MT3 moves all weights at once, and
+#: gradients of random networks reach 1e9: what moves is told by the gradients, the step is tiny.
 FIELDS = {
     "sar": dict(lr=1e-1, margin=1.0, recovery=0.0),
-    "ttt": dict(lr=1e-7, steps=1, copies=1, chunk_size=2),
-    "mt3": dict(lr=1e-7, copies=1, chunk_size=2),
+    "ttt": dict(lr=1e-12, steps=1, copies=1, chunk_size=2),
+    "mt3": dict(lr=1e-12, copies=1, chunk_size=2),
 }
 #: Copies of the weights that exist at once at the worst moment of a row.
 _COPIES = 8
