@@ -158,12 +158,12 @@ def call(
 
     Args:
         params: adapted tensors; names that are no part of the model are passed over.
-        replaced: further parameters and buffers, by their names in the user's model.
+        replaced: parameters and buffers to use whatever ``params`` says, by their names in the
+            user's model.
     """
-    tensors = {_PREFIX + n: t for n, t in (replaced or {}).items()}
-    return functional_call(
-        backbone, tensors | materialise(backbone, params), (images, pooled), strict=False
-    )
+    tensors = materialise(backbone, params)
+    tensors |= {_PREFIX + n: t for n, t in (replaced or {}).items()}
+    return functional_call(backbone, tensors, (images, pooled))
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
