@@ -27,9 +27,10 @@ from ttt_plugins.benchmark import (
     run_benchmark,
 )
 from ttt_plugins.benchmark import output as output_module
-from ttt_plugins.benchmark.evaluate import to_unit
+from ttt_plugins.benchmark.execution import to_unit
 from ttt_plugins.benchmark.leaderboard import INELIGIBLE, model_info, unaggregated_csv
-from ttt_plugins.benchmark.protocols import plan, shuffled
+from ttt_plugins.benchmark.orders import shuffled
+from ttt_plugins.benchmark.protocols import plan
 from ttt_plugins.cli import main
 from ttt_plugins.data import LabelledImages
 from ttt_plugins.demo import Sample, compare, draw, load_sample
@@ -261,13 +262,14 @@ def test_mixed_stream_agrees_with_a_plain_loop():
 
 def test_every_protocol_meets_every_image_once():
     counts = {("fog", 1): 5, ("snow", 2): 3}
+    data = memory_data(counts)
     for protocol in PROTOCOLS:
         met = []
-        for stretch in plan(protocol, counts, 0):
+        for stretch in plan(protocol, data, 0):
             met += [(stretch.cells[part], row) for part, row in stretch.rows.tolist()]
         assert sorted(met) == sorted((cell, row) for cell, n in counts.items() for row in range(n))
     with pytest.raises(InputError, match="continual"):
-        plan("backwards", counts, 0)
+        plan("backwards", data, 0)
 
 
 def test_clean_accuracy_is_fresh_and_agrees_with_our_counting(robustbench):
@@ -302,7 +304,7 @@ def test_loss_is_the_mean_cross_entropy():
 def test_bytes_become_the_floats_that_robustbench_makes():
     values = torch.arange(256, dtype=torch.uint8)
     expected = torch.tensor(values.numpy().astype(np.float32) / 255)
-    assert torch.equal(to_unit(values, torch.device("cpu")), expected)
+    assert torch.equal(to_unit(values), expected)
 
 
 def test_shuffling_is_by_seed_and_absent_without():
@@ -528,7 +530,7 @@ def test_results_json(finished):
     names = sorted(path.name for path in out.iterdir())
     assert names == ["b_fake.json", "plot.png", "results.json", "unaggregated_results.csv"]
     found = json.loads((out / "results.json").read_text())
-    assert found["format_version"] == 1
+    assert found["format_version"] == 2
     assert found["settings"]["protocol"] == "reset-per-cell"
     assert found["settings"]["cells"] == {"fog 5": 10, "fog 1": 10, "snow 5": 12, "saturate 5": 9}
     assert found["settings"]["config"] == {"lr": 8.0, "params": ["shift"]}
@@ -629,7 +631,11 @@ def test_a_full_disk_leaves_what_was_there(finished, monkeypatch):
     monkeypatch.setattr(output_module.Path, "write_bytes", full)
     with pytest.raises(DataError, match="No space left"):
         run()
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    now = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert now == before
+    monkeypatch.undo()
+    run(resume=True)  # what was evaluated is not lost either
+    assert {path.name for path in out.iterdir()} == before.keys()
 
 
 def test_out_that_cannot_be_a_folder(tmp_path):
