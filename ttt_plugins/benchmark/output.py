@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,14 @@ def check_folder(file: Path, settings: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def locked(out: Path, shared: bool = False) -> Iterator[Callable[[], object]]:
+def locked(
+    out: Path, shared: bool = False, patience: float = 0.0
+) -> Iterator[Callable[[], object]]:
     """Make the folder if it is new and hold it against other runs; the system lets go of it with
     the process, however that ends.
 
-    Yields a function that lets others in who ask for a ``shared`` hold.
+    Waits up to ``patience`` seconds. Yields a function that lets others in who ask for a
+    ``shared`` hold.
 
     Raises:
         InputError: another run holds it, or it cannot be made.
@@ -84,12 +88,18 @@ def locked(out: Path, shared: bool = False) -> Iterator[Callable[[], object]]:
         return
     handle = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{out}: another run is writing into this folder") from error
-        except OSError:
-            pass  # a file system without locks
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() >= end:
+                    raise InputError(f"{out}: another run is writing into this folder") from error
+                time.sleep(0.05)
+                continue
+            except OSError:
+                pass  # a file system without locks
+            break
 
         def share() -> None:
             with contextlib.suppress(OSError):

@@ -37,9 +37,13 @@ def to_png(drawn, dpi: int = 120) -> bytes:
 
 
 def to_svg(drawn) -> str:
-    """A figure as an ``<svg>`` element to put into a page."""
+    """A figure as an ``<svg>`` element to put into a page; its text stays text."""
+    import matplotlib
+
     buffer = io.StringIO()
-    drawn.savefig(buffer, format="svg")
+    silent = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        drawn.savefig(buffer, format="svg", metadata=silent)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

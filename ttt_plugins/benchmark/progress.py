@@ -65,7 +65,11 @@ class Progress:
         """Start from nothing; errors as for `save`."""
         self.discard()  # what a process left that was killed while discarding
         content = json.dumps(header, indent=1, default=str).encode()
-        write_file(self._made(self.folder) / self.header.name, content)
+        try:
+            write_file(self._made(self.folder) / self.header.name, content)
+        except DataError:
+            self.discard()
+            raise
 
     def save(self, name: str, piece: int, outcome: Outcome, state: State | None) -> None:
         """Keep a finished piece, and the adapter's state behind it where more is to come.

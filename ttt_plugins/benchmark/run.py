@@ -188,7 +188,8 @@ def run_benchmark(
         else:
             run = worker.next_run()
             with worker.leader_first(f"{run}/begun") as leading:
-                share = held.enter_context(locked(out, shared=not leading))
+                # A process of ours may still be in the run before.
+                share = held.enter_context(locked(out, not leading, worker.lease))
                 if leading:
                     stored = _begin(out, settings, resume, overwrite)
                     share()

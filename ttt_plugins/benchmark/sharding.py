@@ -172,4 +172,7 @@ def worker_from_environment(lease: float = 60.0) -> Worker | None:
         store, rank, world_size = next(iter(found))
     except (RuntimeError, ValueError) as error:
         raise DistributedError(f"cannot join the other processes ({error})") from error
+    # The store may outlive processes that torchrun starts anew.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = distributed.PrefixStore(f"ttt_plugins/{attempt}", store)
     return Worker(store, rank, world_size, lease)
