@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from ..data import LabelledImages
 from ..errors import InputError
 from .batches import batches, gather
+from .calibration import calibration_error
 from .execution import Execution, peak_memory, reset_peak_memory
 from .protocols import Stretch
 from .records import CellRecord
 
-__all__ = ["Outcome", "calibration_error", "cell_records", "classify", "device_of", "join"]
+__all__ = ["Outcome", "cell_records", "classify", "device_of", "join"]
 __all__ += ["evaluate_cell"]
-
-#: Bins of the expected calibration error, as in Guo et al. (arXiv 1706.04599).
-ECE_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -113,24 +111,6 @@ def classify(
     after = (net.forwards, net.backwards, net.skipped_updates)
     counts = [b - a for a, b in zip(before, after, strict=True)]
     return Outcome(*tensors, seconds, *counts, peak_memory(device))
-
-
-def calibration_error(confidences: Tensor, right: Tensor) -> float:
-    """Expected calibration error in [0, 1]: |accuracy - mean confidence|, bin by bin.
-
-    Args:
-        confidences: (N,) probabilities of the predicted classes.
-        right: (N,) whether each prediction was right.
-
-    Fifteen bins of equal width, each weighed by its share of the images (Guo et al. 2017, arXiv
-    1706.04599, equation 3). NaN if a confidence is.
-    """
-    if confidences.isnan().any():
-        return float("nan")
-    places = (confidences * ECE_BINS).ceil().long().sub(1).clamp(0, ECE_BINS - 1)
-    gaps = right.double() - confidences.double()
-    sums = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, places, gaps)
-    return sums.abs().sum().item() / len(right)
 
 
 def cell_records(

@@ -21,7 +21,7 @@ class CellRecord:
         n: images.
         accuracy: share of right predictions, in [0, 1].
         loss: mean cross-entropy in nats.
-        ece: expected calibration error in [0, 1], see `evaluate.calibration_error`.
+        ece: expected calibration error in [0, 1], see `calibration.calibration_error`.
         seconds: wall time of adapting and predicting, data already in memory.
         forwards, backwards: passes of an image through the model, in either direction. Where
             cells are mixed in one stream, each has its images' share of time and passes.

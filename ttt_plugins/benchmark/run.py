@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,14 +14,15 @@ from .. import hub
 from .. import robustbench_bridge as bridge
 from ..errors import InputError
 from . import plots
+from .beginning import begin_run, join_run, read_results
 from .cells import DATASETS, CorruptionData
 from .evaluate import device_of
 from .execution import Execution
 from .leaderboard import leaderboard_files
-from .output import check_folder, locked, versions, write_files
+from .output import locked, write_files
 from .progress import UNFINISHED, Progress
 from .protocols import CONCENTRATION
-from .results import Results, finite
+from .results import Results
 from .sharding import Worker
 from .work import Work
 
@@ -35,54 +34,6 @@ def _weights(net: nn.Module) -> str | None:
     if not hasattr(net, "backbone"):
         return None
     return hub.fingerprint(net.backbone.source_state_dict() | net.learned_tensors())
-
-
-def _begin(out: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> Results | None:
-    """Make the results folder ready; the results in it if ``resume`` finds them finished.
-
-    Raises:
-        InputError: it holds another run, or an unfinished one that is not to be gone on with.
-    """
-    finished, unfinished = out / "results.json", Progress(out / UNFINISHED)
-    if overwrite:
-        unfinished.discard()
-    else:
-        check_folder(finished, settings)
-        check_folder(unfinished.header, settings)
-    if unfinished.header.exists():
-        if not resume:
-            raise InputError(
-                f"{out} holds an unfinished run; go on with it (--resume) or begin anew "
-                "(--overwrite)"
-            )
-        stored, now = json.loads(unfinished.header.read_text())["versions"], versions()
-        if odd := [f"{n} {stored[n]}, now {now[n]}" for n in stored if stored[n] != now[n]]:
-            raise InputError(
-                f"{out} was begun by other versions ({'; '.join(odd)}), whose figures may differ; "
-                "begin anew (--overwrite)"
-            )
-        return None
-    if resume and not overwrite and finished.exists():
-        return _read(finished)
-    unfinished.begin({"settings": finite(settings), "versions": versions()})
-    return None
-
-
-def _join(out: Path, settings: dict[str, Any]) -> Results | None:
-    """What `_begin` returned in the process that began; errors likewise."""
-    header = Progress(out / UNFINISHED).header
-    if header.exists():
-        check_folder(header, settings)
-        return None
-    check_folder(out / "results.json", settings)  # the others were done before this one came
-    return _read(out / "results.json")
-
-
-def _read(file: Path) -> Results:
-    try:
-        return Results.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is not a results.json of this version ({error})") from error
 
 
 def run_benchmark(
@@ -184,17 +135,17 @@ def run_benchmark(
     with contextlib.ExitStack() as held:
         if worker is None:
             held.enter_context(locked(out))
-            stored = _begin(out, settings, resume, overwrite)
+            stored = begin_run(out, settings, resume, overwrite)
         else:
             run = worker.next_run()
             with worker.leader_first(f"{run}/begun") as leading:
                 # A process of ours may still be in the run before.
                 share = held.enter_context(locked(out, not leading, worker.lease))
                 if leading:
-                    stored = _begin(out, settings, resume, overwrite)
+                    stored = begin_run(out, settings, resume, overwrite)
                     share()
                 else:
-                    stored = _join(out, settings)
+                    stored = join_run(out, settings)
         if stored is not None:
             return stored
         for each in nets:
@@ -204,4 +155,4 @@ def run_benchmark(
             finish()
         else:
             work.together(kept, worker, run, finish, progress)
-        return _read(out / "results.json")
+        return read_results(out / "results.json")

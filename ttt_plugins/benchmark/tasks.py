@@ -94,14 +94,10 @@ def run_task(
         progress.save(task.name, number, outcome, net.adaptation_state() if keep else None)
 
 
-def cell_records(
-    task: Task, progress: Progress, batch_size: int
-) -> tuple[list[CellRecord], int] | None:
-    """Records of a finished task's cells, and its skipped updates; None if it is not finished."""
+def cell_records(task: Task, progress: Progress, batch_size: int) -> tuple[list[CellRecord], int]:
+    """Records of a finished task's cells, and its skipped updates."""
     pieces = task.pieces(batch_size)
     outcomes = progress.outcomes(task.name, len(pieces))
-    if len(outcomes) < len(pieces):
-        return None
     records: list[CellRecord] = []
     for stretch in task.stretches:
         mine = [o for o, (s, _) in zip(outcomes, pieces, strict=True) if s is stretch]

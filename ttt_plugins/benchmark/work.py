@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,19 +12,17 @@ from tqdm.auto import tqdm
 from .. import robustbench_bridge as bridge
 from ..data import LabelledImages
 from ..errors import DistributedError
+from .assembly import describe_run, records_of_methods
 from .batches import Loader
 from .cells import CorruptionData
 from .evaluate import device_of
 from .execution import Execution, to_unit
-from .leaderboard import mean_corruption_error
 from .orders import shuffled
-from .output import machine, versions
 from .progress import Progress
-from .protocols import describe_order, plan, streams
-from .records import CellRecord, MethodRecord
+from .protocols import plan, streams
 from .results import Results
 from .sharding import Worker
-from .tasks import Task, cell_records, run_task
+from .tasks import Task, run_task
 
 __all__ = ["Work"]
 
@@ -164,40 +160,14 @@ class Work:
 
     def results(self, kept: Progress) -> Results:
         """Put the finished tasks together, in the order of the plan."""
-        cells: list[list[CellRecord]] = [[] for _ in self.nets]
-        skipped = [0 for _ in self.nets]
-        for task in self.tasks:
-            if task.stretches:
-                records, count = cell_records(task, kept, self.batch_size)
-                cells[task.method] += records
-                skipped[task.method] += count
-        short = re.split(r"[/:\\]", self.settings["model"].rstrip("/\\"))[-1]
-        methods = [
-            MethodRecord(
-                f"{short}_{net.method}",
-                net.method,
-                dataclasses.asdict(net.config),
-                net.describe(),
-                kept.value(f"method{i}-clean"),
-                skipped[i],
-                cells[i],
-            )
-            for i, net in enumerate(self.nets)
-        ]
-        protocol, seeds = self.settings["protocol"], self.settings["seeds"]
         clean = None if self.clean is None else len(self.clean)
-        circumstances = {
-            "order": describe_order(protocol, seeds, self.settings["concentration"]),
-            "data_note": self.data.note,
-            "clean": clean and {"n": clean, "by": "robustbench.utils.clean_accuracy"},
-            "versions": versions(),
-            "machine": machine(device_of(self.nets[0])),
-            "command": self.command,
-            "corruptions_mce": {
-                m.name: mean_corruption_error(m, self.settings["dataset"]) for m in methods
-            },
-        }
-        return Results(self.settings, circumstances, methods)
+        method_records = records_of_methods(
+            self.tasks, self.nets, kept, self.batch_size, self.settings["model"]
+        )
+        circumstances = describe_run(
+            self.settings, self.data, method_records, device_of(self.nets[0]), clean, self.command
+        )
+        return Results(self.settings, circumstances, method_records)
 
 
 def _title(task: Task) -> str:
