@@ -296,7 +296,9 @@ def test_pieces_without_a_header_are_nobodys(tmp_path):
         run(out, Stopping(9), protocol="continual", batch_size=5)
     # as if the process had been killed while it threw the run away
     (out / UNFINISHED / "run.json").unlink()
+    (out / ".results.json.123.tmp").write_text("half")
     assert figures(run(out, resume=True)) == figures(run(None))
+    assert names(out) == FILES
 
 
 # -- two runs, full disks, kill ----------------------------------------------------------

@@ -46,7 +46,7 @@ def folders(tmp_path_factory):
 
 def test_the_table_by_hand(folders):
     entries = read_entries([folders["fast"], folders["slow"]])
-    assert [entry.label for entry in entries] == ["b_source", "fast", "slow"]
+    assert [entry.label for entry in entries] == ["source", "fast", "slow"]
     table = {row[0]: row[1:] for row in rows(entries)}
     found = json.loads((folders["fast"] / "results.json").read_text())["methods"]
     fog = {1: [], 5: []}
@@ -67,11 +67,22 @@ def test_the_table_by_hand(folders):
     assert table["clean"] == ["-"] * 3
 
 
+def test_unadapted_models_that_differ_are_both_shown(folders, tmp_path):
+    stored = Results.from_json((folders["fast"] / "results.json").read_text())
+    worse = [dataclasses.replace(c, loss=c.loss + 1) for c in stored.methods[1].cells]
+    other = dataclasses.replace(stored.methods[1], name="c_source", cells=worse)
+    (tmp_path / "results.json").write_text(
+        dataclasses.replace(stored, methods=[stored.methods[0], other]).to_json()
+    )
+    labels = [entry.label for entry in read_entries([folders["fast"], tmp_path])]
+    assert labels == ["b_source", "c_source", "fast", tmp_path.name]
+
+
 def test_what_differs_is_said(folders):
     entries = read_entries([folders["fast"], folders["slow"]])
     (found,) = differences(entries)
     assert found == (
-        "protocol differs (b_source: reset-per-cell, fast: reset-per-cell, slow: continual)"
+        "protocol differs (source: reset-per-cell, fast: reset-per-cell, slow: continual)"
     )
     assert found in compare([folders["fast"], folders["slow"]])
 
@@ -79,7 +90,7 @@ def test_what_differs_is_said(folders):
 def test_only_common_cells_are_compared(folders):
     entries = read_entries([folders["fast"], folders["<one>"]])
     # The unadapted model of both is the same, on the common cells and in any order.
-    assert [entry.label for entry in entries] == ["b_source", "fast", "<one>"]
+    assert [entry.label for entry in entries] == ["source", "fast", "<one>"]
     assert [row[0] for row in rows(entries)][1:3] == ["fog", "mean"]
     text = compare([folders["fast"], folders["<one>"]])
     assert "only the 2 cells that all runs have are compared, of up to 3" in text
@@ -90,9 +101,9 @@ def test_runs_of_one_name_are_told_apart(folders, tmp_path):
     other = tmp_path / "fast"
     shutil.copytree(folders["fast"], other)
     labels = [entry.label for entry in read_entries([folders["fast"], other])]
-    assert labels == ["b_source", str(folders["fast"]), str(other)]
+    assert labels == ["source", str(folders["fast"]), str(other)]
     again = [entry.label for entry in read_entries([other, other])]
-    assert again == ["b_source", str(other), f"{other} (2)"]
+    assert again == ["source", str(other), f"{other} (2)"]
 
 
 def test_the_page_stands_alone(folders, tmp_path, capsys):

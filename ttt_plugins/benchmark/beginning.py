@@ -21,6 +21,8 @@ def begin_run(out: Path, settings: dict[str, Any], resume: bool, overwrite: bool
         InputError: it holds another run, or an unfinished one that is not to be gone on with.
     """
     finished, unfinished = out / "results.json", Progress(out / UNFINISHED)
+    for stray in out.glob(".*.tmp"):  # of a process killed while it wrote
+        stray.unlink(missing_ok=True)
     if overwrite:
         unfinished.discard()
     else:

@@ -74,8 +74,12 @@ def read_entries(folders: Sequence[str | Path]) -> list[Entry]:
             if position == 0:
                 adapted.append(Entry(str(path) if twice else name, run, cut))
             else:
-                key = (run.settings["model"], tuple(sorted(cut.accuracies().items())))
-                sources.setdefault(key, Entry(f"{method.name}", run, cut))
+                # One model wrapped by several methods has one unadapted row.
+                loss = round(fmean(cell.loss for cell in cells), 5)
+                key = (str(loss), tuple(sorted(cut.accuracies().items())))
+                sources.setdefault(key, Entry(method.method, run, cut))
+    if len(sources) > 1:
+        sources = {k: replace(e, label=e.method.name) for k, e in sources.items()}
     entries = [*sources.values(), *adapted]
     seen: dict[str, int] = {}
     for place, entry in enumerate(entries):
