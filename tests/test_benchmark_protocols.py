@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 from statistics import mean, stdev
 
 import numpy as np
@@ -432,6 +433,63 @@ def test_imagenet_3dcc_is_sixty_cells(robustbench, tmp_path):
     (root / "ImageNet-3DCC" / "flash" / "2").unlink()
     with pytest.raises(DataError, match="flash/2: no such folder"):
         open_dataset("imagenet3dcc", root, n_examples=2)
+
+
+def _imagenet(root, count):
+    """ImageNet-C with one cell and its first images: (folder of the cell, their names)."""
+    files = bridge.imagenet_test_files()
+    folder = root / "ImageNet-C" / "fog" / "5"
+    for name in {file.split("/")[0] for file in files}:
+        (folder / name).mkdir(parents=True)
+    for file in files[:count]:
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / file)
+    return folder, files
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f, files: (f / files[1]).unlink(), "no such file, one of the first 2 images"),
+        (lambda f, files: (f / files[-1]).parent.rmdir(), "n[0-9]+ is missing"),
+        (lambda f, files: (f / "n99999999").mkdir(), "n99999999 is not one of"),
+        (lambda f, files: f.rename(f.parent / "4"), "fog/5: no such folder"),
+        (lambda f, files: (f / files[1]).write_bytes(b"<html>"), "loader failed on .*fog"),
+        (lambda f, files: (f / files[0]).write_bytes((f / files[0]).read_bytes()[:-9]), "failed"),
+    ],
+)
+def test_imagenet_folders_that_cannot_be_used(spoil, message, robustbench, tmp_path, capsys):
+    folder, files = _imagenet(tmp_path, 2)
+    spoil(folder, files)
+    argv = ["benchmark", "resnet10t", "--method", "source", "--dataset", "imagenet"]
+    argv += ["--data-dir", str(tmp_path), "--corruption", "fog", "--severity", "5"]
+    out = tmp_path / "out"
+    assert main([*argv, "--n-examples", "2", "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.split("\r")[-1].strip().splitlines()
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    # A damaged picture is found when its cell is read; no result is written then either.
+    assert not list(out.glob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.full(10_000, 100), "integers from 0 to 99"),
+        (np.full(10_000, -1), "integers from 0 to 99"),
+        (np.zeros((10_000, 2), int), "must hold 10000 labels"),
+    ],
+)
+def test_cifar100_labels_that_cannot_be(labels, message, robustbench, tmp_path):
+    folder = tmp_path / "CIFAR-100-C"
+    folder.mkdir()
+    np.save(folder / "labels.npy", labels)
+    with pytest.raises(DataError, match=message):
+        open_dataset("cifar100", tmp_path, corruptions=["fog"])
+    np.save(folder / "labels.npy", np.full(50_000, 99))
+    shape = (50_000, 32, 32, 3)
+    np.lib.format.open_memmap(folder / "fog.npy", "w+", np.uint8, shape).flush()
+    data = open_dataset("cifar100", tmp_path, corruptions=["fog"], n_examples=2)
+    assert data.load(("fog", 1)).labels.tolist() == data.labels(("fog", 1)).tolist() == [99, 99]
 
 
 def _pretend(monkeypatch, robustbench, write):

@@ -29,7 +29,7 @@ def correlated(labels: Tensor, concentration: float, seed: int | None) -> Tensor
     Args:
         labels: (N,) int64.
         concentration: of the Dirichlet distribution, above 0: 0.1 gives slots of one or two
-            classes (the papers' setting), 100 nearly a shuffle of classes' blocks.
+            classes (the papers' setting), 100 nearly equal shares of all classes in every slot.
         seed: of ``numpy.random.RandomState``, whose draws no numpy version changes; None is 0.
 
     Raises:
