@@ -658,11 +658,11 @@ def test_saving_again_replaces(artifact, make_model, make_net):
 
 
 def test_a_source_artifact_round_trip(make_model, images, tmp_path):
-    from ttt_plugins.wrapping import save_source
+    from ttt_plugins.wrapping import save_with_model
 
     model = make_model("batchnorm")
     args = {"width": 8, "depth": 8}
-    folder = save_source(model, "ttt_resnet26_bn", args, tmp_path / "source")
+    folder = save_with_model(model, "ttt_resnet26_bn", args, tmp_path / "source")
     expected = tp.wrap(model, "source")(images(4))
     assert torch.equal(tp.from_pretrained(folder)(images(4)), expected)
     assert torch.equal(tp.wrap(str(folder), "source")(images(4)), expected)

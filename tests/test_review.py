@@ -10,7 +10,7 @@ import torch
 
 import ttt_plugins as tp
 from ttt_plugins.train.mgg import MGGRecipe
-from ttt_plugins.wrapping import save_source
+from ttt_plugins.wrapping import save_with_model
 
 
 class _Payload:
@@ -24,7 +24,7 @@ class _Payload:
 def test_model_args_cannot_make_timm_unpickle_a_file(make_model, tmp_path):
     model = make_model("groupnorm")
     args = {"width": 8, "depth": 8, "groups": 4}
-    folder = save_source(model, "ttt_resnet26", args, tmp_path / "source-x")
+    folder = save_with_model(model, "ttt_resnet26", args, tmp_path / "source-x")
     assert tp.wrap(str(folder), "source").num_classes == 10
     evil, marker = tmp_path / "evil.pth", tmp_path / "marker"
     evil.write_bytes(pickle.dumps(_Payload(marker)))

@@ -24,14 +24,16 @@ from .errors import (
     TTTError,
 )
 from .hub import list_bundled
-from .methods import MGG, SAR, Source, Tent
+from .methods import MGG, MT3, SAR, TTT, Source, Tent
 from .registry import list_methods
 from .version import __version__
 from .wrapping import from_pretrained, wrap
 
 __all__ = [
     "MGG",
+    "MT3",
     "SAR",
+    "TTT",
     "Adapter",
     "ArtifactError",
     "DataError",

@@ -37,7 +37,8 @@ class Adapter(nn.Module):
     Attributes:
         method: the method's name.
         config: the method's fields, a frozen dataclass.
-        skipped_updates: batches whose loss or gradient was not finite, so that nothing moved.
+        skipped_updates: updates that did not happen because the loss or its gradient was not
+            finite: batches, or images where each adapts on its own.
         forwards, backwards: images passed through the model so far, in either direction.
         batches: batches adapted to since the last reset.
     """
@@ -62,8 +63,8 @@ class Adapter(nn.Module):
         self._tensors = {n: t.detach().clone() for n, t in (tensors or {}).items()}
         self.names: list[str] = []
         if method.build is not None:
-            skip_late = getattr(config, "skip_late", False) and config.params == "norm"
-            self.names = scope.select(backbone, config.params, skip_late)
+            eligible = method.eligible(config, backbone) if method.eligible else None
+            self.names = scope.select(backbone, config.params, eligible)
         self.forwards = self.backwards = self.skipped_updates = self.batches = 0
         self._params: dict[str, Tensor] | None = None
         self._state: dict[str, Tensor] | None = None
@@ -107,8 +108,8 @@ class Adapter(nn.Module):
             outcome = algorithm.adapt(params, state, images)
         # Nothing above writes to the adapter: an error on the way leaves it as it was.
         self._params, self._state = outcome.params, outcome.state
-        self.forwards += outcome.passes * len(images)
-        self.backwards += outcome.passes * len(images)
+        self.forwards += outcome.forwards
+        self.backwards += outcome.backwards
         self.batches += 1
         if outcome.skipped:
             if not self.skipped_updates:
@@ -118,7 +119,7 @@ class Adapter(nn.Module):
                     RuntimeWarning,
                     stacklevel=5,
                 )
-            self.skipped_updates += 1
+            self.skipped_updates += outcome.skipped
         return outcome.logits
 
     def _check(self, images: Tensor) -> None:
@@ -163,9 +164,12 @@ class Adapter(nn.Module):
         """
         if self._record.build is None:
             return None
-        source = scope.parameters(self.backbone, self.names)
+        rank = 0
+        if self.config.params == "lora":
+            rank = getattr(self.config, "rank", scope.LORA_RANK)
+        source = scope.parameters(self.backbone, self.names, rank, self.seed)
         learned = self._tensors | (tensors or {})
-        return self._record.build(self.config, self.backbone, source, learned)
+        return self._record.build(self.config, self.backbone, source, learned, self.seed)
 
     def with_tensors(self, config: Any, tensors: dict[str, Tensor] | None = None) -> Adapter:
         """A new adapter on the same backbone with another config and some learned tensors."""
@@ -344,7 +348,7 @@ class Adapter(nn.Module):
         if self._params is not None:
             named = dict(plain.named_parameters())
             with torch.no_grad():
-                for name, value in self._params.items():
+                for name, value in scope.materialise(plain, self._params).items():
                     named[name].copy_(value)
         return plain.requires_grad_(True)
 

@@ -1,15 +1,14 @@
-"""What a classifier is: the only room that knows architectures.
+"""A classifier as the methods see it.
 
-``Backbone`` puts the normalisation in front of a model (images in [0, 1] in, logits out), reads
-its norm layers, and can record the features whose statistics MGG compares. It holds a structural
-copy of the user's model that shares its weights: no tensor is duplicated, and nothing done here
-(eval mode, BatchNorm on batch statistics, hooks, moving to a device) reaches the user's model.
+``Backbone`` puts the normalisation in front of a model (images in [0, 1] in, logits out), can
+return its pooled features, and can record the features whose statistics MGG compares. It holds a
+structural copy of the user's model that shares its weights: no tensor is duplicated, and nothing
+done here (eval mode, BatchNorm on batch statistics, hooks, moving to a device) reaches the user's
+model.
 """
 
 from __future__ import annotations
 
-import copy
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .structure import (
+    BATCH_NORMS,
+    batch_norms,
+    input_channels,
+    pooled_features,
+    share_structure,
+    tapped_norms,
+)
 
-__all__ = ["Backbone", "batch_norms", "late_norms", "norm_modules"]
-
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
-_NORM_NAME = re.compile(r"norm|affine|evo|filterresponse", re.IGNORECASE)
+__all__ = ["Backbone"]
 
 
 class _Moments(torch.autograd.Function):
@@ -55,80 +59,6 @@ class _Moments(torch.autograd.Function):
         count, free = ctx.counts
         slope = (grad_var * (2 / free)).view(ctx.shape)
         return torch.addcmul((grad_mean / count).view(ctx.shape), slope, centred), None, None
-
-
-def share_structure(model: nn.Module) -> nn.Module:
-    """Copy the module objects of ``model`` while sharing the storage of every tensor."""
-    memo: dict[int, object] = {}
-    for parameter in model.parameters():
-        # A Parameter object of its own: `.to()` rebinds our data, not the user's.
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach()
-    return copy.deepcopy(model, memo)
-
-
-def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Norm-like modules that own affine parameters, by name, in registration order.
-
-    Chosen by what a module is: its class is called a norm (or an affine layer that stands in for
-    one), and each parameter of its own varies along a single axis.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        own = [p for p in module._parameters.values() if p is not None]
-        if not own or not _NORM_NAME.search(type(module).__name__):
-            continue
-        if all(p.numel() == max(p.shape, default=1) for p in own):
-            found[name] = module
-    return found
-
-
-def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """BatchNorm layers (timm's fused norm-activations too) that carry running statistics."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BATCH_NORMS) and module.running_mean is not None
-    }
-
-
-def late_norms(model: nn.Module) -> set[str]:
-    """Names of the norms in the last quarter of the stages or blocks, and of all after them.
-
-    For a ViT with 12 blocks these are blocks 9-11 and the final norm, for a ResNet layer4: what
-    SAR leaves out. Models without timm's ``feature_info`` lose the last quarter of their norms.
-    """
-    norms = list(norm_modules(model))
-    info = getattr(model, "feature_info", None)
-    stages = [entry["module"] for entry in info] if isinstance(info, list) else []
-    if stages:
-        first = stages[-max(1, len(stages) // 4)] + "."
-        for position, name in enumerate(norms):
-            if name.startswith(first):
-                return set(norms[position:])
-    return set(norms[len(norms) - len(norms) // 4 :])
-
-
-def _tapped_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """The norms whose features are compared with the source (methods.md, section 3).
-
-    Block transformers: the first norm of every block but the first, and the final norm, as MGTTA
-    has it. Everything else: four norms evenly spaced from the first to the last (BatchNorms where
-    there are any, because each carries its source statistics): reading the features of all would
-    cost a good part of a step, and a step of MGG may cost no more than one of Tent.
-    """
-    norms = batch_norms(model)
-    if not norms:
-        norms = norm_modules(model)
-        starts = [n for n in norms if re.fullmatch(r"(.*\.)?blocks\.\d+\.norm1", n)]
-        if len(starts) > 1:
-            after = list(norms)[list(norms).index(starts[-1]) + 1 :]
-            final = [n for n in after if "blocks." not in n]
-            return {n: norms[n] for n in (*starts[1:], *final)}
-    names = list(norms)
-    places = {round(i * (len(names) - 1) / 3) for i in range(4)} if names else set()
-    return {n: norms[n] for i, n in enumerate(names) if i in places}
 
 
 class Backbone(nn.Module):
@@ -163,7 +93,7 @@ class Backbone(nn.Module):
         if configured:
             self.input_size = tuple(settings["input_size"])
         else:
-            self.input_size = (_input_channels(model), None, None)
+            self.input_size = (input_channels(model), None, None)
         if not normalize and (mean is not None or std is not None):
             raise InputError("normalize=False and mean or std given: choose one of the two")
         mean = settings.get("mean") if mean is None else mean
@@ -201,11 +131,11 @@ class Backbone(nn.Module):
             module.register_buffer("source_var", module.running_var, persistent=False)
             if statistics == "mix":
                 module.register_forward_pre_hook(self._mix_statistics)
-        self.tapped = _tapped_norms(self.model)
+        self.tapped = tapped_norms(self.model)
         self._prefix_tokens = getattr(model, "num_prefix_tokens", 0)
         self._record: list[tuple[Tensor, tuple[int, ...], nn.Module | None]] | None = None
         for module in self.tapped.values():
-            if isinstance(module, _BATCH_NORMS):
+            if isinstance(module, BATCH_NORMS):
                 # In front of the mixing hook, which rewrites the input.
                 module.register_forward_pre_hook(self._tap_input, prepend=True)
             else:
@@ -252,8 +182,11 @@ class Backbone(nn.Module):
         """Keep eval mode whatever is asked: an adapter means the same in both modes."""
         return super().train(False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> logits (B, classes)."""
+    def forward(self, images: Tensor, pooled: bool = False) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> logits (B, classes).
+
+        With ``pooled`` the features (B, D) in front of the classifier instead.
+        """
         self._batch_size = len(images)
         if self.statistics == "batch":
             # One image has no batch statistics to speak of: it is seen with the source's.
@@ -264,14 +197,16 @@ class Backbone(nn.Module):
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            logits = self.model(x)
+            out = pooled_features(self.model, x) if pooled else self.model(x)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InputError(f"the model must return logits (B, classes), it returned {what}")
-        self.num_classes = logits.shape[1]
-        return logits
+        if not isinstance(out, Tensor) or out.ndim != 2:
+            what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            wanted = "features (B, D)" if pooled else "logits (B, classes)"
+            raise InputError(f"the model must return {wanted}, it returned {what}")
+        if not pooled:
+            self.num_classes = out.shape[1]
+        return out
 
     # -- BatchNorm statistics ------------------------------------------------------------
 
@@ -362,10 +297,3 @@ class Backbone(nn.Module):
             firsts.append(first)
             seconds.append(x.square().sum(axes))
         return torch.cat(counts), torch.cat(firsts), torch.cat(seconds)
-
-
-def _input_channels(model: nn.Module) -> int:
-    for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            return module.in_channels
-    return 3

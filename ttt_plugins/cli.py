@@ -17,6 +17,7 @@ from torch import nn
 from . import hub
 from .errors import InputError, TTTError
 from .flags import PROGRAM, Parser, add_dataclass_flags, dataclass_from_args, key_value
+from .registry import configure
 
 __all__ = ["main"]
 
@@ -166,7 +167,7 @@ def _demo(args: argparse.Namespace) -> None:
 def _train_source(args: argparse.Namespace) -> None:
     from .data import EXTRA_ROWS, read_parquet
     from .train.source import SourceRecipe, train_source
-    from .wrapping import save_source
+    from .wrapping import save_with_model
 
     recipe = dataclass_from_args(args, SourceRecipe)
     device = _device(args.device)
@@ -177,8 +178,89 @@ def _train_source(args: argparse.Namespace) -> None:
     work = args.out.with_name(f"{args.out.name}-training")
     model, log = train_source(recipe, train, test, work, device=device, resume=args.resume)
     training = _training_record(args, recipe, device) | {"images": len(train), **log}
-    save_source(model, recipe.arch, recipe.model_args, args.out, training=training)
+    save_with_model(model, recipe.arch, recipe.model_args, args.out, training=training)
     print(f"the model is in {args.out}, the checkpoint of its training in {work}")
+
+
+def _train_ttt(args: argparse.Namespace) -> None:
+    from .data import EXTRA_ROWS, read_parquet
+    from .methods import TTT
+    from .train.ttt import HeadRecipe, JointRecipe, fit_rotation_head, train_joint
+    from .wrapping import save_with_model
+
+    device = _device(args.device)
+    # The last rows belong to MGG's meta-training, with whose results TTT's are compared.
+    train = read_parquet(args.data_dir / "train.parquet")[:-EXTRA_ROWS]
+    config = configure(TTT(), dict(args.set))
+    if args.freeze_trunk:
+        recipe = _recipe_of(args, HeadRecipe, JointRecipe, "--freeze-trunk")
+        if not args.model:
+            raise InputError("--freeze-trunk needs --model, the classifier that stays as it is")
+        net, log = fit_rotation_head(
+            args.model, train.images, recipe, config=config, device=device, model_dir=args.model_dir
+        )
+        training = _training_record(args, recipe, device) | {"images": len(train), **log}
+        net.save_pretrained(args.out, training=training)
+        print(f"the rotation head is in {args.out}")
+        return
+    if args.model:
+        raise InputError("--model belongs to --freeze-trunk; joint training takes --arch or --init")
+    recipe = dataclass_from_args(args, JointRecipe)
+    test = read_parquet(args.data_dir / "test.parquet")
+    work = args.out.with_name(f"{args.out.name}-training")
+    model, head, log = train_joint(recipe, train, test, work, device=device, resume=args.resume)
+    training = _training_record(args, recipe, device) | {"images": len(train), **log}
+    save_with_model(
+        model,
+        recipe.arch,
+        recipe.model_args,
+        args.out,
+        config=dataclasses.replace(config, split=recipe.split),
+        tensors=head,
+        training=training,
+    )
+    print(f"model and rotation head are in {args.out}, the checkpoint of their training in {work}")
+
+
+def _train_mt3(args: argparse.Namespace) -> None:
+    import os
+
+    from .data import EXTRA_ROWS, read_parquet
+    from .methods import MT3
+    from .train.mt3 import MT3Recipe, train_mt3
+    from .wrapping import save_with_model
+
+    recipe = dataclass_from_args(args, MT3Recipe)
+    device = _device(args.device)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    # The last rows belong to MGG's meta-training, with whose results MT3's are compared.
+    train = read_parquet(args.data_dir / "train.parquet")[:-EXTRA_ROWS]
+    config = configure(MT3(lr=recipe.inner_lr), dict(args.set))
+    work = args.out.with_name(f"{args.out.name}-training")
+    model, head, log = train_mt3(recipe, train, work, device=device, resume=args.resume)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    training = _training_record(args, recipe, device) | {"images": len(train), **log}
+    save_with_model(
+        model,
+        log["architecture"],
+        log["model_args"],
+        args.out,
+        config=config,
+        tensors=head,
+        training=training,
+    )
+    print(f"the meta-model is in {args.out}, the checkpoint of its training in {work}")
+
+
+def _recipe_of(args: argparse.Namespace, cls: type, other: type, flag: str) -> object:
+    """The recipe ``flag`` asks for; typed flags that only the other recipe has are mistakes."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in sorted({f.name for f in dataclasses.fields(other)} - known):
+        if hasattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} has no meaning with {flag}")
+    return dataclass_from_args(args, cls)
 
 
 def _training_record(args: argparse.Namespace, recipe: object, device: str) -> dict:
@@ -327,13 +409,30 @@ def _add_fields(add) -> None:
 
 def _add_train(commands) -> None:
     from .train.mgg import MGGRecipe
+    from .train.mt3 import MT3Recipe
     from .train.source import SourceRecipe
+    from .train.ttt import JointRecipe
 
     kinds = commands.add_parser("train", help="train what adapters are made of")
-    kinds = kinds.add_subparsers(required=True, metavar="source|mgg")
+    kinds = kinds.add_subparsers(required=True, metavar="source|ttt|mt3|mgg")
     add = kinds.add_parser("source", help="a classifier to adapt")
     add.set_defaults(run=_train_source)
     _add_training(add, "folder with train.parquet and test.parquet", SourceRecipe)
+    add = kinds.add_parser("ttt", help="a classifier with a rotation head, or the head alone")
+    add.set_defaults(run=_train_ttt)
+    add.add_argument(
+        "--freeze-trunk",
+        action="store_true",
+        help="train only a rotation head, on the classifier that --model names",
+    )
+    add.add_argument("--model", help="with --freeze-trunk: the classifier; what wrap takes")
+    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    _add_fields(add)
+    _add_training(add, "folder with train.parquet and test.parquet", JointRecipe)
+    add = kinds.add_parser("mt3", help="a meta-model that one self-supervised step improves")
+    add.set_defaults(run=_train_mt3)
+    _add_fields(add)
+    _add_training(add, "folder with train.parquet", MT3Recipe)
     add = kinds.add_parser("mgg", help="MGG's optimizer, on corrupted images")
     add.set_defaults(run=_train_mgg)
     add.add_argument("--model", required=True, help="the classifier; what wrap takes")

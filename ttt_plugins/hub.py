@@ -38,16 +38,28 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-_FILES = {"config.json", "model.safetensors", "README.md"}
+_FILES = {"config.json", "model.safetensors", "adapter.safetensors", "README.md"}
+
+#: ``config["backbone"]["source"]`` when the model's weights are in the artifact itself.
+OWN_WEIGHTS = "artifact"
 _PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """Contents of an artifact: the parsed ``config.json``, the tensors, and the card's text."""
+    """Contents of an artifact.
+
+    Attributes:
+        config: the parsed ``config.json``.
+        tensors: what the method has learned: in ``model.safetensors``, or in
+            ``adapter.safetensors`` where the former holds the model.
+        weights: the model's own ``state_dict``, None where the artifact names its model instead.
+        card: the text of ``README.md``.
+    """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    weights: dict[str, Tensor] | None = None
     card: str = ""
 
 
@@ -122,15 +134,23 @@ def read(folder: str | Path) -> Artifact:
     for key, kind in (("method", str), ("fields", dict), ("backbone", dict)):
         if not isinstance(config.get(key), kind):
             raise ArtifactError(f"{folder}/config.json: {key!r} must be a {kind.__name__}")
+    tensors, weights = _read_tensors(folder / "model.safetensors"), None
+    if config["backbone"].get("source") == OWN_WEIGHTS:
+        second = folder / "adapter.safetensors"
+        tensors, weights = _read_tensors(second) if second.is_file() else {}, tensors
+    card = folder / "README.md"
+    return Artifact(config, tensors, weights, card.read_text("utf-8") if card.is_file() else "")
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{folder}/model.safetensors cannot be read ({error})") from error
+        raise ArtifactError(f"{file} cannot be read ({error})") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{folder}/model.safetensors: {name!r} holds non-finite values")
-    card = folder / "README.md"
-    return Artifact(config, tensors, card.read_text("utf-8") if card.is_file() else "")
+            raise ArtifactError(f"{file}: {name!r} holds non-finite values")
+    return tensors
 
 
 def write(folder: str | Path, artifact: Artifact) -> Path:
@@ -150,8 +170,9 @@ def write(folder: str | Path, artifact: Artifact) -> Path:
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         text = json.dumps(artifact.config, indent=2, sort_keys=True, allow_nan=False)
         (aside / "config.json").write_text(text + "\n", encoding="utf-8")
-        tensors = {n: t.detach().cpu().contiguous() for n, t in artifact.tensors.items()}
-        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        for file, tensors in _tensor_files(artifact).items():
+            plain = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+            save_file(plain, aside / file, metadata={"format": "pt"})
         (aside / "README.md").write_text(artifact.card, encoding="utf-8")
         aside.chmod(0o755)  # temporary folders and their files are private; artifacts are not
         for file in aside.iterdir():
@@ -172,6 +193,13 @@ def write(folder: str | Path, artifact: Artifact) -> Path:
     return folder
 
 
+def _tensor_files(artifact: Artifact) -> dict[str, dict[str, Tensor]]:
+    if artifact.weights is None:
+        return {"model.safetensors": artifact.tensors}
+    files = {"model.safetensors": artifact.weights}
+    return files | ({"adapter.safetensors": artifact.tensors} if artifact.tensors else {})
+
+
 def common_config(method: str, config: Any, backbone: dict[str, Any]) -> dict[str, Any]:
     """The part of ``config.json`` that every artifact has."""
     return {
@@ -181,6 +209,14 @@ def common_config(method: str, config: Any, backbone: dict[str, Any]) -> dict[st
         "fields": dataclasses.asdict(config),
         "backbone": backbone,
     }
+
+
+_TIMM_KEYS = ("architecture", "num_classes", "num_features", "model_args", "pretrained_cfg")
+
+
+def timm_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a ``config.json`` that `timm_config` wrote."""
+    return {key: config[key] for key in _TIMM_KEYS if key in config}
 
 
 def timm_config(model: nn.Module, architecture: str, model_args: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from .errors import InputError
 
 __all__ = ["Method", "configure", "get_method", "list_methods", "register"]
@@ -20,19 +22,25 @@ class Method:
     Attributes:
         name: as users type it.
         config: frozen dataclass of the method's fields.
-        build: ``(config, backbone, source, tensors) -> algorithm`` with ``init()``,
+        build: ``(config, backbone, source, tensors, seed) -> algorithm`` with ``init()``,
             ``adapt(params, state, images)`` and ``describe()``, where ``source`` are the
             parameters that adapt; None for a method that does not adapt.
-        default_artifact: ``model -> bundled name`` whose learned tensors `wrap` takes when it is
-            given none; None for methods that learn nothing beforehand.
         citation: reference of the method's paper.
+        default_artifact: ``model -> bundled name`` whose learned tensors `wrap` takes when it is
+            given none; None where there is no such thing.
+        check: ``(config, backbone, tensors, where) -> tensors`` validates learned tensors by name,
+            shape and value; None for methods that learn nothing beforehand.
+        eligible: ``(config, backbone) -> names`` of the parameters that may adapt at all; None
+            for no limits.
     """
 
     name: str
     config: type
     build: Callable[..., Any] | None
-    default_artifact: Callable[..., str] | None
-    citation: str
+    citation: str = ""
+    default_artifact: Callable[..., str] | None = None
+    check: Callable[..., dict[str, Tensor]] | None = None
+    eligible: Callable[..., list[str]] | None = None
 
 
 _METHODS: dict[str, Method] = {}
@@ -94,6 +102,15 @@ def check_number(owner: object, name: str, low: float, high: float = float("inf"
         raise InputError(
             f"{type(owner).__name__}.{name} must be a number of at least {low:g}{upper}, "
             f"got {value!r}"
+        )
+
+
+def check_integer(owner: object, name: str, low: int) -> None:
+    """Raise `InputError` unless the field is an integer of at least ``low``."""
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise InputError(
+            f"{type(owner).__name__}.{name} must be an integer of at least {low}, got {value!r}"
         )
 
 

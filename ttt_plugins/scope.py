@@ -1,4 +1,8 @@
-"""Which tensors of a backbone adapt, and the flat vector an update rule sees them as."""
+"""Which tensors of a backbone adapt, and the flat vector an update rule sees them as.
+
+An adapted tensor is either a parameter of the model (``"model.<name>"``), or one factor of a
+low-rank change to one (``"lora.<name>.A"`` and ``".B"``). `call` runs the backbone on them.
+"""
 
 from __future__ import annotations
 
@@ -6,48 +10,62 @@ import re
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from .backbone import Backbone, late_norms, norm_modules
+from .backbone import Backbone
 from .errors import InputError
+from .structure import classifier_name, norm_modules
 
-__all__ = ["flatten", "select", "unflatten"]
+__all__ = ["call", "flatten", "materialise", "parameters", "select", "unflatten"]
 
 _PREFIX = "model."  # Backbone keeps the user's model under this name
+_LORA = "lora."
+
+#: Rank of low-rank changes where a method has no field of its own for it.
+LORA_RANK = 4
 
 
-def select(backbone: Backbone, params: str | Collection[str], skip_late: bool = False) -> list[str]:
+def select(
+    backbone: Backbone,
+    params: str | Collection[str],
+    eligible: Collection[str] | None = None,
+) -> list[str]:
     """Names (relative to the user's model) of the parameters that adapt.
 
     Args:
         params: ``"norm"`` (affine parameters of norm-like layers), ``"all"`` (every floating-point
-            parameter), a regular expression searched in the names, or a collection of names.
-        skip_late: leave out the norms of the last stage or blocks (SAR); with ``"norm"`` only.
+            parameter), ``"lora"`` (weights of linear layers and 1x1 convolutions, the classifier's
+            left out), a regular expression searched in the names, or a collection of names.
+        eligible: the method's own limits, names outside it are left out; None for no limits.
 
     Raises:
-        InputError: nothing was selected, a name does not exist, or the expression is malformed.
+        InputError: nothing was selected, a name does not exist or is outside the method's limits,
+            or the expression is malformed.
     """
     named = {n: p for n, p in backbone.model.named_parameters() if p.is_floating_point()}
     if isinstance(params, str):
         if params == "norm":
-            late = late_norms(backbone.model) if skip_late else set()
             chosen = {
                 f"{module}.{name}" if module else name
                 for module, layer in norm_modules(backbone.model).items()
-                if module not in late
                 for name in layer._parameters
             }
         elif params == "all":
             chosen = set(named)
+        elif params == "lora":
+            chosen = _matrices(backbone.model)
         else:
             try:
                 pattern = re.compile(params)
             except re.error as error:
                 raise InputError(
-                    f"params={params!r} is neither 'norm' nor 'all' nor a regular expression "
-                    f"({error})"
+                    f"params={params!r} is neither 'norm', 'all' nor 'lora' nor a regular "
+                    f"expression ({error})"
                 ) from error
             chosen = {n for n in named if pattern.search(n)}
+        if eligible is not None:
+            chosen &= set(eligible)
     else:
         try:
             chosen = set(params)
@@ -60,19 +78,92 @@ def select(backbone: Backbone, params: str | Collection[str], skip_late: bool = 
                 f"params: the model has no floating-point parameter {unknown[0]!r}; its first ones "
                 f"are {list(named)[:5]}"
             )
+        if eligible is not None and (outside := sorted(chosen - set(eligible))):
+            raise InputError(
+                f"params: {outside[0]!r} lies outside what this method adapts; the first it can "
+                f"are {list(eligible)[:5]}"
+            )
     names = [n for n in named if n in chosen]
     if not names:
+        known = [n for n in named if eligible is None or n in set(eligible)]
         raise InputError(
             f"params={params!r} selects nothing in {type(backbone.model).__name__}; pass "
-            f"params='all', a regular expression or names, such as {list(named)[:3]}"
+            f"params='all', a regular expression or names, such as {known[:3]}"
         )
     return names
 
 
-def parameters(backbone: Backbone, names: Collection[str]) -> dict[str, Tensor]:
-    """The backbone's own tensors under the names ``functional_call`` wants, without copying."""
+def _matrices(model: nn.Module) -> set[str]:
+    """Weights of linear layers and ungrouped 1x1 convolutions, but the classifier's."""
+    try:
+        classifier = classifier_name(model)
+    except InputError:
+        classifier = None
+    return {
+        f"{name}.weight"
+        for name, m in model.named_modules()
+        if name != classifier
+        and (
+            isinstance(m, nn.Linear)
+            or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1)
+        )
+    }
+
+
+def parameters(
+    backbone: Backbone, names: Collection[str], lora_rank: int = 0, seed: int = 0
+) -> dict[str, Tensor]:
+    """The tensors that adapt, at their start, under the names `call` wants.
+
+    The backbone's own tensors, not copied; or, with ``lora_rank``, the two factors of a change to
+    each: A (rank, inputs) drawn from ``seed``, B (outputs, rank) zero, so that the start is the
+    model itself. Source: Hu et al., LoRA, arXiv 2106.09685, section 4.1.
+    """
     named = dict(backbone.model.named_parameters())
-    return {_PREFIX + n: named[n].detach() for n in names}
+    if not lora_rank:
+        return {_PREFIX + n: named[n].detach() for n in names}
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name in names:
+        rows, columns = named[name].shape[:2]
+        rank = min(lora_rank, rows, columns)
+        a = torch.randn(rank, columns, generator=generator) / columns**0.5
+        factors[f"{_LORA}{name}.A"] = a.to(named[name])
+        factors[f"{_LORA}{name}.B"] = named[name].new_zeros(rows, rank)
+    return factors
+
+
+def materialise(backbone: Backbone, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adapted tensors -> the model's parameters that differ from its own, by their full names."""
+    whole = {n: t for n, t in params.items() if n.startswith(_PREFIX)}
+    factors = [n.removesuffix(".A") for n in params if n.startswith(_LORA) and n.endswith(".A")]
+    if factors:
+        named = dict(backbone.model.named_parameters())
+        for factor in factors:
+            name = factor.removeprefix(_LORA)
+            change = params[f"{factor}.B"] @ params[f"{factor}.A"]
+            weight = named[name].detach()
+            whole[_PREFIX + name] = weight + change.view(weight.shape)
+    return whole
+
+
+def call(
+    backbone: Backbone,
+    params: Mapping[str, Tensor],
+    images: Tensor,
+    pooled: bool = False,
+    replaced: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """The backbone's logits (B, classes), or pooled features (B, D), at ``params``.
+
+    Args:
+        params: adapted tensors; names that are no part of the model are passed over.
+        replaced: further parameters and buffers, by their names in the user's model.
+    """
+    tensors = {_PREFIX + n: t for n, t in (replaced or {}).items()}
+    return functional_call(
+        backbone, tensors | materialise(backbone, params), (images, pooled), strict=False
+    )
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -11,16 +11,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from . import cards, gradient_memory, hub
+from . import cards, hub
 from .adapter import Adapter
 from .backbone import Backbone
 from .errors import ArtifactError, InputError
 from .methods import Source
 from .registry import Method, configure, get_method
 
-__all__ = ["from_pretrained", "save_pretrained", "wrap"]
-
-_OWN_WEIGHTS = "artifact"  # config["backbone"]["source"] when the weights are in the artifact
+__all__ = ["from_pretrained", "save_pretrained", "save_with_model", "wrap"]
 
 
 def _timm_model(name: str, pretrained: bool, seed: int | None) -> nn.Module:
@@ -56,7 +54,7 @@ def _own_model(artifact: hub.Artifact, folder: Path) -> nn.Module:
             num_classes=config["num_classes"],
             **config["model_args"],
         )
-        model.load_state_dict(artifact.tensors, strict=True)
+        model.load_state_dict(artifact.weights, strict=True)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder} does not hold a model that loads: {error}") from error
     _check_fingerprint(model, config["backbone"], str(folder), strict=True)
@@ -78,19 +76,22 @@ def _check_fingerprint(model: nn.Module, backbone: dict, name: str, strict: bool
 
 def _load_model(
     model: str | nn.Module, pretrained: bool, model_dir: str | Path, seed: int | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A module and where it came from, for a timm name, a zoo name, an artifact or a module."""
+) -> tuple[nn.Module, dict[str, Any], hub.Artifact | None]:
+    """A module, where it came from, and the artifact it was in.
+
+    For a timm name, a zoo name, an artifact that carries a model, or a module.
+    """
     if isinstance(model, nn.Module):
-        return model, {"source": "module", "name": type(model).__name__}
+        return model, {"source": "module", "name": type(model).__name__}, None
     if not isinstance(model, str):
         raise InputError(f"model must be a name or an nn.Module, got {type(model).__name__}")
     if model.startswith("robustbench:"):
         from .robustbench_bridge import load_zoo_model
 
-        return load_zoo_model(model, model_dir), {"source": "robustbench", "name": model}
+        return load_zoo_model(model, model_dir), {"source": "robustbench", "name": model}, None
     if (folder := hub.named_folder(model)) is not None:
         artifact = hub.read(folder)
-        if artifact.config["backbone"].get("source") != _OWN_WEIGHTS:
+        if artifact.weights is None:
             raise InputError(
                 f"{model} is an adapter without a model of its own; load it with "
                 f"from_pretrained({model!r})"
@@ -99,9 +100,9 @@ def _load_model(
             origin = {"source": "bundled", "name": model}
         else:
             origin = {"source": "folder", "name": str(folder.resolve())}
-        return _own_model(artifact, folder), origin
+        return _own_model(artifact, folder), origin, artifact
     origin = {"source": "timm", "name": model, "pretrained": pretrained, "timm": timm.__version__}
-    return _timm_model(model, pretrained, seed), origin
+    return _timm_model(model, pretrained, seed), origin, None
 
 
 def _build(
@@ -110,6 +111,7 @@ def _build(
     config: Any,
     *,
     tensors: dict[str, Tensor],
+    where: str,
     origin: dict[str, Any],
     mean=None,
     std=None,
@@ -126,26 +128,13 @@ def _build(
             statistics=config.statistics,
             prior=config.prior,
         )
+        if record.check is not None:
+            tensors = record.check(config, backbone, tensors, where)
+        elif tensors:
+            raise ArtifactError(f"{where}: {record.name} learns no tensors, got {sorted(tensors)}")
+        tensors = {n: t.to(backbone.device, backbone.dtype) for n, t in tensors.items()}
         net = Adapter(backbone, record, config, tensors=tensors, origin=origin, seed=seed)
-        if net._tensors:
-            net._tensors = {
-                n: t.to(backbone.device, backbone.dtype) for n, t in net._tensors.items()
-            }
         return net.to(device) if device is not None else net
-
-
-def _check_tensors(record: Method, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The learned tensors of an MGG artifact, checked by name, shape and value."""
-    if record.name != "mgg":
-        if tensors:
-            raise ArtifactError(f"{name}: {record.name} learns no tensors, got {sorted(tensors)}")
-        return {}
-    memory = {n.removeprefix("memory."): t for n, t in tensors.items() if n.startswith("memory.")}
-    rest = {n: t for n, t in tensors.items() if not n.startswith("memory.")}
-    if rest and rest.keys() != {"source.mean", "source.std"}:
-        raise ArtifactError(f"{name}: unexpected tensors {sorted(rest)}")
-    checked = {f"memory.{n}": t for n, t in gradient_memory.check_slow(memory).items()}
-    return checked | rest
 
 
 def wrap(
@@ -193,23 +182,24 @@ def wrap(
     record = get_method(method)
     if not isinstance(normalize, bool):
         raise InputError(f"normalize must be True or False, got {normalize!r}")
-    module, origin = _load_model(model, pretrained, model_dir, seed)
+    module, origin, artifact = _load_model(model, pretrained, model_dir, seed)
     if origin["source"] == "robustbench":
         normalize = False
-    config = record.config() if isinstance(method, str) else method
-    if tensors is not None:
-        tensors = _check_tensors(record, tensors, "tensors")
-    elif record.default_artifact is not None:
+    config, where = record.config() if isinstance(method, str) else method, "tensors"
+    if tensors is None and artifact is not None and artifact.config["method"] == record.name:
+        tensors, where = artifact.tensors, str(model)
+        if isinstance(method, str):
+            config = _config_of(record, artifact.config, where)
+    elif tensors is None and record.default_artifact is not None:
         # A learned optimizer and its step size belong together, so a bare name takes both.
-        bundled = record.default_artifact(module)
-        artifact = hub.read(hub.bundled_folder(bundled))
-        tensors = _check_tensors(record, artifact.tensors, bundled)
-        made_for = artifact.config["backbone"].get("fingerprint")
-        if hub.fingerprint(module.state_dict()) != made_for:
+        where = record.default_artifact(module)
+        bundled = hub.read(hub.bundled_folder(where))
+        tensors = bundled.tensors
+        if hub.fingerprint(module.state_dict()) != bundled.config["backbone"].get("fingerprint"):
             # The optimizer fits any network, the source statistics only their own.
             tensors = {n: t for n, t in tensors.items() if not n.startswith("source.")}
         if isinstance(method, str):
-            config = _config_of(record, artifact.config, bundled)
+            config = _config_of(record, bundled.config, where)
     if params is not None:
         overrides["params"] = tuple(params) if isinstance(params, (list, set)) else params
     config = configure(config, overrides)
@@ -218,6 +208,7 @@ def wrap(
         record,
         config,
         tensors=tensors or {},
+        where=where,
         origin=origin,
         mean=mean,
         std=std,
@@ -269,18 +260,16 @@ def from_pretrained(
     artifact = hub.read(folder)
     config, described = artifact.config, artifact.config["backbone"]
     record = get_method(config["method"])
-    adapter = described.get("source") != _OWN_WEIGHTS
     fields = configure(_config_of(record, config, name), overrides)
-    if not adapter and backbone is None:
-        module, origin = _own_model(artifact, folder), {"source": "folder", "name": name}
-        if name.startswith("bundled:"):
-            origin["source"] = "bundled"
+    if artifact.weights is not None and backbone is None:
+        module = _own_model(artifact, folder)
+        origin = {"source": hub.OWN_WEIGHTS, "name": name, "timm": hub.timm_part(config)}
     elif backbone is not None or (
         described.get("source") in ("bundled", "folder", "robustbench", "timm")
         and isinstance(described.get("name"), str)
     ):
         chosen = described["name"] if backbone is None else backbone
-        module, origin = _load_model(chosen, bool(described.get("pretrained")), "models")
+        module, origin, _ = _load_model(chosen, bool(described.get("pretrained")), "models")
         _check_fingerprint(module, described, name, strict_backbone)
     else:
         raise ArtifactError(
@@ -291,7 +280,8 @@ def from_pretrained(
         module,
         record,
         fields,
-        tensors=_check_tensors(record, artifact.tensors if adapter else {}, name),
+        tensors=artifact.tensors,
+        where=name,
         origin=origin,
         mean=described.get("mean"),
         std=described.get("std"),
@@ -312,37 +302,58 @@ def save_pretrained(
     Args:
         training: how it was made; goes into ``config.json`` and the card.
     """
-    normal = net.backbone.normalize
-    backbone = net.origin | {
+    normal, state = net.backbone.normalize, net.backbone.source_state_dict()
+    backbone = {k: v for k, v in net.origin.items() if k != "timm"} | {
         "num_classes": net.num_classes,
         "normalize": normal,
         "mean": net.backbone.mean.flatten().tolist() if normal else None,
         "std": net.backbone.std.flatten().tolist() if normal else None,
-        "fingerprint": hub.fingerprint(net.backbone.source_state_dict()),
+        "fingerprint": hub.fingerprint(state),
     }
-    config = hub.common_config(net.method, net.config, backbone)
-    return _write(folder, config, net.learned_tensors(), training)
+    own = net.origin.get("timm")
+    if own is not None:
+        backbone["name"] = own["architecture"]
+    config = hub.common_config(net.method, net.config, backbone) | (own or {})
+    weights = None if own is None else state
+    return _write(folder, config, net.learned_tensors(), weights, training)
 
 
-def save_source(
+def save_with_model(
     model: nn.Module,
     architecture: str,
     model_args: dict[str, Any],
     folder: str | Path,
     *,
+    config: Any = None,
+    tensors: dict[str, Tensor] | None = None,
     training: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a trained timm classifier as a source artifact that is a timm repository too."""
+    """Write a trained timm classifier, and what a method learned with it, as one artifact.
+
+    The folder is a timm repository too: ``model.safetensors`` is the classifier alone.
+
+    Args:
+        config: the method's, `Source` unless given.
+        tensors: what the method learned.
+        training: as for `save_pretrained`.
+    """
+    config = Source() if config is None else config
     state = model.state_dict()
-    described = {"source": _OWN_WEIGHTS, "name": architecture}
+    described = {"source": hub.OWN_WEIGHTS, "name": architecture}
     described["fingerprint"] = hub.fingerprint(state)
-    config = hub.common_config("source", Source(), described)
-    config |= hub.timm_config(model, architecture, model_args)
-    return _write(folder, config, state, training)
+    written = hub.common_config(get_method(config).name, config, described)
+    written |= hub.timm_config(model, architecture, model_args)
+    return _write(folder, written, tensors or {}, state, training)
 
 
-def _write(folder: str | Path, config: dict, tensors: dict, training: dict | None) -> Path:
+def _write(
+    folder: str | Path,
+    config: dict,
+    tensors: dict[str, Tensor],
+    weights: dict[str, Tensor] | None,
+    training: dict | None,
+) -> Path:
     if training is not None:
         config["training"] = training
     card = cards.render(Path(folder).resolve().name, config)
-    return hub.write(folder, hub.Artifact(config, tensors, card))
+    return hub.write(folder, hub.Artifact(config, tensors, weights, card))

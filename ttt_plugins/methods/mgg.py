@@ -15,7 +15,7 @@ Deviations from the released code, and why:
 2. Feature maps are measured over batch and positions, class tokens over the batch as released.
 3. A batch of one has no deviation: then only the means are compared. BatchNorm sees it with the
    source's statistics.
-4. Outside block transformers four norms are compared, evenly spaced (`backbone._tapped_norms`).
+4. Outside block transformers four norms are compared, evenly spaced (`structure.tapped_norms`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..backbone import batch_norms, norm_modules
-from ..errors import InputError
+from .. import gradient_memory
+from ..errors import ArtifactError, InputError
 from ..objectives import entropy, feature_discrepancy
 from ..registry import Method, check_choice, check_number, register
+from ..structure import batch_norms, norm_modules
 from ..updates import GradientMemory
 from .online import Loss, Objective, Online
 
@@ -85,7 +87,7 @@ def unlabelled_loss(config: MGG, backbone, source_statistics) -> Objective:
     return Objective(name, loss, compares)
 
 
-def build(config: MGG, backbone, source, tensors) -> Online:
+def build(config: MGG, backbone, source, tensors, seed) -> Online:
     slow = {
         n.removeprefix("memory."): t.to(torch.promote_types(t.dtype, torch.float32))
         for n, t in tensors.items()
@@ -111,6 +113,15 @@ def build(config: MGG, backbone, source, tensors) -> Online:
     return Online(backbone, objective, GradientMemory(config.lr, slow), source)
 
 
+def check(config: MGG, backbone, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The optimizer's slow weights and, where there are any, the source's statistics."""
+    memory = {n.removeprefix("memory."): t for n, t in tensors.items() if n.startswith("memory.")}
+    rest = {n: t for n, t in tensors.items() if not n.startswith("memory.")}
+    if rest and rest.keys() != {"source.mean", "source.std"}:
+        raise ArtifactError(f"{where}: unexpected tensors {sorted(rest)}")
+    return {f"memory.{n}": t for n, t in gradient_memory.check_slow(memory).items()} | rest
+
+
 def default_artifact(model: torch.nn.Module) -> str:
     """The bundled optimizer trained on the network most like ``model``."""
     if batch_norms(model):
@@ -124,8 +135,9 @@ register(
         "mgg",
         MGG,
         build,
-        default_artifact,
         "Deng et al., Learning to Generate Gradients for Test-Time Adaptation via Test-Time "
         "Training Layers, AAAI 2025, arXiv:2412.16901",
+        default_artifact=default_artifact,
+        check=check,
     )
 )

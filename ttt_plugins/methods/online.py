@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ..backbone import Backbone
 from ..objectives import is_finite
-from ..scope import flatten
+from ..scope import call, flatten
 from ..updates import Evaluation, Situation, Tensors, UpdateRule
 
 __all__ = ["Loss", "Online", "Outcome", "evaluate"]
@@ -42,13 +41,18 @@ class Objective:
 
 
 class Outcome(NamedTuple):
-    """Result of adapting to one batch."""
+    """Result of adapting to one batch.
+
+    ``skipped`` counts updates that could not be made, ``forwards`` and ``backwards`` the images
+    that passed through the model.
+    """
 
     logits: Tensor
     params: Tensors
     state: Tensors
-    skipped: bool
-    passes: int
+    skipped: int
+    forwards: int
+    backwards: int
 
 
 def evaluate(
@@ -63,10 +67,10 @@ def evaluate(
     with torch.enable_grad():
         if objective.needs_features:
             with backbone.recording() as features:
-                logits = functional_call(backbone, leaves, (images,))
+                logits = call(backbone, leaves, images)
         else:
             features = []
-            logits = functional_call(backbone, leaves, (images,))
+            logits = call(backbone, leaves, images)
         loss = objective.loss(logits, features, first)
         grads = torch.autograd.grad(
             loss.value, list(leaves.values()), allow_unused=True, materialize_grads=True
@@ -116,4 +120,5 @@ class Online:
         if moved is not None and not is_finite(flatten(moved[0])):
             moved = None
         new_params, new_state = (params, state) if moved is None else moved
-        return Outcome(first.logits, new_params, new_state, moved is None, passes)
+        seen = passes * len(images)
+        return Outcome(first.logits, new_params, new_state, int(moved is None), seen, seen)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ..objectives import entropy, reliable
 from ..registry import Method, check_choice, check_number, register
+from ..structure import late_norms
 from ..updates import SharpnessAware
 from .online import Loss, Objective, Online
 
@@ -59,7 +60,7 @@ class SAR:
         check_number(self, "prior", 0)
 
 
-def build(config: SAR, backbone, source, tensors) -> Online:
+def build(config: SAR, backbone, source, tensors, seed) -> Online:
     def filtered_entropy(logits, features, first) -> Loss:
         entropies = entropy(logits)
         kept = reliable(entropies.detach(), logits.shape[1], config.margin)
@@ -72,13 +73,20 @@ def build(config: SAR, backbone, source, tensors) -> Online:
     return Online(backbone, objective, rule, source)
 
 
+def eligible(config: SAR, backbone) -> list[str]:
+    """Everything but the late norms, which SAR leaves where they are."""
+    late = late_norms(backbone.model) if config.skip_late and config.params == "norm" else set()
+    named = (n for n, _ in backbone.model.named_parameters())
+    return [n for n in named if n.rpartition(".")[0] not in late]
+
+
 register(
     Method(
         "sar",
         SAR,
         build,
-        None,
         "Niu et al., Towards Stable Test-Time Adaptation in Dynamic Wild World, ICLR 2023, "
         "arXiv:2302.12400",
+        eligible=eligible,
     )
 )

@@ -27,4 +27,4 @@ class Source:
         check_number(self, "prior", 0)
 
 
-register(Method("source", Source, None, None, ""))
+register(Method("source", Source, None))

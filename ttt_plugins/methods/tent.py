@@ -52,7 +52,7 @@ def mean_entropy(logits, features, first) -> Loss:
     return Loss(entropy(logits).mean())
 
 
-def build(config: Tent, backbone, source, tensors) -> Online:
+def build(config: Tent, backbone, source, tensors, seed) -> Online:
     rule = Adam(config.lr) if config.optimizer == "adam" else SGD(config.lr, config.momentum)
     return Online(backbone, Objective("mean entropy", mean_entropy), rule, source)
 
@@ -62,7 +62,6 @@ register(
         "tent",
         Tent,
         build,
-        None,
         "Wang et al., Tent: Fully Test-Time Adaptation by Entropy Minimization, ICLR 2021, "
         "arXiv:2006.10726",
     )
