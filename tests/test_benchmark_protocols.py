@@ -182,6 +182,22 @@ def test_several_seeds_give_means_and_standard_errors(tmp_path):
     assert float(rows[2][place]) == pytest.approx(expected, abs=1e-15)
 
 
+def test_several_seeds_are_the_adapters_too(make_net, make_model):
+    data = memory_data({("fog", 5): 12})
+
+    def once(seed, own):
+        net = make_net("tent", make_model("layernorm"), params="lora", lr=0.1, seed=own)
+        return run(data, net, seed=seed, batch_size=4, execution=Execution(channels_last=True))
+
+    several = once([1, 2], 7)
+    assert several.settings["adapter_seeds"] == [1, 2]
+    assert once(1, 7).settings["adapter_seeds"] == [7]
+    found = [f[3] for f in figures(several)]
+    assert found == [f[3] for seed in (1, 2) for f in figures(once(seed, seed))]
+    # what low-rank parameters start from is drawn, so that the seed is seen
+    assert once(2, 7).methods[0].cells[0].loss != several.methods[0].cells[1].loss
+
+
 def test_a_batch_of_one():
     data = memory_data({("fog", 5): 9})
     cell = run(data, batch_size=1).methods[0].cells[0]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from benchmark_fakes import FakeAdapter, figures, memory_data, write_parquet
 
+import ttt_plugins as tp
 from ttt_plugins.benchmark import PROTOCOLS, Execution, run_benchmark
 from ttt_plugins.benchmark import output as output_module
 from ttt_plugins.benchmark import tasks as tasks_module
@@ -21,6 +22,7 @@ from ttt_plugins.benchmark.output import locked
 from ttt_plugins.benchmark.progress import UNFINISHED, Progress
 from ttt_plugins.cli import main
 from ttt_plugins.errors import DataError, InputError
+from ttt_plugins.heads import init_byol, init_rotation
 
 COUNTS = {("fog", 1): 20, ("fog", 5): 30, ("snow", 1): 20, ("snow", 5): 9}
 FILES = ["b_fake.json", "plot.png", "results.json", "unaggregated_results.csv"]
@@ -133,9 +135,15 @@ def test_every_methods_state_is_stored_whole(method, make_net, make_model, tmp_p
                 raise Stopped
             return data.load(cell)
 
-        net = make_net(method, make_model("batchnorm"))
+        model, generator = make_model("batchnorm"), torch.Generator().manual_seed(2)
+        more = {}
+        if method == "ttt":
+            tensors = init_rotation(model, tp.TTT().split, generator)
+            more = {"tensors": tensors, "mode": "online", "copies": 2}
+        elif method == "mt3":
+            more = {"tensors": init_byol(model, generator)}
         return run_benchmark(
-            net,
+            make_net(method, model, **more),
             dataclasses.replace(data, load=load),
             out=out,
             protocol="continual",

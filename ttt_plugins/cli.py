@@ -350,8 +350,8 @@ def _add_benchmark(commands) -> None:
         "--seed",
         type=int,
         nargs="+",
-        help="of the images' order in a cell, and the first of the adapter (default: as stored); "
-        "several give means and standard errors",
+        help="of the images' order in a cell and of the adapter's draws (default: as stored, and "
+        "0); several give means and standard errors",
     )
     add.add_argument("--lr", type=float, help="short for --set lr=LR")
     _add_fields(add)

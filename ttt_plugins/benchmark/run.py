@@ -65,7 +65,7 @@ def run_benchmark(
             ``unfinished``. None writes nothing.
         protocol, concentration: see `protocols.plan`.
         seed: of the images' order; None keeps the stored one. Several: the run is made once for
-            each, and figures are means.
+            each, with the adapter's own draws from it too, and figures are means.
         execution: memory layout, precision, compilation.
         model_name: how the model is called in the files.
         command: the command line that started this, for the record.
@@ -93,6 +93,8 @@ def run_benchmark(
     execution = execution or Execution()
     device = device_of(net)
     nets = [net] if baseline is None else [net, baseline]
+    seeds = [seed] if seed is None or isinstance(seed, int) else list(dict.fromkeys(seed))
+    several = len(seeds) > 1
     settings = {
         "model": model_name,
         "weights": _weights(net),
@@ -105,7 +107,8 @@ def run_benchmark(
         "protocol": protocol,
         "concentration": concentration if protocol == "correlated" else None,
         "batch_size": batch_size,
-        "seeds": [seed] if seed is None or isinstance(seed, int) else list(dict.fromkeys(seed)),
+        "seeds": seeds,
+        "adapter_seeds": seeds if several else [getattr(net, "seed", None)],
         "device": device.type,
         # Sums are cut where the threads are, so that their number is in the last bits.
         "threads": torch.get_num_threads() if device.type == "cpu" else None,

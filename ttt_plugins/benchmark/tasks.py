@@ -44,6 +44,12 @@ class Task:
     def __len__(self) -> int:
         return sum(len(stretch) for stretch in self.stretches)
 
+    @property
+    def title(self) -> str:
+        """What a progress bar says."""
+        cells = self.stretches[0].cells if self.stretches else ()
+        return "clean" if not cells else cells[0][0] if len(cells) == 1 else "mixed"
+
     def batches(self, batch_size: int) -> int:
         """How many batches it takes."""
         return sum(-(-len(stretch) // batch_size) for stretch in self.stretches)

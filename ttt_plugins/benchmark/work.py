@@ -54,6 +54,7 @@ class Work:
         self.batch_size = settings["batch_size"]
         self.clean: LabelledImages | None = None
         self.tasks: list[Task] = []
+        self._seeded: dict[tuple[int, int], nn.Module] = {}
         concentration = settings["concentration"] or 1.0
         for seed in settings["seeds"]:
             stretches = plan(settings["protocol"], data, seed, concentration)
@@ -68,6 +69,19 @@ class Work:
         self.clean = clean[shuffled(len(clean), seed)]
         found = [Task(f"method{i}-clean", i, seed, 0) for i in range(len(self.nets))]
         self.tasks = found + self.tasks
+
+    def _net(self, task: Task) -> nn.Module:
+        """The method with the task's seed, where there are several and the method draws from it."""
+        net = self.nets[task.method]
+        if len(self.settings["seeds"]) < 2 or not hasattr(net, "with_tensors"):
+            return net
+        key = (task.method, task.seed)
+        if key not in self._seeded:
+            # A copy shares the model; nothing has been drawn from its seed yet.
+            self._seeded = {k: n for k, n in self._seeded.items() if k[1] == task.seed}
+            self._seeded[key] = net.with_tensors(net.config)
+            self._seeded[key].seed = task.seed
+        return self._seeded[key]
 
     def _batches(self) -> int:
         clean = 0 if self.clean is None else -(-len(self.clean) // self.batch_size)
@@ -89,7 +103,7 @@ class Work:
         return found
 
     def _run(self, task: Task, loader, kept: Progress, advance, following: Task | None) -> None:
-        net = self.nets[task.method]
+        net = self._net(task)
         if task.stretches:
             cells = following.stretches[0].cells if following and following.stretches else None
             run_task(task, net, loader, kept, self.batch_size, self.execution, advance, cells)
@@ -106,7 +120,7 @@ class Work:
                 total=self._batches(), unit="batch", disable=not progress, leave=False
             ) as bar:
                 for task, following in zip(self.tasks, [*self.tasks[1:], None], strict=True):
-                    bar.set_description(_title(task))
+                    bar.set_description(task.title)
                     self._run(task, loader, kept, bar.update, following)
         finally:
             loader.close()
@@ -136,7 +150,7 @@ class Work:
                     advance(0)
 
                 while (name := worker.take(run, list(tasks), waiting)) is not None:
-                    bar.set_description(_title(tasks[name]))
+                    bar.set_description(tasks[name].title)
                     self._claimed(
                         worker,
                         run,
@@ -161,18 +175,7 @@ class Work:
     def results(self, kept: Progress) -> Results:
         """Put the finished tasks together, in the order of the plan."""
         clean = None if self.clean is None else len(self.clean)
-        method_records = records_of_methods(
-            self.tasks, self.nets, kept, self.batch_size, self.settings["model"]
-        )
-        circumstances = describe_run(
-            self.settings, self.data, method_records, device_of(self.nets[0]), clean, self.command
-        )
-        return Results(self.settings, circumstances, method_records)
-
-
-def _title(task: Task) -> str:
-    """What a progress bar says."""
-    if not task.stretches:
-        return "clean"
-    cells = task.stretches[0].cells
-    return cells[0][0] if len(cells) == 1 else "mixed"
+        name, device = self.settings["model"], device_of(self.nets[0])
+        methods = records_of_methods(self.tasks, self.nets, kept, self.batch_size, name)
+        said = describe_run(self.settings, self.data, methods, device, clean, self.command)
+        return Results(self.settings, said, methods)
