@@ -71,13 +71,12 @@ class Work:
         self.tasks = found + self.tasks
 
     def _net(self, task: Task) -> nn.Module:
-        """The method with the task's seed, where there are several and the method draws from it."""
+        """The method; of several seeds, a copy on the same model that draws from the task's."""
         net = self.nets[task.method]
         if len(self.settings["seeds"]) < 2 or not hasattr(net, "with_tensors"):
             return net
         key = (task.method, task.seed)
         if key not in self._seeded:
-            # A copy shares the model; nothing has been drawn from its seed yet.
             self._seeded = {k: n for k, n in self._seeded.items() if k[1] == task.seed}
             self._seeded[key] = net.with_tensors(net.config)
             self._seeded[key].seed = task.seed
