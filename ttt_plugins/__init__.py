@@ -18,6 +18,7 @@ from .adapter import Adapter
 from .errors import (
     ArtifactError,
     DataError,
+    DistributedError,
     InputError,
     MissingDependencyError,
     TTTError,
@@ -36,6 +37,7 @@ __all__ = [
     "Adapter",
     "ArtifactError",
     "DataError",
+    "DistributedError",
     "InputError",
     "MissingDependencyError",
     "Source",
