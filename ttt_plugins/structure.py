@@ -87,9 +87,9 @@ def tapped_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The norms whose features are compared with the source (methods.md, section 3).
 
     Block transformers: the first norm of every block but the first, and the final norm, as MGTTA
-    has it. Everything else: four norms evenly spaced from the first to the last (BatchNorms where
-    there are any, because each carries its source statistics): reading the features of all would
-    cost a good part of a step, and a step of MGG may cost no more than one of Tent.
+    has it. Everything else: three norms, a third, two thirds and all of the way through (BatchNorms
+    where there are any, because each carries its source statistics). Reading the features of all
+    would cost a good part of a step, and a step of MGG may cost no more than one of Tent.
     """
     norms = batch_norms(model)
     if not norms:
@@ -100,7 +100,7 @@ def tapped_norms(model: nn.Module) -> dict[str, nn.Module]:
             final = [n for n in after if "blocks." not in n]
             return {n: norms[n] for n in (*starts[1:], *final)}
     names = list(norms)
-    places = {round(i * (len(names) - 1) / 3) for i in range(4)} if names else set()
+    places = {round(i * (len(names) - 1) / 3) for i in (1, 2, 3)} if names else set()
     return {n: norms[n] for i, n in enumerate(names) if i in places}
 
 

@@ -15,7 +15,7 @@ Deviations from the released code, and why:
 2. Feature maps are measured over batch and positions, class tokens over the batch as released.
 3. A batch of one has no deviation: then only the means are compared. BatchNorm sees it with the
    source's statistics.
-4. Outside block transformers four norms are compared, evenly spaced (`structure.tapped_norms`).
+4. Outside block transformers three norms are compared, evenly spaced (`structure.tapped_norms`).
 """
 
 from __future__ import annotations
