@@ -15,14 +15,15 @@ with _warnings.catch_warnings():
     from . import networks  # noqa: F401  (registers our networks with timm)
 
 from .adapter import Adapter
+from .artifacts import list_bundled
 from .errors import (
     ArtifactError,
     DataError,
+    HubError,
     InputError,
     MissingDependencyError,
     TTTError,
 )
-from .hub import list_bundled
 from .methods import MGG, SAR, Source, Tent
 from .registry import list_methods
 from .version import __version__
@@ -34,6 +35,7 @@ __all__ = [
     "Adapter",
     "ArtifactError",
     "DataError",
+    "HubError",
     "InputError",
     "MissingDependencyError",
     "Source",

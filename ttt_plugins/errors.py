@@ -7,6 +7,7 @@ caller would think of catching.
 __all__ = [
     "ArtifactError",
     "DataError",
+    "HubError",
     "InputError",
     "MissingDependencyError",
     "TTTError",
@@ -30,6 +31,13 @@ class DataError(TTTError, FileNotFoundError):
 
 class ArtifactError(TTTError, ValueError):
     """An adapter artifact (folder or Hub repository) that cannot be loaded or written."""
+
+
+class HubError(ArtifactError, OSError):
+    """The Hub refuses, cannot be reached, or sends something else than it promised."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
 
 
 class MissingDependencyError(TTTError, ImportError):
