@@ -10,7 +10,7 @@ import errno
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -146,10 +146,6 @@ def _readable(repository: str, access: Access, doing: str) -> Iterator[None]:
             f"{constants.ENDPOINT} cannot be reached ({_first_line(error.__cause__ or error)}), "
             f"and {what} is not in the cache: try again with a connection"
         ) from error
-    except EntryNotFoundError as error:
-        raise HubError(
-            f"{what} is not an adapter artifact: a file of one is missing ({_first_line(error)})"
-        ) from error
     except HFValidationError as error:
         raise HubError(f"{repository!r} cannot be a repository's name: {error}") from error
     except HfHubHTTPError as error:
@@ -184,13 +180,13 @@ def _readable(repository: str, access: Access, doing: str) -> Iterator[None]:
 def _resolve(repository: str, access: Access) -> str:
     """The commit that a revision means now, or meant when it was last seen."""
     with _readable(repository, access, "downloading"):
-        commit = _api(access).resolve_revision(
+        found = _api(access).resolve_revision(
             repository,
             revision=access.revision,
             cache_dir=access.cache_dir,
             local_files_only=access.local_files_only,
         )
-        commit = str(commit)
+    commit = found.resolved
     if not _COMMIT.fullmatch(commit):
         raise HubError(f"{repository}: the Hub names {commit[:60]!r} as a commit, which it is not")
     return commit
@@ -240,6 +236,17 @@ def _same_hash(blob: Path, expected: str) -> bool:
     return digest.hexdigest() == expected
 
 
+def _needed(repository: str, commit: str, file: str, access: Access) -> Path:
+    try:
+        return _download(repository, commit, file, access)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError as error:
+        raise HubError(
+            f"{repository}@{commit} is not an adapter artifact: there is no {file} in it"
+        ) from error
+
+
 def _optional(repository: str, commit: str, file: str, access: Access) -> Path | None:
     """A file that may be missing; None only where that is known."""
     try:
@@ -250,13 +257,18 @@ def _optional(repository: str, commit: str, file: str, access: Access) -> Path |
             raise  # neither there nor known to be missing
         return None
     except EntryNotFoundError:
+        # Only a real attempt notes in the cache that it is missing, for times without connection.
+        with suppress(EntryNotFoundError):
+            _api(access).hf_hub_download(
+                repository, file, revision=commit, cache_dir=access.cache_dir
+            )
         return None
 
 
 def _snapshot(repository: str, access: Access) -> tuple[Path, str]:
     commit = _resolve(repository, access)
     with _readable(repository, access, "downloading"):
-        config = _download(repository, commit, CONFIG, access)
+        config = _needed(repository, commit, CONFIG, access)
         folder = config.parent
         described = trust.read_json(config)
         ours = isinstance(described, dict) and "format_version" in described
@@ -269,11 +281,11 @@ def _snapshot(repository: str, access: Access) -> tuple[Path, str]:
                 )
         elif not (isinstance(described, dict) and "architecture" in described):
             artifacts.read_config(folder, repository)  # says what it is instead
-        _download(repository, commit, MODEL, access)
+        _needed(repository, commit, MODEL, access)
         if ours:
             if described["backbone"]["source"] == OWN_WEIGHTS:
                 needed = "learned" in described
-                (_download if needed else _optional)(repository, commit, LEARNED, access)
+                (_needed if needed else _optional)(repository, commit, LEARNED, access)
             for file in (CARD, RESULTS):
                 _optional(repository, commit, file, access)
     return folder, commit
