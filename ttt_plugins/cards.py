@@ -80,9 +80,12 @@ def _classifier(backbone: Mapping[str, Any], name: str) -> str:
     """One sentence on which classifier it is for and where that is."""
     called = f"`{backbone.get('name')}`"
     revision = f" at commit `{backbone['revision']}`" if backbone.get("revision") else ""
+    inside = f"{called}, a timm architecture whose weights are in this repository"
+    if "/" in name:
+        code = f'`timm.create_model("hf-hub:{name}", pretrained=True)`'
+        inside += f"; after `import ttt_plugins`, {code} loads it as a plain timm model"
     where = {
-        OWN_WEIGHTS: f"{called}, a timm architecture whose weights are in this repository; it "
-        f'loads as a plain timm model too (`timm.create_model("hf-hub:{name}")`)',
+        OWN_WEIGHTS: inside,
         "bundled": f"{called}, which ships with ttt_plugins",
         "folder": "a classifier in a local folder",
         "hub": f"{called} on the Hub{revision}",
@@ -112,15 +115,16 @@ def _use(where: str, config: Mapping[str, Any]) -> str:
     return "```python\n" + "\n".join(code) + "\n```\n"
 
 
-def _results(measured: Mapping[str, Any]) -> str:
+def _results(measured: Mapping[str, Any], own: str) -> str:
     """A table for each run: the corruptions, and the averages of all methods beside it."""
     lines = ["## Results\n"]
     for run in measured["runs"]:
-        methods = list(run["accuracy"])
+        methods = sorted(run["accuracy"], key=lambda m: (m != "source", m == own, m))
         lines.append(f"{run['dataset']}: {results.conditions(run)}. Accuracy in %.\n")
         lines.append("| | " + " | ".join(methods) + " |")
         lines.append("|---" * (len(methods) + 1) + "|")
-        for corruption, shares in run.get("by_corruption", {}).items():
+        for corruption in run["corruptions"] if "by_corruption" in run else ():
+            shares = run["by_corruption"].get(corruption, {})
             lines.append(f"| {corruption} | " + " | ".join(_percent(shares, methods)) + " |")
         cells = _percent(run["accuracy"], methods)
         for i, method in enumerate(methods):
@@ -135,7 +139,7 @@ def _results(measured: Mapping[str, Any]) -> str:
         if command := run.get("command"):
             lines.append(f"Measured by `{command}`.\n")
         if versions := run.get("versions"):
-            lines.append(", ".join(f"{k} {v}" for k, v in versions.items() if v) + ".\n")
+            lines.append(", ".join(f"{k} {v}" for k, v in sorted(versions.items()) if v) + ".\n")
     return "\n".join(lines)
 
 
@@ -189,7 +193,7 @@ def render(name: str, artifact: Artifact, *, bundled: bool = False) -> str:
     if method != "source":
         parts.append(f"Fields: `{json.dumps(config['fields'], sort_keys=True)}`\n")
     if measured is not None and measured["runs"]:
-        parts.append(_results(measured))
+        parts.append(_results(measured, method))
     if training := config.get("training"):
         parts.append(_training(training))
     limits = _LIMITS["source" if method == "source" else "adapter"]

@@ -50,7 +50,8 @@ def describe(name: str | Path, access: Access) -> str:
         "note": config.get("training", {}).get("note"),
     }
     width = max(map(len, rows)) + 2
-    lines = [f"{key + ':':<{width}}{value}" for key, value in rows.items() if value]
+    said = {key: " ".join(str(value).split()) for key, value in rows.items() if value}
+    lines = [f"{key + ':':<{width}}{value}" for key, value in said.items()]
     for run in (artifact.results or {"runs": []})["runs"]:
         lines.append(f"results on {run['dataset']}, {results.conditions(run)}:")
         lines += [f"  {m}: {100 * share:.2f} %" for m, share in run["accuracy"].items()]

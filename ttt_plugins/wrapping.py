@@ -190,7 +190,7 @@ def from_pretrained(
     found = hub.find(name, access)
     if found is None:
         raise ArtifactError(
-            f"{str(name)[:200]!r} is no folder with a config.json, no repository's name (org/name) and "
+            f"{str(name)[:200]!r} is no folder with a config.json, no ORG/NAME on the Hub and "
             f"not bundled; bundled are {['bundled:' + n for n in artifacts.list_bundled()]}"
         )
     access = Access(None, cache_dir, local_files_only, token)  # the revision was the adapter's
