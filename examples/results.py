@@ -250,7 +250,7 @@ def artifact_results(result: dict) -> dict:
             by_corruption.setdefault(corruption, {})[method] = round(share, 6)
     rates = ", ".join(f"{method} {rate:g}" for method, rate in result["rates"].items())
     run = {
-        "dataset": "CIFAR-10-C",
+        "dataset": "CIFAR-10-C made from JPEG images",  # so these are no official figures
         "severities": [5],
         "corruptions": list(CORRUPTIONS),
         "images": result["n_examples"],

@@ -35,7 +35,10 @@ def load(job):
 
 
 def wrap(job):
-    return logits(tp.wrap(job["name"], **job["options"]), job)
+    net = tp.wrap(job["name"], **job["options"])
+    if "folder" in job:
+        net.save_pretrained(job["folder"])
+    return logits(net, job)
 
 
 def save(job):

@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
@@ -54,7 +55,7 @@ class Client:
     def __call__(self, do: str, **job) -> dict:
         if do in ("load", "wrap", "plain_timm"):
             out = self.folder / f"{self.log.stem}-{next(self._numbers)}.safetensors"
-            job |= {"images": str(self.images), "out": str(out)}
+            job = {"images": str(self.images), "out": str(out), **job}
         self._process.stdin.write(json.dumps({"do": do, **job}) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -305,6 +306,37 @@ def test_a_classifier_in_another_repository(artifact, client, offline, hub, tmp_
     hub.repositories["tests/classifier"].commit({"README.md": b"moved"})
     for who in (client, offline):
         assert torch.equal(logits_of(who("load", name="tests/adapter")), wanted)
+
+
+def test_timms_own_weights_are_pinned(client, offline, hub, work, tmp_path, images):
+    name = "test_vit.r160_in1k"
+    model = timm.create_model(name, num_classes=1000)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    repository = hub.add(f"timm/{name}", {"model.safetensors": weights})
+    pinned = repository.refs["main"]
+    large = work / "large.safetensors"
+    save_file({"images": images(2, 3, size=160)}, large)
+    folder = tmp_path / "tent"
+    options = {"method": "tent", "pretrained": True}
+    wrapped = client("wrap", name=name, options=options, folder=str(folder), images=str(large))
+    wanted = logits_of(wrapped)
+    described = json.loads((folder / "config.json").read_text())["backbone"]
+    assert (described["source"], described["name"]) == ("timm", name)
+    assert described["revision"] == pinned
+    client("push", name=str(folder), repository="tests/on-timm")
+    card = hub.repositories["tests/on-timm"].files["README.md"].decode()
+    assert f"base_model: timm/{name}" in card
+    # timm publishes other weights; the adapter keeps those it was made for.
+    repository.commit({"model.safetensors": weights[:-4] + b"\0\0\0\0"})
+    for who in (client, offline):
+        found = who("load", name="tests/on-timm", images=str(large))
+        assert torch.equal(logits_of(found), wanted)
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone"]["revision"] = "0" * 40
+    (folder / "config.json").write_text(json.dumps(config))
+    error_of(client("load", name=str(folder)), name)
+    error_of(client("load", name=str(folder), options={"local_files_only": True}), "cache")
 
 
 def test_somebodys_timm_repository(client, hub, make_model, expected, tmp_path):
