@@ -110,10 +110,11 @@ def test_results_of_a_benchmark_run_now(tmp_path):
     part = LabelledImages(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
     data = CorruptionData.from_arrays({("fog", 5): part}, dataset="cifar10", layout="arrays")
     net = tp.wrap(str(ROOT / "tests/frozen/source-v1"), "tent")
-    run = run_benchmark(net, data, seed=0, progress=False)
+    run = run_benchmark(net, data, seed=[0, 1], progress=False)
     reduced = results.load(json.loads(run.to_json()))["runs"][0]
     assert reduced["accuracy"] == {"tent": run.methods[0].mean()}
     assert (reduced["severities"], reduced["corruptions"]) == ([5], ["fog"])
+    assert reduced["seeds"] == [0, 1] and "tent" in reduced["standard_error"]
 
 
 @pytest.mark.parametrize(

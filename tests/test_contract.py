@@ -6,12 +6,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import PER_IMAGE
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 
 import ttt_plugins as tp
 from ttt_plugins import updates
+from ttt_plugins.methods import per_image
 
 #: A step size at which a few batches of the tiny models visibly change the logits.
 LR = 1e-2
@@ -20,9 +22,18 @@ LR = 1e-2
 ADAPTING = [m for m in tp.list_methods() if m != "source"]
 
 
+#: Methods that keep what they learned; the others forget after each image.
+KEEPING = [m for m in ADAPTING if m != "mt3"]
+
+
 def fields(method, **more):
-    """Fields that make ``method`` move on batch statistics; `source` has no step size."""
-    chosen = {"statistics": "batch"}
+    """Fields that make ``method`` move on batch statistics; `source` has no step size.
+
+    Per-image methods have no batch statistics, and TTT goes along the stream.
+    """
+    chosen = {"statistics": "source" if method in PER_IMAGE else "batch"}
+    if method == "ttt":
+        chosen |= {"mode": "online", "steps": 1}
     if method != "source":
         chosen["lr"] = LR
     return chosen | more
@@ -50,12 +61,15 @@ def all_equal(ours, theirs):
     )
 
 
-def test_it_adapts(build, method, moved, images):
+@torch.no_grad()
+def test_it_adapts(build, kind, method, moved, images):
     """Otherwise most of the promises below would hold for free."""
     net = build()
     first, *_, last = stream(net, images, [0, 1, 2, 0])
-    assert moved(net) is (method != "source")
-    assert torch.equal(first, last) is (method == "source")
+    assert moved(net) is (method in KEEPING)
+    assert torch.equal(first, last) is (method not in KEEPING)
+    plain = torch.cat([net.backbone(image[None]) for image in images(6, 0)])
+    assert torch.equal(first, plain) is (method == "source" and kind != "batchnorm")
     assert net.skipped_updates == 0
     assert first.shape == (6, 10) and net.num_classes == 10
 
@@ -135,10 +149,24 @@ def params_of(net):
 def test_lr_zero_is_the_plain_model(method, kind, make_model, make_net, images, statistics):
     model = make_model(kind)
     still = {} if method == "source" else {"lr": 0.0}
+    if method in PER_IMAGE and statistics != "source":
+        with pytest.raises(tp.InputError, match="statistics"):
+            make_net(method, model, statistics=statistics, **still)
+        return
     net = make_net(method, model, statistics=statistics, **still)
     plain = make_net("source", model, statistics=statistics)
     for seed, n in enumerate((6, 1, 3)):
-        assert torch.equal(net(images(n, seed)), plain(images(n, seed)))
+        assert torch.equal(net(images(n, seed)), as_it_predicts(method, plain, images(n, seed)))
+
+
+def as_it_predicts(method, plain, x):
+    """The plain model's logits, one image at a time where the method goes through them so.
+
+    Convolutions round differently for another batch size.
+    """
+    if method in PER_IMAGE:
+        return torch.cat([plain(image[None]) for image in x])
+    return plain(x)
 
 
 def test_lr_zero_equals_the_users_own_forward(method, kind, make_model, make_net, images):
@@ -149,7 +177,7 @@ def test_lr_zero_equals_the_users_own_forward(method, kind, make_model, make_net
     mean = torch.tensor(model.pretrained_cfg["mean"]).view(-1, 1, 1)
     std = torch.tensor(model.pretrained_cfg["std"]).view(-1, 1, 1)
     with torch.no_grad():
-        expected = model((images(6) - mean) / std)
+        expected = as_it_predicts(method, lambda x: model((x - mean) / std), images(6))
     assert torch.equal(net(images(6)), expected)
 
 
@@ -262,7 +290,9 @@ def test_export_predicts_with_the_adapted_parameters(build, method, images, move
     plain = net.export()
     assert isinstance(plain, nn.Module) and not isinstance(plain, tp.Adapter)
     state = net.adaptation_state()
-    adapted = {n.removeprefix("params."): t for n, t in state.items() if n.startswith("params.")}
+    adapted = {
+        n.removeprefix("params."): t for n, t in state.items() if n.startswith("params.model.")
+    }
     with torch.no_grad():
         expected = functional_call(net.backbone, adapted, (images(6, 9),))
         exported = plain(images(6, 9))
@@ -271,7 +301,7 @@ def test_export_predicts_with_the_adapted_parameters(build, method, images, move
     with torch.no_grad():
         source = net.backbone(images(6, 9))
         assert torch.equal(plain(images(6, 9)), exported)  # not by a later reset,
-    assert torch.equal(exported, source) is (method == "source")
+    assert torch.equal(exported, source) is (method not in KEEPING)
 
 
 def test_export_is_independent(build, images):
@@ -393,6 +423,7 @@ def test_an_error_inside_the_rule_changes_nothing(build, images, same_tensors, m
     with nothing_left_behind(build, images, same_tensors) as net:
         for rule in (updates.SGD, updates.Adam, updates.SharpnessAware, updates.GradientMemory):
             monkeypatch.setattr(rule, "step", explode)
+        monkeypatch.setattr(per_image, "descend", explode)
         with pytest.raises(Stop):
             net(images(6, 2))
         monkeypatch.undo()
@@ -417,15 +448,20 @@ def test_an_error_in_the_second_pass_changes_nothing(build, images, same_tensors
 def test_describe_says_how_many_scalars_adapt(build, method, kind, make_model):
     net = build()
     text = net.describe()
-    parameters = dict(make_model(kind).named_parameters())
-    scalars = sum(parameters[n].numel() for n in net.names)
     assert text.startswith(method)
     if method == "source":
         assert "nothing" in text
     else:
+        parameters = dict(make_model(kind).named_parameters())
+        scalars = sum(parameters[n].numel() for n in net.names)
+        if method == "ttt":  # its head moves along
+            head = net.learned_tensors().items()
+            scalars += sum(t.numel() for n, t in head if "running_" not in n)
         assert scalars > 0 and f"{scalars:,} scalars" in text
-        assert f"{2 if method == 'sar' else 1} forward" in text
-    assert ("norm statistics: batch" in text) is (kind == "batchnorm")
+        forwards = {"sar": 2, "ttt": 5, "mt3": 9}.get(method, 1)  # 4 views, 8, and the image
+        assert f"{forwards} forward" in text
+    wanted = "source" if method in PER_IMAGE else "batch"
+    assert (f"norm statistics: {wanted}" in text) is (kind == "batchnorm")
 
 
 def test_the_same_seed_gives_the_same_logits(build, images):
@@ -439,9 +475,10 @@ def test_the_same_seed_gives_the_same_logits(build, images):
 def test_counters(build, method, images):
     net = build()
     stream(net, images, range(3), n=5)
-    passes = 2 if method == "sar" else 1
-    assert net.forwards == 15 * passes
-    assert net.backwards == (0 if method == "source" else 15 * passes)
+    forwards = {"sar": 2, "ttt": 5, "mt3": 9}.get(method, 1)
+    assert net.forwards == 15 * forwards
+    backwards = {"source": 0, "ttt": 4, "mt3": 8}.get(method, forwards)
+    assert net.backwards == 15 * backwards
     assert net.batches == (0 if method == "source" else 3)
 
 
@@ -504,4 +541,4 @@ def test_lr_zero_with_pytorchs_own_encoder(method, make_net, images):
     net = make_net(method, model, mean=0.5, std=0.25, **still)
     plain = make_net("source", model, mean=0.5, std=0.25)
     for seed in range(2):
-        assert torch.equal(net(images(6, seed)), plain(images(6, seed)))
+        assert torch.equal(net(images(6, seed)), as_it_predicts(method, plain, images(6, seed)))

@@ -24,6 +24,8 @@ ROOMS = (
     "views",
     "objectives",
     "gradient_memory",
+    "heads",
+    "memory",
     "updates",
     "registry",
     "methods",

@@ -19,22 +19,26 @@ from .artifacts import list_bundled
 from .errors import (
     ArtifactError,
     DataError,
+    DistributedError,
     HubError,
     InputError,
     MissingDependencyError,
     TTTError,
 )
-from .methods import MGG, SAR, Source, Tent
+from .methods import MGG, MT3, SAR, TTT, Source, Tent
 from .registry import list_methods
 from .version import __version__
 from .wrapping import from_pretrained, wrap
 
 __all__ = [
     "MGG",
+    "MT3",
     "SAR",
+    "TTT",
     "Adapter",
     "ArtifactError",
     "DataError",
+    "DistributedError",
     "HubError",
     "InputError",
     "MissingDependencyError",

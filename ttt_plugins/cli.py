@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import shlex
 import sys
 import warnings
@@ -16,6 +18,7 @@ from . import hub
 from .artifacts import read_config
 from .errors import InputError, TTTError
 from .flags import PROGRAM, Parser, add_dataclass_flags, dataclass_from_args, key_value
+from .registry import configure
 
 __all__ = ["main"]
 
@@ -63,40 +66,87 @@ def _unadapted(net: nn.Module, model_dir: Path) -> nn.Module:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    from .benchmark import open_dataset, run_benchmark
+    from .benchmark import worker_from_environment
 
-    data = open_dataset(
-        args.dataset,
-        args.data_dir,
-        corruptions=args.corruption,
-        severities=args.severity,
-        n_examples=args.n_examples,
-        labels=args.labels,
-    )
+    if args.threads is not None:
+        if args.threads < 1:
+            raise InputError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    worker = worker_from_environment(args.lease)
+    if worker is None:
+        _run_benchmark(args, None)
+        return
+    if args.device == "cuda" and torch.cuda.is_available():
+        place = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        args.device = f"cuda:{place}"
+    # torchrun starts all processes anew when one has died: what they had done is on disk.
+    args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    try:
+        _run_benchmark(args, worker)
+    finally:
+        worker.leave()
+
+
+def _run_benchmark(args: argparse.Namespace, worker) -> None:
+    from .benchmark import Execution, open_dataset, run_benchmark
+
+    execution = Execution(args.channels_last, args.autocast, args.compile)
+    # What is downloaded is downloaded once.
+    with worker.leader_first("data") if worker else contextlib.nullcontext(True):
+        data = open_dataset(
+            args.dataset,
+            args.data_dir,
+            corruptions=args.corruption,
+            severities=args.severity,
+            n_examples=args.n_examples,
+            labels=args.labels,
+            download=not args.no_download,
+        )
+    seeds, first = args.seed, args.seed[0] if args.seed else None
+    args.seed = first  # of the adapter
     # A timm name without --pretrained means random weights: let them be the same ones twice.
-    torch.manual_seed(args.seed or 0)
-    net = _adapter(args)
-    torch.manual_seed(args.seed or 0)
-    baseline = None if net.method == "source" else _unadapted(net, args.model_dir)
-    print(net.describe(), flush=True)
+    with worker.leader_first("weights") if worker else contextlib.nullcontext(True):
+        torch.manual_seed(first or 0)
+        net = _adapter(args)
+        torch.manual_seed(first or 0)
+        baseline = None if net.method == "source" else _unadapted(net, args.model_dir)
+    speaks = worker is None or worker.rank == 0
+    if speaks:
+        print(net.describe(), flush=True)
     results = run_benchmark(
         net,
         data,
         baseline=baseline,
         out=args.out,
         protocol=args.protocol,
+        concentration=args.concentration,
         batch_size=args.batch_size,
-        seed=args.seed,
+        seed=seeds,
+        execution=execution,
         model_name=args.model,
         command=args.command_line,
         overwrite=args.overwrite,
+        resume=args.resume,
+        worker=worker,
     )
+    if not speaks:
+        return
     print(f"\naccuracy in %, {args.protocol}, batch size {args.batch_size}\n{results.table()}")
+    for name, mce in results.circumstances["corruptions_mce"].items():
+        if mce is not None:
+            print(f"mCE of {name}: {100 * mce:.2f} % (AlexNet: 100 %)")
     if data.clean is None:
         print("clean accuracy not measured: no clean images in the data folder")
     if data.note:
         print(data.note)
     print(f"results.json, RobustBench's files and plot.png are in {args.out}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from .benchmark import compare
+
+    print(compare(args.folders, args.html))
+    print(f"the report is {args.html}")
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -127,6 +177,87 @@ def _train_source(args: argparse.Namespace) -> None:
     training = _training_record(args, recipe, device) | {"images": len(train), **log}
     save_with_model(model, recipe.arch, recipe.model_args, args.out, training=training)
     print(f"the model is in {args.out}, the checkpoint of its training in {work}")
+
+
+def _train_ttt(args: argparse.Namespace) -> None:
+    from .data import EXTRA_ROWS, read_parquet
+    from .methods import TTT
+    from .train.ttt import HeadRecipe, JointRecipe, fit_rotation_head, train_joint
+    from .wrapping import save_with_model
+
+    device = _device(args.device)
+    # The last rows belong to MGG's meta-training, with whose results TTT's are compared.
+    train = read_parquet(args.data_dir / "train.parquet")[:-EXTRA_ROWS]
+    config = configure(TTT(), dict(args.set))
+    if args.freeze_trunk:
+        recipe = _recipe_of(args, HeadRecipe, JointRecipe, "--freeze-trunk")
+        if not args.model:
+            raise InputError("--freeze-trunk needs --model, the classifier that stays as it is")
+        net, log = fit_rotation_head(
+            args.model, train.images, recipe, config=config, device=device, model_dir=args.model_dir
+        )
+        training = _training_record(args, recipe, device) | {"images": len(train), **log}
+        net.save_pretrained(args.out, training=training)
+        print(f"the rotation head is in {args.out}")
+        return
+    if args.model:
+        raise InputError("--model belongs to --freeze-trunk; joint training takes --arch or --init")
+    recipe = dataclass_from_args(args, JointRecipe)
+    test = read_parquet(args.data_dir / "test.parquet")
+    work = args.out.with_name(f"{args.out.name}-training")
+    model, head, log = train_joint(recipe, train, test, work, device=device, resume=args.resume)
+    training = _training_record(args, recipe, device) | {"images": len(train), **log}
+    save_with_model(
+        model,
+        recipe.arch,
+        recipe.model_args,
+        args.out,
+        config=dataclasses.replace(config, split=recipe.split),
+        tensors=head,
+        training=training,
+    )
+    print(f"model and rotation head are in {args.out}, the checkpoint of their training in {work}")
+
+
+def _train_mt3(args: argparse.Namespace) -> None:
+    import os
+
+    from .data import EXTRA_ROWS, read_parquet
+    from .methods import MT3
+    from .train.mt3 import MT3Recipe, train_mt3
+    from .wrapping import save_with_model
+
+    recipe = dataclass_from_args(args, MT3Recipe)
+    device = _device(args.device)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    # The last rows belong to MGG's meta-training, with whose results MT3's are compared.
+    train = read_parquet(args.data_dir / "train.parquet")[:-EXTRA_ROWS]
+    config = configure(MT3(lr=recipe.inner_lr), dict(args.set))
+    work = args.out.with_name(f"{args.out.name}-training")
+    model, head, log = train_mt3(recipe, train, work, device=device, resume=args.resume)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    training = _training_record(args, recipe, device) | {"images": len(train), **log}
+    save_with_model(
+        model,
+        log["architecture"],
+        log["model_args"],
+        args.out,
+        config=config,
+        tensors=head,
+        training=training,
+    )
+    print(f"the meta-model is in {args.out}, the checkpoint of its training in {work}")
+
+
+def _recipe_of(args: argparse.Namespace, cls: type, other: type, flag: str) -> object:
+    """The recipe ``flag`` asks for; typed flags that only the other recipe has are mistakes."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in sorted({f.name for f in dataclasses.fields(other)} - known):
+        if hasattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} has no meaning with {flag}")
+    return dataclass_from_args(args, cls)
 
 
 def _training_record(args: argparse.Namespace, recipe: object, device: str) -> dict:
@@ -208,6 +339,7 @@ def _list(args: argparse.Namespace) -> None:
 
 def _add_benchmark(commands) -> None:
     from .benchmark import DATASETS, PROTOCOLS
+    from .benchmark.protocols import CONCENTRATION
 
     add = commands.add_parser("benchmark", help="measure an adapter on corrupted images")
     add.set_defaults(run=_benchmark)
@@ -222,14 +354,61 @@ def _add_benchmark(commands) -> None:
     add.add_argument("--n-examples", type=int, metavar="N", help="images a cell (default: all)")
     add.add_argument("--batch-size", type=int, default=64, metavar="B")
     add.add_argument("--protocol", choices=PROTOCOLS, default="reset-per-cell")
+    add.add_argument(
+        "--concentration",
+        type=float,
+        default=CONCENTRATION,
+        metavar="DELTA",
+        help="of the Dirichlet distribution of --protocol correlated (default: %(default)s)",
+    )
     add.add_argument("--device", help="such as cuda (default: cpu)")
-    add.add_argument("--seed", type=int, help="of the images' order in a cell (default: as stored)")
+    add.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        help="of the images' order in a cell and of the adapter's draws (default: as stored, and "
+        "0); several give means and standard errors",
+    )
     add.add_argument("--lr", type=float, help="short for --set lr=LR")
     _add_fields(add)
     add.add_argument("--labels", type=Path, help="parquet file of the clean test images")
     add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
     add.add_argument("--pretrained", action="store_true", help="download timm's weights")
     add.add_argument("--overwrite", action="store_true", help="replace other results in OUT")
+    add.add_argument("--resume", action="store_true", help="go on with the unfinished run in OUT")
+    add.add_argument("--no-download", action="store_true", help="missing data is an error")
+    add.add_argument("--channels-last", action="store_true", help="NHWC memory layout")
+    add.add_argument("--autocast", choices=("bfloat16", "float16"), help="reduced precision")
+    add.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="compile the model with torch.compile (BACKEND: inductor)",
+    )
+    add.add_argument(
+        "--threads", type=int, help="of the processor (default: torch's own; 1 under torchrun)"
+    )
+    add.add_argument(
+        "--lease",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="under torchrun: a process silent for so long counts as dead (default: %(default)s)",
+    )
+
+
+def _add_compare(commands) -> None:
+    add = commands.add_parser("compare", help="put the results of several benchmarks side by side")
+    add.set_defaults(run=_compare)
+    add.add_argument("folders", nargs="+", type=Path, metavar="OUT", help="of a benchmark")
+    add.add_argument(
+        "--html",
+        type=Path,
+        default=Path("comparison.html"),
+        metavar="FILE",
+        help="the report, a page with its pictures inside (default: %(default)s)",
+    )
 
 
 def _add_fields(add) -> None:
@@ -246,13 +425,30 @@ def _add_fields(add) -> None:
 
 def _add_train(commands) -> None:
     from .train.mgg import MGGRecipe
+    from .train.mt3 import MT3Recipe
     from .train.source import SourceRecipe
+    from .train.ttt import JointRecipe
 
     kinds = commands.add_parser("train", help="train what adapters are made of")
-    kinds = kinds.add_subparsers(required=True, metavar="source|mgg")
+    kinds = kinds.add_subparsers(required=True, metavar="source|ttt|mt3|mgg")
     add = kinds.add_parser("source", help="a classifier to adapt")
     add.set_defaults(run=_train_source)
     _add_training(add, "folder with train.parquet and test.parquet", SourceRecipe)
+    add = kinds.add_parser("ttt", help="a classifier with a rotation head, or the head alone")
+    add.set_defaults(run=_train_ttt)
+    add.add_argument(
+        "--freeze-trunk",
+        action="store_true",
+        help="train only a rotation head, on the classifier that --model names",
+    )
+    add.add_argument("--model", help="with --freeze-trunk: the classifier; what wrap takes")
+    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    _add_fields(add)
+    _add_training(add, "folder with train.parquet and test.parquet", JointRecipe)
+    add = kinds.add_parser("mt3", help="a meta-model that one self-supervised step improves")
+    add.set_defaults(run=_train_mt3)
+    _add_fields(add)
+    _add_training(add, "folder with train.parquet", MT3Recipe)
     add = kinds.add_parser("mgg", help="MGG's optimizer, on corrupted images")
     add.set_defaults(run=_train_mgg)
     add.add_argument("--model", required=True, help="the classifier; what wrap takes")
@@ -307,6 +503,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--out", type=Path, default=Path("ttt-plugins-demo"), help="folder")
     add.add_argument("--images", type=int, metavar="N", help="images a corruption (default: all)")
     _add_benchmark(commands)
+    _add_compare(commands)
     _add_train(commands)
     _add_artifacts(commands)
     add = commands.add_parser("list", help="name the methods and what is bundled")

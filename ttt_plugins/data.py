@@ -48,8 +48,8 @@ class LabelledImages:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images in 0..255 -> float32 images in [0, 1]."""
-    return images.float().div_(255)
+    """uint8 images in 0..255 -> float32 images in [0, 1]; floating-point ones pass as they are."""
+    return images if images.is_floating_point() else images.float().div_(255)
 
 
 def read_parquet(path: str | Path) -> LabelledImages:

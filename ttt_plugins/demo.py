@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .benchmark.evaluate import classify
 from .benchmark.output import write_files
 from .benchmark.plots import COLOURS, figure, to_png
-from .benchmark.records import align
+from .benchmark.results import align
 from .data import CIFAR10_CLASSES, LabelledImages
 from .errors import DataError, InputError
 

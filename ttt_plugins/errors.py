@@ -7,6 +7,7 @@ caller would think of catching.
 __all__ = [
     "ArtifactError",
     "DataError",
+    "DistributedError",
     "HubError",
     "InputError",
     "MissingDependencyError",
@@ -42,3 +43,7 @@ class HubError(ArtifactError, OSError):
 
 class MissingDependencyError(TTTError, ImportError):
     """An optional package is needed; the message names the extra that brings it."""
+
+
+class DistributedError(TTTError, RuntimeError):
+    """The processes of a sharded run can no longer reach each other."""

@@ -45,6 +45,13 @@ def _json_object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from error
 
 
+def _number_or_word(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type) -> None:
     """One flag for each field: ``batch_size: int`` becomes ``--batch-size N``.
 
@@ -58,7 +65,9 @@ def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         text = help_of.get(field.name, "").rstrip(".").replace("``", "").replace("%", "%%")
-        options: dict[str, Any] = {"default": default, "help": f"{text} (default: %(default)s)"}
+        # What is not typed is left out, and the dataclass's own default stands.
+        options: dict[str, Any] = {"default": argparse.SUPPRESS}
+        options["help"] = f"{text} (default: {str(default).replace('%', '%%')})"
         kinds = [t for t in typing.get_args(types[field.name]) if t is not type(None)]
         origin = typing.get_origin(types[field.name])
         kind = types[field.name]
@@ -68,16 +77,19 @@ def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is dict or origin is dict:
             options |= {"type": _json_object, "metavar": "JSON"}
+        elif set(kinds) == {int, str}:
+            options["type"] = _number_or_word
         else:
             options["type"] = kinds[0] if kinds else kind
         if default is dataclasses.MISSING:
-            options |= {"required": True, "default": None}
+            options |= {"required": True, "help": text}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
 def dataclass_from_args(args: argparse.Namespace, cls: type) -> Any:
-    """The dataclass whose flags `add_dataclass_flags` added."""
-    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
+    """The dataclass whose flags `add_dataclass_flags` added; untyped ones have their defaults."""
+    names = [f.name for f in dataclasses.fields(cls) if hasattr(args, f.name)]
+    values = {name: getattr(args, name) for name in names}
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["entropy", "feature_discrepancy", "reliable"]
+__all__ = ["cosine_distance", "entropy", "feature_discrepancy", "is_finite", "reliable"]
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -37,6 +38,14 @@ def feature_discrepancy(
     """
     squared = (std - source_std).square().sum() + (mean - source_mean).square().sum()
     return squared / 64
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """``2 - 2 cos(a, b)`` of each row, (N, D) and (N, D) -> (N,), in [0, 4].
+
+    Source: BYOL, Grill et al., arXiv 2006.07733, equation 2; MT3's loss (arXiv 2103.16201).
+    """
+    return 2 - 2 * (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1)
 
 
 def is_finite(*tensors: Tensor) -> bool:

@@ -108,6 +108,15 @@ def check_number(owner: object, name: str, low: float, high: float = float("inf"
         )
 
 
+def check_integer(owner: object, name: str, low: int) -> None:
+    """Raise `InputError` unless the field is an integer of at least ``low``."""
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise InputError(
+            f"{type(owner).__name__}.{name} must be an integer of at least {low}, got {value!r}"
+        )
+
+
 def check_choice(owner: object, name: str, choices: tuple[str, ...]) -> None:
     """Raise `InputError` unless the field is one of ``choices``."""
     value = getattr(owner, name)

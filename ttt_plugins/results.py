@@ -116,7 +116,8 @@ def reduce_benchmark(results: Mapping[str, Any], where: str = "results") -> dict
     try:
         settings, methods = results["settings"], results["methods"]
         cells = [(c["corruption"], c["severity"]) for c in methods[0]["cells"]]
-        seed = settings["seed"]
+        # Version 1 of that file has one seed, version 2 a list; None is the stored order.
+        seeds = settings["seeds"] if "seeds" in settings else [settings["seed"]]
         run = {
             "dataset": _DATASETS.get(settings["dataset"], settings["dataset"]),
             "severities": sorted({severity for _, severity in cells}),
@@ -124,13 +125,16 @@ def reduce_benchmark(results: Mapping[str, Any], where: str = "results") -> dict
             "images": max(c["n"] for c in methods[0]["cells"]),
             "protocol": settings["protocol"],
             "batch_size": settings["batch_size"],
-            "seeds": [] if seed is None else [seed],
+            "seeds": [seed for seed in seeds if seed is not None],
             "accuracy": {m["method"]: m["averages"]["accuracy"] for m in methods},
             "by_corruption": {},
         }
         for method in methods:
             for name, share in method["averages"]["by_corruption"].items():
                 run["by_corruption"].setdefault(name, {})[method["method"]] = share
+        errors = {m["method"]: m["averages"].get("standard_error") for m in methods}
+        if errors := {name: error for name, error in errors.items() if error is not None}:
+            run["standard_error"] = errors
         clean = {m["method"]: m.get("clean_accuracy") for m in methods}
         if clean := {name: share for name, share in clean.items() if share is not None}:
             run["clean_accuracy"] = clean

@@ -148,10 +148,22 @@ def materialise(backbone: Backbone, params: Mapping[str, Tensor]) -> dict[str, T
 
 
 def call(
-    backbone: Backbone, params: Mapping[str, Tensor], images: Tensor, pooled: bool = False
+    backbone: Backbone,
+    params: Mapping[str, Tensor],
+    images: Tensor,
+    pooled: bool = False,
+    replaced: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """The backbone's logits (B, classes), or pooled features (B, D), at ``params``."""
-    return functional_call(backbone, materialise(backbone, params), (images, pooled))
+    """The backbone's logits (B, classes), or pooled features (B, D), at ``params``.
+
+    Args:
+        params: adapted tensors; names that are no part of the model are passed over.
+        replaced: parameters and buffers to use whatever ``params`` says, by their names in the
+            user's model.
+    """
+    tensors = materialise(backbone, params)
+    tensors |= {_PREFIX + n: t for n, t in (replaced or {}).items()}
+    return functional_call(backbone, tensors, (images, pooled))
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:

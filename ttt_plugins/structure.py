@@ -16,6 +16,7 @@ from .errors import InputError
 __all__ = [
     "batch_norms",
     "classifier_name",
+    "feature_width",
     "late_norms",
     "norm_modules",
     "pooled_features",
@@ -134,6 +135,12 @@ def classifier_name(model: nn.Module) -> str:
             "features cannot be found"
         )
     return linear[-1]
+
+
+def feature_width(model: nn.Module) -> int | None:
+    """D of the pooled features, None where the classifier does not tell."""
+    weight = getattr(model.get_submodule(classifier_name(model)), "weight", None)
+    return weight.shape[1] if isinstance(weight, Tensor) and weight.ndim >= 2 else None
 
 
 def pooled_features(model: nn.Module, x: Tensor) -> Tensor:

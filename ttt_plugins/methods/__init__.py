@@ -1,8 +1,10 @@
 """The methods. Importing this package fills the registry; one line a method."""
 
 from .mgg import MGG
+from .mt3 import MT3
 from .sar import SAR
 from .source import Source
 from .tent import Tent
+from .ttt import TTT
 
-__all__ = ["MGG", "SAR", "Source", "Tent"]
+__all__ = ["MGG", "MT3", "SAR", "Source", "TTT", "Tent"]

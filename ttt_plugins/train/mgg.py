@@ -13,7 +13,6 @@ batches and more sequences, parameters restored at each sequence (methods.md, se
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from ..methods.online import Loss, Objective, Online, evaluate
 from ..registry import check_number
 from ..updates import Situation
 from ..wrapping import wrap
+from .common import load_checkpoint, save_checkpoint
 
 __all__ = ["MGGRecipe", "stream_accuracy", "train_mgg", "untrained"]
 
@@ -240,13 +240,7 @@ def train_mgg(
         "model": artifacts.fingerprint(net.backbone.source_state_dict()),
     }
     params, log, first, best = source, [], 0, None
-    if resume and checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        if saved["made_by"] != made_by:
-            raise InputError(
-                f"{checkpoint} was made by another recipe, method config or model: "
-                f"{saved['made_by']}"
-            )
+    if resume and (saved := load_checkpoint(checkpoint, made_by, device)):
         with torch.no_grad():
             for name, tensor in slow.items():
                 tensor.copy_(saved["slow"][name])
@@ -286,7 +280,6 @@ def train_mgg(
             "epoch": epoch + 1,
             "best": best,
         }
-        torch.save(saved, checkpoint.with_suffix(".tmp"))
-        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        save_checkpoint(checkpoint, saved)
     chosen = {k: best[k] for k in ("accuracy", "lr", "epoch")}
     return adapter(best["lr"], best["slow"]), {"epochs": log, "chosen": chosen}

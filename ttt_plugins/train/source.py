@@ -8,8 +8,6 @@ of CIFAR-10-C's fifteen corruptions, so the benchmark stays a test of unseen shi
 
 from __future__ import annotations
 
-import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,8 +22,9 @@ from ..data import LabelledImages, to_float
 from ..errors import InputError
 from ..hub import read_named
 from ..views import cutmix_, cutout_, random_crop, random_flip
+from .common import Normalise, accuracy, load_checkpoint, rate, save_checkpoint
 
-__all__ = ["SourceRecipe", "accuracy", "train_source"]
+__all__ = ["SourceRecipe", "train_source"]
 
 
 @dataclass(frozen=True)
@@ -109,14 +108,6 @@ def _optimizers(model: nn.Module, recipe: SourceRecipe) -> list[torch.optim.Opti
     return [adam, torch.optim.Muon(hidden, lr=recipe.lr, weight_decay=decay, momentum=0.95)]
 
 
-def _rate(step: int, steps: int, warmup: float) -> float:
-    """Factor on the peak rate: linear warm-up, then half a cosine down to zero."""
-    rise = max(1, int(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
 def _augment(
     images: Tensor, labels: Tensor, classes: int, recipe: SourceRecipe, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -132,27 +123,6 @@ def _augment(
         target = share[:, None] * target + (1 - share[:, None]) * target[partner]
     smooth = recipe.label_smoothing
     return x, target * (1 - smooth) + smooth / classes
-
-
-@torch.inference_mode()
-def accuracy(model: nn.Module, normalise: nn.Module, data: LabelledImages, device) -> float:
-    """Share of right predictions, in [0, 1], in eval mode."""
-    model.eval()
-    right = 0
-    for images, labels in zip(data.images.split(500), data.labels.split(500), strict=True):
-        logits = model(normalise(to_float(images.to(device))))
-        right += (logits.argmax(1) == labels.to(device)).sum().item()
-    return right / len(data)
-
-
-class _Normalise(nn.Module):
-    def __init__(self, mean, std):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
 
 
 def train_source(
@@ -197,7 +167,7 @@ def train_source(
     if train.images.shape[2] >= 32 and not recipe.patch_drop:
         model = model.to(memory_format=torch.channels_last)
     settings = timm.data.resolve_model_data_config(model)
-    normalise = _Normalise(settings["mean"], settings["std"]).to(device)
+    normalise = Normalise(settings["mean"], settings["std"]).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
     optimizers = _optimizers(model, recipe)
     per_epoch = len(train) // recipe.batch_size
@@ -205,17 +175,14 @@ def train_source(
     if not steps:
         raise InputError(f"{len(train)} images do not fill one batch of {recipe.batch_size}")
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: _rate(s, steps, recipe.warmup))
+        torch.optim.lr_scheduler.LambdaLR(o, lambda s: rate(s, steps, recipe.warmup))
         for o in optimizers
     ]
     state = {"model": model, "average": average}
     state |= {f"optimizer{i}": o for i, o in enumerate(optimizers)}
     state |= {f"schedule{i}": s for i, s in enumerate(schedules)}
     log, first = [], 0
-    if resume and checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        if saved["recipe"] != asdict(recipe):
-            raise InputError(f"{checkpoint} was made by another recipe: {saved['recipe']}")
+    if resume and (saved := load_checkpoint(checkpoint, asdict(recipe), device, "recipe")):
         for name, part in state.items():
             part.load_state_dict(saved[name])
         log, first = saved["log"], saved["epoch"]
@@ -258,8 +225,7 @@ def train_source(
             )
         saved = {name: part.state_dict() for name, part in state.items()}
         saved |= {"recipe": asdict(recipe), "log": log, "epoch": epoch + 1}
-        torch.save(saved, checkpoint.with_suffix(".tmp"))
-        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        save_checkpoint(checkpoint, saved)
     final = average.module.eval()
     if recipe.patch_drop:
         final.patch_drop.prob = 0.0

@@ -1,0 +1,159 @@
+"""MT3: a meta-learned start that one self-supervised step improves, for every single image.
+
+Paper: Bartler et al., "MT3: Meta Test-Time Training for Self-Supervised Test-Time Adaption",
+AISTATS 2022, arXiv 2103.16201; the loss is BYOL's (Grill et al., arXiv 2006.07733).
+
+Equation -> function
+    l(a, b) = 2 - 2 cos(a, b)                              -> `objectives.cosine_distance`
+    L_ss(theta; x1, x2), both ways, stopped targets        -> `byol_loss`
+    phi = theta - alpha grad L_ss(theta)                   -> `per_image.PerImage`, `inner_step`
+    sum over tasks of CE(y, f_phi(x)) + gamma L_ss(phi)    -> `train.mt3.task_loss`
+
+Deviations from the released code, and why:
+1. Views are drawn from the image's own bits and the seed (`views.image_keys`), so that an image's
+   prediction does not depend on the batch it came in.
+2. With one step and all parameters moving, projector and predictor are not moved: nobody reads
+   them afterwards, the prediction is the same. The classifier has no gradient and stays put.
+3. On models other than the paper's network, h is what their classifier sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..heads import byol_shapes, check_head, project
+from ..objectives import cosine_distance
+from ..registry import Method, check_choice, check_integer, check_number, register
+from ..scope import call
+from ..structure import feature_width, trunk
+from ..views import BYOL_NUMBERS, byol_view, uniforms
+from .per_image import PerImage, Task
+
+__all__ = ["MT3", "byol_loss"]
+
+
+@dataclass(frozen=True)
+class MT3:
+    """One BYOL step from meta-learned parameters for each image, then forget.
+
+    Attributes:
+        lr: of the inner step (the paper: 0.1, as in meta-training).
+        steps: inner steps (the paper: 1).
+        copies: pairs of views a step (the paper: 32).
+        vote: predict by averaging over ``copies`` views instead of the image itself.
+        params: what adapts: ``"all"``, ``"norm"``, ``"lora"``, a regular expression, or names.
+        rank: of the low-rank changes with ``params="lora"``.
+        chunk_size: images that adapt together, or ``"auto"``: one on a CPU, as many as fit into
+            half of the free memory on an accelerator.
+        statistics: BatchNorm statistics; ``"source"`` only, since a batch here is one image.
+        prior: without effect.
+    """
+
+    lr: float = 0.1
+    steps: int = 1
+    copies: int = 32
+    vote: bool = False
+    params: str | tuple[str, ...] = "all"
+    rank: int = 4
+    chunk_size: int | str = "auto"
+    statistics: str = "source"
+    prior: float = 16.0
+
+    def __post_init__(self):
+        check_number(self, "lr", 0)
+        for name in ("steps", "copies", "rank"):
+            check_integer(self, name, 1)
+        check_choice(self, "vote", (True, False))
+        if self.chunk_size != "auto":
+            check_integer(self, "chunk_size", 1)
+        check_choice(self, "statistics", ("source",))
+        check_number(self, "prior", 0)
+
+
+def byol_loss(
+    backbone, params: Mapping[str, Tensor], head: Mapping[str, Tensor], x1: Tensor, x2: Tensor
+) -> Tensor:
+    """L_ss: two views (N, C, S, S) each -> scalar.
+
+    The target is the same network's projection under a stopped gradient, no moving average.
+    """
+    # One pass for both views: no layer here mixes images (BatchNorm is on source statistics).
+    projected = project(head, "projector", call(backbone, params, torch.cat([x1, x2]), pooled=True))
+    predicted = project(head, "predictor", projected)
+    target = projected.detach()
+    n = len(x1)
+    there = cosine_distance(predicted[:n], target[n:])
+    back = cosine_distance(predicted[n:], target[:n])
+    return (there + back).mean()
+
+
+def _views(images: Tensor, keys: Tensor, step: int, copies: int) -> tuple[Tensor, Tensor]:
+    """Two views (B, copies, C, S, S) of each image for each copy."""
+    height, width = images.shape[2:]
+    if height != width:
+        raise InputError(f"MT3's views need square images, these are {height} x {width}")
+    drawn = uniforms(keys, (2, copies, BYOL_NUMBERS), salt=step)
+    return byol_view(images, drawn[:, 0]), byol_view(images, drawn[:, 1])
+
+
+def build(config: MT3, backbone, source, tensors, seed) -> PerImage:
+    if config.params == "all" and config.steps > 1:
+        source = source | tensors
+
+    def loss(params, x1, x2):
+        return byol_loss(
+            backbone, params, {n: params.get(n, t) for n, t in tensors.items()}, x1, x2
+        )
+
+    def votes(images, keys):
+        return byol_view(images, uniforms(keys, (config.copies, BYOL_NUMBERS), salt=-1))
+
+    return PerImage(
+        backbone,
+        Task("BYOL", partial(_views, copies=config.copies), loss),
+        source,
+        config.lr,
+        config.steps,
+        2 * config.copies,
+        config.chunk_size,
+        votes=votes if config.vote else None,
+        looks=config.copies if config.vote else 1,
+        seed=seed,
+    )
+
+
+def check(config: MT3, backbone, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Projector and predictor."""
+    if not tensors:
+        raise InputError(
+            "MT3 needs a meta-trained model with its projector and predictor, and this one has "
+            "none; train one with `ttt-plugins train mt3 --arch ARCH --init ARTIFACT --data-dir "
+            "DIR --out FOLDER` and load the folder with from_pretrained"
+        )
+    given = tensors.get("projector.in.weight", torch.empty(0, 0))
+    width = feature_width(backbone.model) or given.shape[-1]
+    return check_head(byol_shapes(width), tensors, where)
+
+
+def eligible(config: MT3, backbone) -> list[str]:
+    """Everything but the classifier, which the loss does not reach."""
+    return trunk(backbone.model, "end")[0]
+
+
+register(
+    Method(
+        "mt3",
+        MT3,
+        build,
+        "Bartler et al., MT3: Meta Test-Time Training for Self-Supervised Test-Time Adaption, "
+        "AISTATS 2022, arXiv:2103.16201",
+        check=check,
+        eligible=eligible,
+    )
+)
