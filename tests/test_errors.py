@@ -636,14 +636,14 @@ def test_a_folder_with_something_else_is_not_overwritten(make_model, tmp_path):
 
 
 def test_a_failed_save_leaves_the_earlier_artifact(artifact, make_model, make_net, monkeypatch):
-    from ttt_plugins import hub
+    from ttt_plugins import artifacts
 
     before = {p.name: p.read_bytes() for p in artifact.iterdir()}
 
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(hub, "save_file", full)
+    monkeypatch.setattr(artifacts, "save_file", full)
     with pytest.raises(tp.ArtifactError, match="no space"):
         make_net("mgg", make_model("groupnorm"), lr=0.5).save_pretrained(artifact)
     assert {p.name: p.read_bytes() for p in artifact.iterdir()} == before

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -352,11 +353,42 @@ class Adapter(nn.Module):
                     named[name].copy_(value)
         return plain.requires_grad_(True)
 
-    def save_pretrained(self, folder: str | Path, *, training: dict | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path, **records: Any) -> Path:
         """Write this adapter's artifact; see `ttt_plugins.wrapping.save_pretrained`."""
         from .wrapping import save_pretrained  # below this room: it builds adapters
 
-        return save_pretrained(self, folder, training=training)
+        return save_pretrained(self, folder, **records)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        **records: Any,
+    ) -> str:
+        """Publish this adapter on the Hugging Face Hub; unchanged files make no new commit.
+
+        Args:
+            repository: ``"org/name"``, created if there is none.
+            private: whether a new repository is private (its owner's default unless given).
+            token: access token that may write; unless given the one of ``hf auth login`` or
+                HF_TOKEN.
+            **records: ``training``, ``results`` and ``card`` of
+                `ttt_plugins.wrapping.save_pretrained`.
+
+        Returns:
+            the commit that holds it now.
+
+        Raises:
+            HubError: the Hub refuses or cannot be reached; nothing is published then.
+            ArtifactError: the classifier is in a local folder that is gone.
+        """
+        from .publish import publish
+
+        with tempfile.TemporaryDirectory(prefix="ttt-plugins-") as work:
+            folder = self.save_pretrained(Path(work) / repository.split("/")[-1], **records)
+            return publish(folder, repository, private=private, token=token)[0]
 
     def learned_tensors(self) -> dict[str, Tensor]:
         """What was learned beforehand and belongs into an artifact (copies)."""

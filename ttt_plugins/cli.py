@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import hub
+from .artifacts import read_config
 from .errors import InputError, TTTError
 from .flags import PROGRAM, Parser, add_dataclass_flags, dataclass_from_args, key_value
 from .registry import configure
@@ -39,12 +40,8 @@ def _adapter(args: argparse.Namespace) -> nn.Module:
     if args.lr is not None:
         overrides["lr"] = args.lr
     common = {"device": _device(args.device), "seed": args.seed, **overrides}
-    stored = None
-    if args.model.startswith("bundled:"):
-        stored = hub.read(hub.bundled_folder(args.model.removeprefix("bundled:")))
-    elif (Path(args.model) / "config.json").is_file():
-        stored = hub.read(args.model)
-    if args.method is None or (stored and stored.config["method"] == args.method):
+    stored = None if args.method is None else hub.find(args.model)
+    if args.method is None or (stored and read_config(stored.folder)["method"] == args.method):
         return from_pretrained(args.model, **common)
     return wrap(
         args.model, args.method, pretrained=args.pretrained, model_dir=args.model_dir, **common
@@ -306,9 +303,28 @@ def _train_mgg(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from . import from_pretrained
+    from . import info
 
-    print(from_pretrained(args.name).describe())
+    print(info.describe(args.name, hub.Access(args.revision)))
+
+
+def _publish(args: argparse.Namespace) -> None:
+    from .publish import publish
+
+    commit, new = publish(
+        args.folder, args.repository, private=args.private or None, measured=args.results
+    )
+    done = "published" if new else "unchanged, no commit made"
+    print(f"{args.repository}@{commit}: {done}")
+    print(f'load it with tp.from_pretrained("{args.repository}")')
+
+
+def _card(args: argparse.Namespace) -> None:
+    from . import cards
+
+    facts = {"license": args.license, "datasets": args.datasets, "note": args.note}
+    for folder in args.folder:
+        print(cards.refresh(folder, measured=args.results, facts=facts) / "README.md")
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -458,6 +474,27 @@ def _add_training(add, folder: str, recipe: type) -> None:
     add_dataclass_flags(add, recipe)
 
 
+def _add_artifacts(commands) -> None:
+    add = commands.add_parser("publish", help="put an artifact on the Hugging Face Hub")
+    add.set_defaults(run=_publish)
+    add.add_argument("folder", type=Path, metavar="FOLDER")
+    add.add_argument("repository", metavar="ORG/NAME", help="created if there is none")
+    add.add_argument("--private", action="store_true", help="the new repository is private")
+    add.add_argument("--results", type=Path, metavar="FILE", help="a benchmark's results.json")
+    add.epilog = "Log in with `hf auth login` first, or set HF_TOKEN."
+    add = commands.add_parser("info", help="what an artifact is, without loading its classifier")
+    add.set_defaults(run=_info)
+    add.add_argument("name", metavar="NAME_OR_FOLDER", help="what from_pretrained takes")
+    add.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add = commands.add_parser("card", help="write an artifact's card (README.md) anew")
+    add.set_defaults(run=_card)
+    add.add_argument("folder", type=Path, nargs="+", metavar="FOLDER")
+    add.add_argument("--results", type=Path, metavar="FILE", help="a benchmark's results.json")
+    add.add_argument("--license", help="the Hub's identifier, such as apache-2.0")
+    add.add_argument("--datasets", nargs="+", metavar="NAME", help="the Hub's identifiers")
+    add.add_argument("--note", help="a sentence for the section on limits")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description="Test-time training for image classifiers.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -468,9 +505,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_benchmark(commands)
     _add_compare(commands)
     _add_train(commands)
-    add = commands.add_parser("info", help="describe an adapter")
-    add.set_defaults(run=_info)
-    add.add_argument("name", metavar="NAME_OR_FOLDER")
+    _add_artifacts(commands)
     add = commands.add_parser("list", help="name the methods and what is bundled")
     add.set_defaults(run=_list)
     return parser

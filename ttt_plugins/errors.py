@@ -8,6 +8,7 @@ __all__ = [
     "ArtifactError",
     "DataError",
     "DistributedError",
+    "HubError",
     "InputError",
     "MissingDependencyError",
     "TTTError",
@@ -31,6 +32,13 @@ class DataError(TTTError, FileNotFoundError):
 
 class ArtifactError(TTTError, ValueError):
     """An adapter artifact (folder or Hub repository) that cannot be loaded or written."""
+
+
+class HubError(ArtifactError, OSError):
+    """The Hub refuses, cannot be reached, or sends something else than it promised."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
 
 
 class MissingDependencyError(TTTError, ImportError):

@@ -32,6 +32,8 @@ class Method:
             shape and value; None for methods that learn nothing beforehand.
         eligible: ``(config, backbone) -> names`` of the parameters that may adapt at all; None
             for no limits.
+        fits_any: ``(config, tensors) -> bool``, whether what was learned serves any classifier;
+            None for methods whose artifacts belong to the weights they were made for.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Method:
     default_artifact: Callable[..., str] | None = None
     check: Callable[..., dict[str, Tensor]] | None = None
     eligible: Callable[..., list[str]] | None = None
+    fits_any: Callable[..., bool] | None = None
 
 
 _METHODS: dict[str, Method] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import hub
+from .. import artifacts
 from .. import robustbench_bridge as bridge
 from ..errors import InputError
 from . import plots
@@ -33,7 +33,7 @@ def _weights(net: nn.Module) -> str | None:
     """Fingerprint of the wrapped model and of what the method learned beforehand."""
     if not hasattr(net, "backbone"):
         return None
-    return hub.fingerprint(net.backbone.source_state_dict() | net.learned_tensors())
+    return artifacts.fingerprint(net.backbone.source_state_dict() | net.learned_tensors())
 
 
 def run_benchmark(

@@ -139,5 +139,7 @@ register(
         "Training Layers, AAAI 2025, arXiv:2412.16901",
         default_artifact=default_artifact,
         check=check,
+        # Its input is a gradient, whatever network that came from; statistics have one source.
+        fits_any=lambda config, tensors: "source.mean" not in tensors,
     )
 )
