@@ -160,9 +160,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.report:
             if args.data is None:
                 parser.error("--data is needed to measure")
-            measure(
-                name, args.data, args.n_examples, args.seed, path, args.corruption, args.device
-            )
+            measure(name, args.data, args.n_examples, args.seed, path, args.corruption, args.device)
         if path.is_file():
             results.append(json.loads(path.read_text()))
     print(report(results))
