@@ -42,6 +42,8 @@ class Adapter(nn.Module):
             finite: batches, or images where each adapts on its own.
         forwards, backwards: images passed through the model so far, in either direction.
         batches: batches adapted to since the last reset.
+        loss: the last batch's mean self-supervised loss in front of its last update, a scalar
+            tensor; None where there was none.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Adapter(nn.Module):
             eligible = method.eligible(config, backbone) if method.eligible else None
             self.names = scope.select(backbone, config.params, eligible)
         self.forwards = self.backwards = self.skipped_updates = self.batches = 0
+        self.loss: Tensor | None = None
         self._params: dict[str, Tensor] | None = None
         self._state: dict[str, Tensor] | None = None
         self._algorithm: Any = None
@@ -108,7 +111,7 @@ class Adapter(nn.Module):
             params, state = self._now()
             outcome = algorithm.adapt(params, state, images)
         # Nothing above writes to the adapter: an error on the way leaves it as it was.
-        self._params, self._state = outcome.params, outcome.state
+        self._params, self._state, self.loss = outcome.params, outcome.state, outcome.loss
         self.forwards += outcome.forwards
         self.backwards += outcome.backwards
         self.batches += 1
@@ -208,7 +211,7 @@ class Adapter(nn.Module):
 
     def reset(self) -> None:
         """Back to the source, bit for bit; costs nothing but dropping the adapted tensors."""
-        self._params = self._state = None
+        self._params = self._state = self.loss = None
         self.batches = 0
 
     def load_state_dict(self, *args, **kwargs):
