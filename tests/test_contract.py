@@ -12,8 +12,9 @@ from torch import nn
 from torch.func import functional_call
 
 import ttt_plugins as tp
-from ttt_plugins import updates
+from ttt_plugins import testing, updates
 from ttt_plugins.methods import per_image
+from ttt_plugins.testing import all_equal, stream
 
 #: A step size at which a few batches of the tiny models visibly change the logits.
 LR = 1e-2
@@ -51,16 +52,6 @@ def build(method, kind, make_model, make_net):
     return make
 
 
-def stream(net, images, seeds, n=6):
-    return [net(images(n, seed)) for seed in seeds]
-
-
-def all_equal(ours, theirs):
-    return len(ours) == len(theirs) and all(
-        torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
-    )
-
-
 @torch.no_grad()
 def test_it_adapts(build, kind, method, moved, images):
     """Otherwise most of the promises below would hold for free."""
@@ -74,20 +65,19 @@ def test_it_adapts(build, kind, method, moved, images):
     assert first.shape == (6, 10) and net.num_classes == 10
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_under_any_gradient_mode(build, images, mode):
-    expected = stream(build(), images, range(3))
-    net = build()
-    with mode():
-        logits = stream(net, images, range(3))  # made inside: inference tensors in inference mode
-    assert all_equal(logits, expected)
-    assert not any(z.requires_grad for z in logits)
-    assert all_equal(stream(net, images, [3]), stream_after(build(), images, 3))
+#: What a third party's methods are held to as well; the rest of this file asks for more.
+PUBLIC = [
+    "gradient_modes_do_not_matter",
+    "train_mode_is_eval_mode",
+    "a_batch_of_one_is_a_batch",
+    "reset_is_bit_for_bit",
+    "the_seed_decides",
+]
 
 
-def stream_after(net, images, seed):
-    """The logits of batch ``seed`` after batches 0, 1, 2."""
-    return stream(net, images, [0, 1, 2, seed])[-1:]
+@pytest.mark.parametrize("law", PUBLIC)
+def test_a_public_law(build, images, law):
+    testing.LAWS[law](build, images)
 
 
 def test_states_pass_between_gradient_modes(build, images, same_tensors):
@@ -113,32 +103,11 @@ def test_wrapped_inside_inference_mode(method, kind, make_model, make_net, image
     assert all_equal(logits, expected)
 
 
-def test_train_and_eval_mode_are_the_same(build, images):
-    expected = stream(build(), images, range(3))
-    net = build().train()
-    logits = [net(images(6, 0))]
-    net.eval()
-    logits.append(net(images(6, 1)))
-    net.train()
-    logits.append(net(images(6, 2)))
-    assert all_equal(logits, expected)
-
-
 def test_the_wrapped_models_mode_does_not_matter(method, kind, make_model, make_net, images):
     model = make_model(kind)
     expected = stream(make_net(method, model.eval(), **fields(method)), images, range(2))
     logits = stream(make_net(method, model.train(), **fields(method)), images, range(2))
     assert all_equal(logits, expected)
-
-
-def test_a_batch_of_one(build, method, images, moved):
-    net = build()
-    for seed in range(3):
-        logits = net(images(1, seed))
-        assert logits.shape == (1, 10)
-        assert torch.isfinite(logits).all()
-    assert net.skipped_updates == 0
-    assert all(torch.isfinite(t).all() for t in params_of(net).values())
 
 
 def params_of(net):
@@ -179,15 +148,6 @@ def test_lr_zero_equals_the_users_own_forward(method, kind, make_model, make_net
     with torch.no_grad():
         expected = as_it_predicts(method, lambda x: model((x - mean) / std), images(6))
     assert torch.equal(net(images(6)), expected)
-
-
-def test_reset_bit_for_bit(build, images, same_tensors):
-    net = build()
-    fresh = net.adaptation_state()
-    first = stream(net, images, range(3))
-    net.reset()
-    assert same_tensors(net.adaptation_state(), fresh)
-    assert all_equal(stream(net, images, range(3)), first)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3])
@@ -462,14 +422,6 @@ def test_describe_says_how_many_scalars_adapt(build, method, kind, make_model):
         assert f"{forwards} forward" in text
     wanted = "source" if method in PER_IMAGE else "batch"
     assert (f"norm statistics: {wanted}" in text) is (kind == "batchnorm")
-
-
-def test_the_same_seed_gives_the_same_logits(build, images):
-    expected = stream(build(seed=3), images, range(3))
-    torch.manual_seed(99)  # and nothing is drawn from the global generator
-    state = torch.get_rng_state()
-    assert all_equal(stream(build(seed=3), images, range(3)), expected)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_counters(build, method, images):
