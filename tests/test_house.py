@@ -212,7 +212,8 @@ def test_importing_brings_no_optional_package():
     code = (
         "import sys, ttt_plugins, ttt_plugins.cli\n"
         "loaded = {m.split('.')[0] for m in sys.modules}\n"
-        "print(sorted(loaded & {'robustbench', 'autoattack', 'matplotlib', 'pyarrow', 'pandas', 'torch_ttt'}))"
+        "print(sorted(loaded & {'robustbench', 'autoattack', 'matplotlib', 'pyarrow', 'pandas',\n"
+        "    'torch_ttt'}))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
