@@ -136,7 +136,7 @@ def get_method(method: str | object) -> Method:
         if method in _METHODS:
             return _METHODS[method]
         close = difflib.get_close_matches(method, _METHODS, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = f" Did you mean {close[0]!r}?" if close else " Is a package missing that has it?"
         raise InputError(f"unknown method {method!r}; there are {list_methods()}.{hint}")
     if record := _of_config(method):
         return record
