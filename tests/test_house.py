@@ -39,6 +39,7 @@ ROOMS = (
     "info",
     "publish",
     "wrapping",
+    "convert",
     "train",
     "robustbench_bridge",
     "benchmark",

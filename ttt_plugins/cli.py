@@ -327,6 +327,18 @@ def _card(args: argparse.Namespace) -> None:
         print(cards.refresh(folder, measured=args.results, facts=facts) / "README.md")
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from .convert import convert_mgg, convert_mt3
+
+    if args.kind == "mt3":
+        if args.statistics:
+            raise InputError("--statistics belongs to convert mgg")
+        folder = convert_mt3(args.checkpoint, args.out)
+    else:
+        folder = convert_mgg(args.checkpoint, args.out, args.statistics)
+    print(f"the artifact is in {folder}")
+
+
 def _list(args: argparse.Namespace) -> None:
     from . import list_bundled, list_methods
 
@@ -506,6 +518,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_train(commands)
     _add_artifacts(commands)
+    add = commands.add_parser("convert", help="turn the papers' released weights into artifacts")
+    add.set_defaults(run=_convert)
+    add.add_argument("kind", choices=("mgg", "mt3"))
+    add.add_argument("checkpoint", help="MGG's file, or the prefix of MT3's TensorFlow checkpoint")
+    add.add_argument("--statistics", type=Path, help="MGG: the file of ViT-B/16's statistics")
+    add.add_argument("--out", type=Path, required=True, help="folder for the artifact")
     add = commands.add_parser("list", help="name the methods and what is bundled")
     add.set_defaults(run=_list)
     return parser
