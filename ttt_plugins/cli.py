@@ -154,10 +154,14 @@ def _demo(args: argparse.Namespace) -> None:
 
     print(
         "A small network, trained on clean CIFAR-10 images, meets corrupted ones: as it is\n"
-        "(source), and adapting to them batch by batch, without labels (tent, sar, mgg).\n",
+        "(source), and adapting to them batch by batch, without labels (tent, sar, mgg). Then two\n"
+        "that adapt to every image on its own (ttt, mt3), each beside its own network as it is.\n",
         flush=True,
     )
-    print(run_demo(args.out, n=args.images).table())
+    batchwise, per_image = run_demo(args.out, n=args.images)
+    print(f"{batchwise.table()}\n")
+    print(f"every image on its own, the first {len(per_image.sample.labels)} of each kind")
+    print(per_image.table())
     print(f"\nthe picture is {Path(args.out) / 'demo.png'}")
 
 
