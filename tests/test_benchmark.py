@@ -33,7 +33,7 @@ from ttt_plugins.benchmark.leaderboard import INELIGIBLE, model_info, unaggregat
 from ttt_plugins.benchmark.orders import shuffled
 from ttt_plugins.benchmark.protocols import plan
 from ttt_plugins.cli import main
-from ttt_plugins.demo import Sample, compare, draw, load_sample
+from ttt_plugins.demo import Sample, build_per_image_adapters, compare, draw, load_sample
 from ttt_plugins.errors import DataError, InputError, MissingDependencyError, TTTError
 from ttt_plugins.flags import Parser, add_dataclass_flags, dataclass_from_args
 
@@ -820,3 +820,11 @@ def test_demo_mistakes(tmp_path):
     with pytest.raises(DataError, match="do not match"):
         load_sample(tmp_path)
     assert issubclass(DataError, TTTError)
+
+
+def test_demo_of_per_image_methods():
+    nets = build_per_image_adapters()
+    assert nets["ttt"].config.steps == 1 and nets["mt3"].method == "mt3"
+    sample = load_sample(n=2)
+    result = compare(nets, sample, progress=False)
+    assert list(result.predictions) == ["ttt's model", "ttt", "mt3's model", "mt3"]

@@ -40,6 +40,7 @@ ROOMS = (
     "publish",
     "wrapping",
     "testing",
+    "convert",
     "train",
     "robustbench_bridge",
     "hosts",

@@ -154,10 +154,14 @@ def _demo(args: argparse.Namespace) -> None:
 
     print(
         "A small network, trained on clean CIFAR-10 images, meets corrupted ones: as it is\n"
-        "(source), and adapting to them batch by batch, without labels (tent, sar, mgg).\n",
+        "(source), and adapting to them batch by batch, without labels (tent, sar, mgg). Then two\n"
+        "that adapt to every image on its own (ttt, mt3), each beside its own network as it is.\n",
         flush=True,
     )
-    print(run_demo(args.out, n=args.images).table())
+    batchwise, per_image = run_demo(args.out, n=args.images)
+    print(f"{batchwise.table()}\n")
+    print(f"every image on its own, the first {len(per_image.sample.labels)} of each kind")
+    print(per_image.table())
     print(f"\nthe picture is {Path(args.out) / 'demo.png'}")
 
 
@@ -325,6 +329,18 @@ def _card(args: argparse.Namespace) -> None:
     facts = {"license": args.license, "datasets": args.datasets, "note": args.note}
     for folder in args.folder:
         print(cards.refresh(folder, measured=args.results, facts=facts) / "README.md")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .convert import convert_mgg, convert_mt3
+
+    if args.kind == "mt3":
+        if args.statistics:
+            raise InputError("--statistics belongs to convert mgg")
+        folder = convert_mt3(args.checkpoint, args.out)
+    else:
+        folder = convert_mgg(args.checkpoint, args.out, args.statistics)
+    print(f"the artifact is in {folder}")
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -506,6 +522,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_train(commands)
     _add_artifacts(commands)
+    add = commands.add_parser("convert", help="turn the papers' released weights into artifacts")
+    add.set_defaults(run=_convert)
+    add.add_argument("kind", choices=("mgg", "mt3"))
+    add.add_argument("checkpoint", help="MGG's file, or the prefix of MT3's TensorFlow checkpoint")
+    add.add_argument("--statistics", type=Path, help="MGG: the file of ViT-B/16's statistics")
+    add.add_argument("--out", type=Path, required=True, help="folder for the artifact")
     add = commands.add_parser("list", help="name the methods and what is bundled")
     add.set_defaults(run=_list)
     return parser

@@ -283,6 +283,30 @@ def save_pretrained(
     return _write(folder, config, learned, weights, training, results, card)
 
 
+def save_learned(
+    config: Any,
+    tensors: dict[str, Tensor],
+    backbone: dict[str, Any],
+    folder: str | Path,
+    *,
+    training: dict[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write what a method learned as an artifact, for a classifier that is not at hand.
+
+    Args:
+        config: the method's.
+        tensors: what it learned.
+        backbone: the part of ``config.json`` that says which classifier it is for.
+        training, card: as for `save_pretrained`.
+    """
+    record = get_method(config)
+    if _fits_any(record, config, tensors):
+        backbone = backbone | {"fits": "any"}
+    written = artifacts.common_config(record.name, config, backbone)
+    return _write(folder, written, tensors, None, training, None, card)
+
+
 def save_with_model(
     model: nn.Module,
     architecture: str,
