@@ -59,8 +59,10 @@ def test_it_adapts(build, kind, method, moved, images):
     first, *_, last = stream(net, images, [0, 1, 2, 0])
     assert moved(net) is (method in KEEPING)
     assert torch.equal(first, last) is (method not in KEEPING)
-    plain = torch.cat([net.backbone(image[None]) for image in images(6, 0)])
-    assert torch.equal(first, plain) is (method == "source" and kind != "batchnorm")
+    if method not in ADAPTING or method not in KEEPING:
+        # Online methods predict their first batch before they move: it tells nothing.
+        plain = as_it_predicts(method, net.backbone, images(6, 0))
+        assert torch.equal(first, plain) is (method == "source")
     assert net.skipped_updates == 0
     assert first.shape == (6, 10) and net.num_classes == 10
 

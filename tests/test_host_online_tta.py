@@ -167,6 +167,20 @@ def test_a_bundled_artifact_brings_its_classifier(host, make_model, images):
     assert torch.equal(hosted(images(1)), net(images(1)))
 
 
+def test_the_file_works_as_a_copy_in_that_repository(monkeypatch, tmp_path, make_model, images):
+    registry = online_tta_host.install(monkeypatch).ADAPTATION_REGISTRY
+    source = Path(tp.__file__).parent / "hosts" / "online_tta.py"
+    (tmp_path / "copied_methods.py").write_text(source.read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("copied_methods")
+    monkeypatch.delitem(sys.modules, "copied_methods")
+    assert registry.get("mgg").__module__ == "copied_methods"
+    model = make_model("groupnorm")
+    hosted = registry.get("mgg")(sys.modules["conf"].cfg, model, 10)
+    net = tp.wrap(model, "mgg", normalize=False, lr=0.001)
+    assert torch.equal(hosted(images(3)), net(images(3)))
+
+
 def test_mistakes(host, config, make_model):
     model = make_model("groupnorm")
     cfg, _ = config("ttt", model)

@@ -41,7 +41,8 @@ def meta_step(
 ) -> tuple[Tensor, Tensor]:
     """MT3, algorithm 1: one step for the batch as a task, then logits and L_ss where it led.
 
-    Cross-entropy of the logits plus gamma times the loss (paper: 0.1) is the outer loss.
+    Cross-entropy of the logits plus gamma times the loss (paper: 0.1) is the outer loss. BatchNorm
+    stays on its source statistics, as at test time: such a model has to be trained before.
     """
     if net.config.params == "lora":
         raise InputError("MT3 is meta-trained with params='all', 'norm' or names, not 'lora'")
@@ -63,6 +64,8 @@ def memory_step(
     """MGG: logits and unlabelled loss of a batch after the optimizer's update on it.
 
     Only the optimizer's slow weights learn; ``held`` is the sequence so far, None at its start.
+    An update is judged on the batch it was made on, since a training loop hands over one batch at a
+    time; `train.mgg` judges on the next.
     """
     algorithm = _of(net, heads, Online)
     params, state = held or (dict(algorithm.source), algorithm.init())
