@@ -6,7 +6,7 @@ Severity 5, the fifteen corruptions, reset per corruption, one shuffled stream a
 seed, the same streams for all methods, which take turns on each stream so that their times are
 comparable. Tent's and SAR's learning rates are the best of a grid on the four extra corruptions;
 MGG's step size was chosen there by its meta-training. ``--report`` prints tables from the JSON
-files of earlier runs instead.
+files of earlier runs instead, ``--into-cards`` puts them into the bundled artifacts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 import ttt_plugins as tp
+from ttt_plugins import artifacts, cards
 from ttt_plugins.benchmark import CORRUPTIONS, EXTRA_CORRUPTIONS, load_stream
 from ttt_plugins.data import LabelledImages, to_float
 from ttt_plugins.train.mgg import stream_accuracy
@@ -238,6 +239,42 @@ def report(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def artifact_results(result: dict) -> dict:
+    """The measurement as an artifact's ``results.json`` (`ttt_plugins.results`)."""
+    table, by_corruption = averages(result), {}
+    for method in table:
+        seeds = result["seeds"][:1] if method == "source" else result["seeds"]
+        found = [_accuracies(result, method, seed) for seed in seeds]
+        for corruption in CORRUPTIONS:
+            share = statistics.mean(f[corruption] for f in found) / 100
+            by_corruption.setdefault(corruption, {})[method] = round(share, 6)
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in result["rates"].items())
+    run = {
+        "dataset": "CIFAR-10-C made from JPEG images",  # so these are no official figures
+        "severities": [5],
+        "corruptions": list(CORRUPTIONS),
+        "images": result["n_examples"],
+        "protocol": "reset-per-corruption",
+        "batch_size": result["batch_size"],
+        "seeds": result["seeds"],
+        "accuracy": {m: round(mean / 100, 8) for m, (mean, _) in table.items()},
+        "standard_error": {m: round(error / 100, 8) for m, (_, error) in table.items() if error},
+        "by_corruption": by_corruption,
+        "note": f"Learning rates, chosen on four other corruptions: {rates}.",
+        "command": f"python examples/results.py --data DIR --backbone {result['backbone']}",
+        "versions": result["versions"],
+    }
+    return {"format_version": 1, "runs": [run]}
+
+
+def into_cards(results: list[dict]) -> None:
+    """Put each backbone's measurement into the bundled artifacts it was made with."""
+    for result in results:
+        for method in ("source", "mgg"):
+            folder = artifacts.bundled_folder(f"{method}-{result['backbone']}-cifar10")
+            cards.refresh(folder, measured=artifact_results(result))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder that holds cifar10 and cifar10c")
@@ -253,9 +290,12 @@ def main(argv: list[str] | None = None) -> None:
         "--resume", action="store_true", help="learning rates and seeds of the run already in OUT"
     )
     parser.add_argument("--report", action="store_true")
+    parser.add_argument(
+        "--into-cards", action="store_true", help="put the figures of earlier runs into hub_cards/"
+    )
     args = parser.parse_args(argv)
     paths = [args.out / f"online-{backbone}.json" for backbone in args.backbone]
-    if not args.report:
+    if not args.report and not args.into_cards:
         if args.data is None:
             parser.error("--data is needed to measure")
         args.out.mkdir(parents=True, exist_ok=True)
@@ -272,6 +312,8 @@ def main(argv: list[str] | None = None) -> None:
                 args.resume,
             )
     results = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    if args.into_cards:
+        into_cards(results)
     print(summary(results))
     print(report(results))
 

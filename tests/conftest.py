@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ttt_plugins as tp
-from ttt_plugins import gradient_memory
+from ttt_plugins import gradient_memory, heads
 from ttt_plugins.registry import get_method
 
 # These models are too small for a second thread to help, and on busy cores threads that wait for
@@ -109,16 +109,33 @@ def slow():
     return {n: t + 0.3 * torch.randn(t.shape, generator=generator) for n, t in weights.items()}
 
 
+#: Methods that adapt to each image on its own, on BatchNorm's source statistics.
+PER_IMAGE = ("mt3", "ttt")
+
+
+def random_heads(method, model, split=-1):
+    """Self-supervised heads with random values, for ``ttt`` and ``mt3``."""
+    generator = torch.Generator().manual_seed(11)
+    if method == "mt3":
+        return heads.init_byol(model, generator)
+    return heads.init_rotation(model, split, generator)
+
+
 @pytest.fixture
 def make_net(slow):
     """``make_net(method, model, tensors=None, backbone=None, **options)`` -> an adapter.
 
-    Like ``tp.wrap``, except that MGG gets this suite's slow weights, so that nothing depends on
-    the bundled artifacts. ``tensors`` adds to the learned tensors (source statistics);
-    ``backbone`` is used instead of a new one.
+    Like ``tp.wrap``, except that MGG gets this suite's slow weights, and TTT and MT3 random heads
+    and few views, so that nothing depends on the bundled artifacts. ``tensors`` adds to the
+    learned tensors (source statistics); ``backbone`` is used instead of a new one.
     """
 
     def make(method, model, tensors=None, backbone=None, **options):
+        if method in PER_IMAGE and tensors is None:
+            split = options.get("split", -1)
+            tensors = random_heads(method, model if backbone is None else backbone.model, split)
+        if method in PER_IMAGE:
+            options = {"copies": 4} | ({"steps": 2} if method == "ttt" else {}) | options
         if method == "mgg":
             tensors = {f"memory.{n}": t for n, t in slow.items()} | (tensors or {})
         if backbone is None:

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from benchmark_fakes import FakeAdapter, memory_data, random_cell, write_parquet
 from PIL import Image
 from torch import nn
 
@@ -27,58 +28,16 @@ from ttt_plugins.benchmark import (
     run_benchmark,
 )
 from ttt_plugins.benchmark import output as output_module
-from ttt_plugins.benchmark.evaluate import to_unit
+from ttt_plugins.benchmark.execution import to_unit
 from ttt_plugins.benchmark.leaderboard import INELIGIBLE, model_info, unaggregated_csv
-from ttt_plugins.benchmark.protocols import plan, shuffled
+from ttt_plugins.benchmark.orders import shuffled
+from ttt_plugins.benchmark.protocols import plan
 from ttt_plugins.cli import main
-from ttt_plugins.data import LabelledImages
-from ttt_plugins.demo import Sample, compare, draw, load_sample
+from ttt_plugins.demo import Sample, build_per_image_adapters, compare, draw, load_sample
 from ttt_plugins.errors import DataError, InputError, MissingDependencyError, TTTError
 from ttt_plugins.flags import Parser, add_dataclass_flags, dataclass_from_args
 
 BATCH = 7
-
-
-@dataclasses.dataclass(frozen=True)
-class FakeConfig:
-    lr: float = 8.0
-    params: tuple[str, ...] = ("shift",)
-
-
-WEIGHT = torch.randn(10, 3, generator=torch.Generator().manual_seed(5)) * 9
-
-
-class FakeAdapter(nn.Module):
-    """A linear classifier whose logits depend on every image since the last reset."""
-
-    num_classes = 10
-    input_size = (3, 32, 32)
-
-    def __init__(self, method: str = "fake", lr: float = 8.0, classes: int = 10):
-        super().__init__()
-        self.weight = nn.Parameter(WEIGHT[:classes].clone())
-        self.method, self.config, self.num_classes = method, FakeConfig(lr), classes
-        self.forwards = self.backwards = self.skipped_updates = 0
-        self.resets = 0
-        self.reset()
-        self.resets = 0
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        assert images.dtype == torch.float32
-        assert images.min() >= 0
-        assert images.max() <= 1
-        logits = (images.mean((2, 3)) - 0.5) @ self.weight.detach().T + self.shift
-        self.shift = self.shift - self.config.lr * logits.softmax(1).mean(0)
-        self.forwards += len(images)
-        self.backwards += len(images) if self.config.lr else 0
-        return logits
-
-    def reset(self) -> None:
-        self.resets += 1
-        self.shift = torch.zeros(len(self.weight))
-
-    def describe(self) -> str:
-        return f"{self.method}, for tests"
 
 
 def plain_loop(cells, resets, order=lambda n: range(n), batch=BATCH):
@@ -95,26 +54,6 @@ def plain_loop(cells, resets, order=lambda n: range(n), batch=BATCH):
             right += int((net(x).argmax(1).numpy() == labels[chosen]).sum())
         found.append(right / len(rows))
     return found
-
-
-def random_cell(rng: np.random.Generator, count: int):
-    """Images (N, 32, 32, 3) uint8 and labels (N,) that a fresh `FakeAdapter` mostly knows."""
-    tint = rng.integers(0, 256, (count, 1, 1, 3))
-    noise = rng.integers(-20, 20, (count, 32, 32, 3))
-    known = ((tint[:, 0, 0] / 255 - 0.5) @ WEIGHT.numpy().T).argmax(1)
-    labels = np.where(rng.random(count) < 0.8, known, rng.integers(0, 10, count))
-    return np.clip(tint + noise, 0, 255).astype(np.uint8), labels
-
-
-def memory_data(counts, clean: int = 0) -> CorruptionData:
-    rng = np.random.default_rng(0)
-
-    def labelled(count):
-        images, labels = random_cell(rng, count)
-        return LabelledImages(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels))
-
-    cells = {cell: labelled(count) for cell, count in counts.items()}
-    return CorruptionData.from_arrays(cells, labelled(clean) if clean else None)
 
 
 def arrays_of(data: CorruptionData):
@@ -151,20 +90,6 @@ def big_folder(tmp_path_factory):
         array.flush()
         del array
     return root
-
-
-def write_parquet(path, count: int, seed: int) -> np.ndarray:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow as pa
-
-    images, labels = random_cell(np.random.default_rng(seed), count)
-    rows = []
-    for image in images:
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        rows.append({"bytes": buffer.getvalue(), "path": None})
-    parquet.write_table(pa.table({"image": rows, "label": labels}), path)
-    return labels
 
 
 @pytest.fixture
@@ -261,13 +186,14 @@ def test_mixed_stream_agrees_with_a_plain_loop():
 
 def test_every_protocol_meets_every_image_once():
     counts = {("fog", 1): 5, ("snow", 2): 3}
+    data = memory_data(counts)
     for protocol in PROTOCOLS:
         met = []
-        for stretch in plan(protocol, counts, 0):
+        for stretch in plan(protocol, data, 0):
             met += [(stretch.cells[part], row) for part, row in stretch.rows.tolist()]
         assert sorted(met) == sorted((cell, row) for cell, n in counts.items() for row in range(n))
     with pytest.raises(InputError, match="continual"):
-        plan("backwards", counts, 0)
+        plan("backwards", data, 0)
 
 
 def test_clean_accuracy_is_fresh_and_agrees_with_our_counting(robustbench):
@@ -302,7 +228,7 @@ def test_loss_is_the_mean_cross_entropy():
 def test_bytes_become_the_floats_that_robustbench_makes():
     values = torch.arange(256, dtype=torch.uint8)
     expected = torch.tensor(values.numpy().astype(np.float32) / 255)
-    assert torch.equal(to_unit(values, torch.device("cpu")), expected)
+    assert torch.equal(to_unit(values), expected)
 
 
 def test_shuffling_is_by_seed_and_absent_without():
@@ -528,7 +454,7 @@ def test_results_json(finished):
     names = sorted(path.name for path in out.iterdir())
     assert names == ["b_fake.json", "plot.png", "results.json", "unaggregated_results.csv"]
     found = json.loads((out / "results.json").read_text())
-    assert found["format_version"] == 1
+    assert found["format_version"] == 2
     assert found["settings"]["protocol"] == "reset-per-cell"
     assert found["settings"]["cells"] == {"fog 5": 10, "fog 1": 10, "snow 5": 12, "saturate 5": 9}
     assert found["settings"]["config"] == {"lr": 8.0, "params": ["shift"]}
@@ -629,7 +555,11 @@ def test_a_full_disk_leaves_what_was_there(finished, monkeypatch):
     monkeypatch.setattr(output_module.Path, "write_bytes", full)
     with pytest.raises(DataError, match="No space left"):
         run()
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    now = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert now == before
+    monkeypatch.undo()
+    run(resume=True)  # what was evaluated is not lost either
+    assert {path.name for path in out.iterdir()} == before.keys()
 
 
 def test_out_that_cannot_be_a_folder(tmp_path):
@@ -890,3 +820,11 @@ def test_demo_mistakes(tmp_path):
     with pytest.raises(DataError, match="do not match"):
         load_sample(tmp_path)
     assert issubclass(DataError, TTTError)
+
+
+def test_demo_of_per_image_methods():
+    nets = build_per_image_adapters()
+    assert nets["ttt"].config.steps == 1 and nets["mt3"].method == "mt3"
+    sample = load_sample(n=2)
+    result = compare(nets, sample, progress=False)
+    assert list(result.predictions) == ["ttt's model", "ttt", "mt3's model", "mt3"]

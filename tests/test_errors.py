@@ -7,12 +7,15 @@ import warnings
 import pytest
 import timm
 import torch
+from conftest import PER_IMAGE
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ttt_plugins as tp
 
 ADAPTING = [m for m in tp.list_methods() if m != "source"]
+#: Methods whose loss is on the logits of the batch (what images do alone: test_ttt.py).
+BATCHWISE = [m for m in ADAPTING if m not in PER_IMAGE]
 
 
 def fields(method):
@@ -127,16 +130,11 @@ class PlainConvNet(nn.Module):
         return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("method", [m for m in ADAPTING if m != "mgg"])
-def test_nothing_to_adapt(method):
+@pytest.mark.parametrize("method", ADAPTING)
+def test_nothing_to_adapt(method, make_net):
     with pytest.raises(tp.InputError, match="PlainConvNet") as caught:
-        tp.wrap(PlainConvNet(), method, mean=0.5, std=0.25)
+        make_net(method, PlainConvNet(), mean=0.5, std=0.25, params="norm")
     assert "params='all'" in str(caught.value) and "conv.weight" in str(caught.value)
-
-
-def test_nothing_to_adapt_with_mgg(make_net):
-    with pytest.raises(tp.InputError, match="PlainConvNet"):
-        make_net("mgg", PlainConvNet(), mean=0.5, std=0.25)
 
 
 def test_norms_without_affine_parameters_are_nothing_to_adapt():
@@ -368,7 +366,7 @@ class Gate(nn.Module):
 
 
 @pytest.mark.parametrize("trouble", [torch.inf, torch.nan, "gradient"])
-@pytest.mark.parametrize("method", ADAPTING)
+@pytest.mark.parametrize("method", BATCHWISE)
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_non_finite_batch_is_skipped(
     method, trouble, at, make_model, make_net, images, same_tensors
@@ -399,7 +397,7 @@ def test_a_non_finite_batch_is_skipped(
     assert net.skipped_updates == 2 and reference.skipped_updates == 0
 
 
-@pytest.mark.parametrize("method", ADAPTING)
+@pytest.mark.parametrize("method", BATCHWISE)
 def test_the_prediction_of_a_skipped_batch(method, make_model, make_net, images):
     """It is the one from before the update, of the adapted model."""
     inner = make_model("groupnorm")
@@ -636,14 +634,14 @@ def test_a_folder_with_something_else_is_not_overwritten(make_model, tmp_path):
 
 
 def test_a_failed_save_leaves_the_earlier_artifact(artifact, make_model, make_net, monkeypatch):
-    from ttt_plugins import hub
+    from ttt_plugins import artifacts
 
     before = {p.name: p.read_bytes() for p in artifact.iterdir()}
 
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(hub, "save_file", full)
+    monkeypatch.setattr(artifacts, "save_file", full)
     with pytest.raises(tp.ArtifactError, match="no space"):
         make_net("mgg", make_model("groupnorm"), lr=0.5).save_pretrained(artifact)
     assert {p.name: p.read_bytes() for p in artifact.iterdir()} == before

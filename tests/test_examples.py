@@ -69,3 +69,47 @@ def test_step_cost(name):
     scalars = 1824 if name == "ttt_resnet26_bn" else 13 * 2 * 192
     # W (8, 8), b (8), m and v for each scalar, and two counters
     assert found["state_mb"] == pytest.approx((scalars * 74 * 4 + 16) / 1e6)
+
+
+def test_per_image_results(monkeypatch, tmp_path, capsys):
+    results = _load("per_image_results")
+    rng = np.random.default_rng(0)
+    calls = []
+
+    def stream(data, corruption, n_examples=None):
+        calls.append(corruption)
+        images = torch.from_numpy(rng.integers(0, 256, (n_examples, 3, 32, 32), dtype=np.uint8))
+        return LabelledImages(images, torch.from_numpy(rng.integers(0, 10, n_examples)))
+
+    monkeypatch.setattr(results, "load_stream", stream)
+    artifact, _ = results.MEASUREMENTS["ttt-standard"]
+    small = {"steps": 1, "copies": 2, "lr": 0.1}
+    monkeypatch.setitem(results.MEASUREMENTS, "ttt-standard", (artifact, small))
+    path = tmp_path / "per-image-ttt-standard.json"
+    first = results.measure("ttt-standard", Path(), 3, 0, path, CORRUPTIONS[:1])
+    found = results.measure("ttt-standard", Path(), 3, 0, path, CORRUPTIONS[:2])
+    assert calls == list(CORRUPTIONS[:2])  # the first was there already
+    assert found["cells"][CORRUPTIONS[0]] == first["cells"][CORRUPTIONS[0]]
+    cell = found["cells"][CORRUPTIONS[1]]
+    assert (cell["forwards"], cell["backwards"]) == (3 * 3, 3 * 2)
+    # By hand: differences 1, 0, 0, -1, 1, 1 have mean 1/3 and variance 2/3.
+    found["cells"] = {
+        "a": {**cell, "adapted_right": [1, 1, 0], "source_right": [0, 1, 0]},
+        "b": {**cell, "adapted_right": [0, 1, 1], "source_right": [1, 0, 0]},
+    }
+    figures = results.figures(found)
+    assert figures["gain"] == pytest.approx(100 / 3)
+    assert figures["error"] == pytest.approx(100 * (2 / 3 / 6) ** 0.5)
+    results.main(["ttt-standard", "--report", "--out", str(tmp_path)])
+    assert "ttt-standard | 3 (2 of 15)" in capsys.readouterr().out
+
+
+def test_per_image_speed():
+    speed = _load("per_image_speed")
+    tiny = {"width": 8, "depth": 8, "groups": 4}
+    for found in (
+        speed.ttt(2, 1, 2, 1, "cpu", **tiny),
+        speed.mt3(2, 2, 1, "cpu", **tiny),
+        speed.meta_training(1, "cpu", model_args=tiny, tasks=2, task_images=2),
+    ):
+        assert found["ours_s"] > 0 and found["speed-up"] > 0

@@ -30,11 +30,20 @@ ROOMS = (
     "registry",
     "methods",
     "adapter",
+    "trust",
+    "results",
+    "artifacts",
     "hub",
+    "models",
     "cards",
+    "info",
+    "publish",
     "wrapping",
+    "testing",
+    "convert",
     "train",
     "robustbench_bridge",
+    "hosts",
     "benchmark",
     "demo",
     "cli",
@@ -204,7 +213,8 @@ def test_importing_brings_no_optional_package():
     code = (
         "import sys, ttt_plugins, ttt_plugins.cli\n"
         "loaded = {m.split('.')[0] for m in sys.modules}\n"
-        "print(sorted(loaded & {'robustbench', 'autoattack', 'matplotlib', 'pyarrow', 'pandas'}))"
+        "print(sorted(loaded & {'robustbench', 'autoattack', 'matplotlib', 'pyarrow', 'pandas',\n"
+        "    'torch_ttt'}))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],

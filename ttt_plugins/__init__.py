@@ -15,14 +15,16 @@ with _warnings.catch_warnings():
     from . import networks  # noqa: F401  (registers our networks with timm)
 
 from .adapter import Adapter
+from .artifacts import list_bundled
 from .errors import (
     ArtifactError,
     DataError,
+    DistributedError,
+    HubError,
     InputError,
     MissingDependencyError,
     TTTError,
 )
-from .hub import list_bundled
 from .methods import MGG, MT3, SAR, TTT, Source, Tent
 from .registry import list_methods
 from .version import __version__
@@ -36,6 +38,8 @@ __all__ = [
     "Adapter",
     "ArtifactError",
     "DataError",
+    "DistributedError",
+    "HubError",
     "InputError",
     "MissingDependencyError",
     "Source",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,6 +43,8 @@ class Adapter(nn.Module):
             finite: batches, or images where each adapts on its own.
         forwards, backwards: images passed through the model so far, in either direction.
         batches: batches adapted to since the last reset.
+        loss: the last batch's mean self-supervised loss in front of its last update, a scalar
+            tensor; None where there was none.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Adapter(nn.Module):
             eligible = method.eligible(config, backbone) if method.eligible else None
             self.names = scope.select(backbone, config.params, eligible)
         self.forwards = self.backwards = self.skipped_updates = self.batches = 0
+        self.loss: Tensor | None = None
         self._params: dict[str, Tensor] | None = None
         self._state: dict[str, Tensor] | None = None
         self._algorithm: Any = None
@@ -108,7 +112,7 @@ class Adapter(nn.Module):
             params, state = self._now()
             outcome = algorithm.adapt(params, state, images)
         # Nothing above writes to the adapter: an error on the way leaves it as it was.
-        self._params, self._state = outcome.params, outcome.state
+        self._params, self._state, self.loss = outcome.params, outcome.state, outcome.loss
         self.forwards += outcome.forwards
         self.backwards += outcome.backwards
         self.batches += 1
@@ -208,7 +212,7 @@ class Adapter(nn.Module):
 
     def reset(self) -> None:
         """Back to the source, bit for bit; costs nothing but dropping the adapted tensors."""
-        self._params = self._state = None
+        self._params = self._state = self.loss = None
         self.batches = 0
 
     def load_state_dict(self, *args, **kwargs):
@@ -347,11 +351,42 @@ class Adapter(nn.Module):
                     named[name].copy_(value)
         return plain.requires_grad_(True)
 
-    def save_pretrained(self, folder: str | Path, *, training: dict | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path, **records: Any) -> Path:
         """Write this adapter's artifact; see `ttt_plugins.wrapping.save_pretrained`."""
         from .wrapping import save_pretrained  # below this room: it builds adapters
 
-        return save_pretrained(self, folder, training=training)
+        return save_pretrained(self, folder, **records)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        **records: Any,
+    ) -> str:
+        """Publish this adapter on the Hugging Face Hub; unchanged files make no new commit.
+
+        Args:
+            repository: ``"org/name"``, created if there is none.
+            private: whether a new repository is private (its owner's default unless given).
+            token: access token that may write; unless given the one of ``hf auth login`` or
+                HF_TOKEN.
+            **records: ``training``, ``results`` and ``card`` of
+                `ttt_plugins.wrapping.save_pretrained`.
+
+        Returns:
+            the commit that holds it now.
+
+        Raises:
+            HubError: the Hub refuses or cannot be reached; nothing is published then.
+            ArtifactError: the classifier is in a local folder that is gone.
+        """
+        from .publish import publish
+
+        with tempfile.TemporaryDirectory(prefix="ttt-plugins-") as work:
+            folder = self.save_pretrained(Path(work) / repository.split("/")[-1], **records)
+            return publish(folder, repository, private=private, token=token)[0]
 
     def learned_tensors(self) -> dict[str, Tensor]:
         """What was learned beforehand and belongs into an artifact (copies)."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import shlex
 import sys
 import warnings
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from . import hub
+from .artifacts import read_config
 from .errors import InputError, TTTError
 from .flags import PROGRAM, Parser, add_dataclass_flags, dataclass_from_args, key_value
 from .registry import configure
@@ -37,12 +40,8 @@ def _adapter(args: argparse.Namespace) -> nn.Module:
     if args.lr is not None:
         overrides["lr"] = args.lr
     common = {"device": _device(args.device), "seed": args.seed, **overrides}
-    stored = None
-    if args.model.startswith("bundled:"):
-        stored = hub.read(hub.bundled_folder(args.model.removeprefix("bundled:")))
-    elif (Path(args.model) / "config.json").is_file():
-        stored = hub.read(args.model)
-    if args.method is None or (stored and stored.config["method"] == args.method):
+    stored = None if args.method is None else hub.find(args.model)
+    if args.method is None or (stored and read_config(stored.folder)["method"] == args.method):
         return from_pretrained(args.model, **common)
     return wrap(
         args.model, args.method, pretrained=args.pretrained, model_dir=args.model_dir, **common
@@ -67,35 +66,75 @@ def _unadapted(net: nn.Module, model_dir: Path) -> nn.Module:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    from .benchmark import open_dataset, run_benchmark
+    from .benchmark import worker_from_environment
 
-    data = open_dataset(
-        args.dataset,
-        args.data_dir,
-        corruptions=args.corruption,
-        severities=args.severity,
-        n_examples=args.n_examples,
-        labels=args.labels,
-    )
+    if args.threads is not None:
+        if args.threads < 1:
+            raise InputError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    worker = worker_from_environment(args.lease)
+    if worker is None:
+        _run_benchmark(args, None)
+        return
+    if args.device == "cuda" and torch.cuda.is_available():
+        place = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        args.device = f"cuda:{place}"
+    # torchrun starts all processes anew when one has died: what they had done is on disk.
+    args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    try:
+        _run_benchmark(args, worker)
+    finally:
+        worker.leave()
+
+
+def _run_benchmark(args: argparse.Namespace, worker) -> None:
+    from .benchmark import Execution, open_dataset, run_benchmark
+
+    execution = Execution(args.channels_last, args.autocast, args.compile)
+    # What is downloaded is downloaded once.
+    with worker.leader_first("data") if worker else contextlib.nullcontext(True):
+        data = open_dataset(
+            args.dataset,
+            args.data_dir,
+            corruptions=args.corruption,
+            severities=args.severity,
+            n_examples=args.n_examples,
+            labels=args.labels,
+            download=not args.no_download,
+        )
+    seeds, first = args.seed, args.seed[0] if args.seed else None
+    args.seed = first  # of the adapter
     # A timm name without --pretrained means random weights: let them be the same ones twice.
-    torch.manual_seed(args.seed or 0)
-    net = _adapter(args)
-    torch.manual_seed(args.seed or 0)
-    baseline = None if net.method == "source" else _unadapted(net, args.model_dir)
-    print(net.describe(), flush=True)
+    with worker.leader_first("weights") if worker else contextlib.nullcontext(True):
+        torch.manual_seed(first or 0)
+        net = _adapter(args)
+        torch.manual_seed(first or 0)
+        baseline = None if net.method == "source" else _unadapted(net, args.model_dir)
+    speaks = worker is None or worker.rank == 0
+    if speaks:
+        print(net.describe(), flush=True)
     results = run_benchmark(
         net,
         data,
         baseline=baseline,
         out=args.out,
         protocol=args.protocol,
+        concentration=args.concentration,
         batch_size=args.batch_size,
-        seed=args.seed,
+        seed=seeds,
+        execution=execution,
         model_name=args.model,
         command=args.command_line,
         overwrite=args.overwrite,
+        resume=args.resume,
+        worker=worker,
     )
+    if not speaks:
+        return
     print(f"\naccuracy in %, {args.protocol}, batch size {args.batch_size}\n{results.table()}")
+    for name, mce in results.circumstances["corruptions_mce"].items():
+        if mce is not None:
+            print(f"mCE of {name}: {100 * mce:.2f} % (AlexNet: 100 %)")
     if data.clean is None:
         print("clean accuracy not measured: no clean images in the data folder")
     if data.note:
@@ -103,15 +142,26 @@ def _benchmark(args: argparse.Namespace) -> None:
     print(f"results.json, RobustBench's files and plot.png are in {args.out}")
 
 
+def _compare(args: argparse.Namespace) -> None:
+    from .benchmark import compare
+
+    print(compare(args.folders, args.html))
+    print(f"the report is {args.html}")
+
+
 def _demo(args: argparse.Namespace) -> None:
     from .demo import run_demo
 
     print(
         "A small network, trained on clean CIFAR-10 images, meets corrupted ones: as it is\n"
-        "(source), and adapting to them batch by batch, without labels (tent, sar, mgg).\n",
+        "(source), and adapting to them batch by batch, without labels (tent, sar, mgg). Then two\n"
+        "that adapt to every image on its own (ttt, mt3), each beside its own network as it is.\n",
         flush=True,
     )
-    print(run_demo(args.out, n=args.images).table())
+    batchwise, per_image = run_demo(args.out, n=args.images)
+    print(f"{batchwise.table()}\n")
+    print(f"every image on its own, the first {len(per_image.sample.labels)} of each kind")
+    print(per_image.table())
     print(f"\nthe picture is {Path(args.out) / 'demo.png'}")
 
 
@@ -257,9 +307,40 @@ def _train_mgg(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from . import from_pretrained
+    from . import info
 
-    print(from_pretrained(args.name).describe())
+    print(info.describe(args.name, hub.Access(args.revision)))
+
+
+def _publish(args: argparse.Namespace) -> None:
+    from .publish import publish
+
+    commit, new = publish(
+        args.folder, args.repository, private=args.private or None, measured=args.results
+    )
+    done = "published" if new else "unchanged, no commit made"
+    print(f"{args.repository}@{commit}: {done}")
+    print(f'load it with tp.from_pretrained("{args.repository}")')
+
+
+def _card(args: argparse.Namespace) -> None:
+    from . import cards
+
+    facts = {"license": args.license, "datasets": args.datasets, "note": args.note}
+    for folder in args.folder:
+        print(cards.refresh(folder, measured=args.results, facts=facts) / "README.md")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .convert import convert_mgg, convert_mt3
+
+    if args.kind == "mt3":
+        if args.statistics:
+            raise InputError("--statistics belongs to convert mgg")
+        folder = convert_mt3(args.checkpoint, args.out)
+    else:
+        folder = convert_mgg(args.checkpoint, args.out, args.statistics)
+    print(f"the artifact is in {folder}")
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -274,6 +355,7 @@ def _list(args: argparse.Namespace) -> None:
 
 def _add_benchmark(commands) -> None:
     from .benchmark import DATASETS, PROTOCOLS
+    from .benchmark.protocols import CONCENTRATION
 
     add = commands.add_parser("benchmark", help="measure an adapter on corrupted images")
     add.set_defaults(run=_benchmark)
@@ -288,14 +370,61 @@ def _add_benchmark(commands) -> None:
     add.add_argument("--n-examples", type=int, metavar="N", help="images a cell (default: all)")
     add.add_argument("--batch-size", type=int, default=64, metavar="B")
     add.add_argument("--protocol", choices=PROTOCOLS, default="reset-per-cell")
+    add.add_argument(
+        "--concentration",
+        type=float,
+        default=CONCENTRATION,
+        metavar="DELTA",
+        help="of the Dirichlet distribution of --protocol correlated (default: %(default)s)",
+    )
     add.add_argument("--device", help="such as cuda (default: cpu)")
-    add.add_argument("--seed", type=int, help="of the images' order in a cell (default: as stored)")
+    add.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        help="of the images' order in a cell and of the adapter's draws (default: as stored, and "
+        "0); several give means and standard errors",
+    )
     add.add_argument("--lr", type=float, help="short for --set lr=LR")
     _add_fields(add)
     add.add_argument("--labels", type=Path, help="parquet file of the clean test images")
     add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
     add.add_argument("--pretrained", action="store_true", help="download timm's weights")
     add.add_argument("--overwrite", action="store_true", help="replace other results in OUT")
+    add.add_argument("--resume", action="store_true", help="go on with the unfinished run in OUT")
+    add.add_argument("--no-download", action="store_true", help="missing data is an error")
+    add.add_argument("--channels-last", action="store_true", help="NHWC memory layout")
+    add.add_argument("--autocast", choices=("bfloat16", "float16"), help="reduced precision")
+    add.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="compile the model with torch.compile (BACKEND: inductor)",
+    )
+    add.add_argument(
+        "--threads", type=int, help="of the processor (default: torch's own; 1 under torchrun)"
+    )
+    add.add_argument(
+        "--lease",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="under torchrun: a process silent for so long counts as dead (default: %(default)s)",
+    )
+
+
+def _add_compare(commands) -> None:
+    add = commands.add_parser("compare", help="put the results of several benchmarks side by side")
+    add.set_defaults(run=_compare)
+    add.add_argument("folders", nargs="+", type=Path, metavar="OUT", help="of a benchmark")
+    add.add_argument(
+        "--html",
+        type=Path,
+        default=Path("comparison.html"),
+        metavar="FILE",
+        help="the report, a page with its pictures inside (default: %(default)s)",
+    )
 
 
 def _add_fields(add) -> None:
@@ -361,6 +490,27 @@ def _add_training(add, folder: str, recipe: type) -> None:
     add_dataclass_flags(add, recipe)
 
 
+def _add_artifacts(commands) -> None:
+    add = commands.add_parser("publish", help="put an artifact on the Hugging Face Hub")
+    add.set_defaults(run=_publish)
+    add.add_argument("folder", type=Path, metavar="FOLDER")
+    add.add_argument("repository", metavar="ORG/NAME", help="created if there is none")
+    add.add_argument("--private", action="store_true", help="the new repository is private")
+    add.add_argument("--results", type=Path, metavar="FILE", help="a benchmark's results.json")
+    add.epilog = "Log in with `hf auth login` first, or set HF_TOKEN."
+    add = commands.add_parser("info", help="what an artifact is, without loading its classifier")
+    add.set_defaults(run=_info)
+    add.add_argument("name", metavar="NAME_OR_FOLDER", help="what from_pretrained takes")
+    add.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add = commands.add_parser("card", help="write an artifact's card (README.md) anew")
+    add.set_defaults(run=_card)
+    add.add_argument("folder", type=Path, nargs="+", metavar="FOLDER")
+    add.add_argument("--results", type=Path, metavar="FILE", help="a benchmark's results.json")
+    add.add_argument("--license", help="the Hub's identifier, such as apache-2.0")
+    add.add_argument("--datasets", nargs="+", metavar="NAME", help="the Hub's identifiers")
+    add.add_argument("--note", help="a sentence for the section on limits")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description="Test-time training for image classifiers.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -369,10 +519,15 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--out", type=Path, default=Path("ttt-plugins-demo"), help="folder")
     add.add_argument("--images", type=int, metavar="N", help="images a corruption (default: all)")
     _add_benchmark(commands)
+    _add_compare(commands)
     _add_train(commands)
-    add = commands.add_parser("info", help="describe an adapter")
-    add.set_defaults(run=_info)
-    add.add_argument("name", metavar="NAME_OR_FOLDER")
+    _add_artifacts(commands)
+    add = commands.add_parser("convert", help="turn the papers' released weights into artifacts")
+    add.set_defaults(run=_convert)
+    add.add_argument("kind", choices=("mgg", "mt3"))
+    add.add_argument("checkpoint", help="MGG's file, or the prefix of MT3's TensorFlow checkpoint")
+    add.add_argument("--statistics", type=Path, help="MGG: the file of ViT-B/16's statistics")
+    add.add_argument("--out", type=Path, required=True, help="folder for the artifact")
     add = commands.add_parser("list", help="name the methods and what is bundled")
     add.set_defaults(run=_list)
     return parser

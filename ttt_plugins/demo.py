@@ -1,7 +1,9 @@
-"""The demo: a classifier meets corrupted images, unadapted and with three adapters.
+"""The demo: classifiers meet corrupted images, unadapted and with adapters.
 
-Everything it needs ships inside the package: a small network, its learned MGG optimizer, and
-real images.
+Everything it needs ships inside the package: small networks, what the methods learned for them,
+and real images. Methods that adapt batch by batch share one network; TTT and MT3, which adapt to
+every image on its own, each have the one they were trained with, and fewer images, because they
+take their time.
 """
 
 from __future__ import annotations
@@ -20,17 +22,30 @@ from tqdm.auto import tqdm
 from .benchmark.evaluate import classify
 from .benchmark.output import write_files
 from .benchmark.plots import COLOURS, figure, to_png
-from .benchmark.records import align
+from .benchmark.results import align
 from .data import CIFAR10_CLASSES, LabelledImages
 from .errors import DataError, InputError
 
-__all__ = ["DemoResult", "Sample", "build_adapters", "compare", "draw", "load_sample", "run_demo"]
+__all__ = [
+    "DemoResult",
+    "Sample",
+    "build_adapters",
+    "build_per_image_adapters",
+    "compare",
+    "draw",
+    "load_sample",
+    "run_demo",
+]
 
 MODEL = "bundled:source-resnet26-cifar10"
 MGG = "bundled:mgg-resnet26-cifar10"
+TTT = "bundled:ttt-resnet26-cifar10"
+MT3 = "bundled:mt3-resnet26-cifar10"
 SAMPLE = Path(__file__).parent / "assets" / "demo"
 BATCH_SIZE = 32
 CLEAN = "clean"
+#: Images of each kind that TTT and MT3 are shown.
+PER_IMAGE = 32
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,18 @@ def build_adapters(model: str = MODEL, mgg: str = MGG) -> dict[str, nn.Module]:
     return {**adapters, "mgg": from_pretrained(mgg)}
 
 
+def build_per_image_adapters(ttt: str = TTT, mt3: str = MT3) -> dict[str, nn.Module]:
+    """TTT (its one-step form) and MT3, each after its own model without adaptation."""
+    from . import from_pretrained, wrap
+
+    return {
+        "ttt's model": wrap(ttt, "source"),
+        "ttt": from_pretrained(ttt, steps=1, lr=0.01),
+        "mt3's model": wrap(mt3, "source"),
+        "mt3": from_pretrained(mt3),
+    }
+
+
 def compare(
     nets: Mapping[str, nn.Module],
     sample: Sample,
@@ -217,15 +244,23 @@ def draw(
     return to_png(drawn)
 
 
-def run_demo(out: str | Path, *, n: int | None = None, progress: bool = True) -> DemoResult:
-    """Run the comparison on the package's own model and images and write ``demo.png``."""
+def run_demo(
+    out: str | Path, *, n: int | None = None, progress: bool = True
+) -> tuple[DemoResult, DemoResult]:
+    """Run both comparisons on the package's own models and images and write ``demo.png``.
+
+    Returns:
+        the methods that adapt batch by batch, and those that adapt to each image on its own.
+    """
     sample = load_sample(n=n)
+    few = load_sample(n=min(PER_IMAGE, len(sample.labels)))
     figure(1, 1)  # a missing matplotlib is found before the work
     result = compare(build_adapters(), sample, progress=progress)
+    per_image = compare(build_per_image_adapters(), few, progress=progress)
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{out}: cannot make this folder ({error.strerror})") from error
     write_files(out, {"demo.png": draw(result)})
-    return result
+    return result, per_image

@@ -7,6 +7,8 @@ caller would think of catching.
 __all__ = [
     "ArtifactError",
     "DataError",
+    "DistributedError",
+    "HubError",
     "InputError",
     "MissingDependencyError",
     "TTTError",
@@ -32,5 +34,16 @@ class ArtifactError(TTTError, ValueError):
     """An adapter artifact (folder or Hub repository) that cannot be loaded or written."""
 
 
+class HubError(ArtifactError, OSError):
+    """The Hub refuses, cannot be reached, or sends something else than it promised."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
 class MissingDependencyError(TTTError, ImportError):
     """An optional package is needed; the message names the extra that brings it."""
+
+
+class DistributedError(TTTError, RuntimeError):
+    """The processes of a sharded run can no longer reach each other."""

@@ -33,11 +33,20 @@ class PreActUnit(nn.Module):
     """
 
     def __init__(
-        self, width_in: int, width_out: int, stride: int, norm, bias: bool, activate_shortcut: bool
+        self,
+        width_in: int,
+        width_out: int,
+        stride: int,
+        norm,
+        bias: bool,
+        activate_shortcut: bool,
+        pad_end: bool,
     ):
         super().__init__()
         self.norm1 = norm(width_in)
-        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=bias)
+        # TensorFlow's SAME at stride 2 pads bottom and right only.
+        self.pad_end = pad_end and stride > 1
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 0 if self.pad_end else 1, bias=bias)
         self.norm2 = norm(width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=bias)
         self.stride = stride
@@ -52,7 +61,7 @@ class PreActUnit(nn.Module):
         if self.missing:
             before = self.missing // 2
             shortcut = F.pad(shortcut, (0, 0, 0, 0, before, self.missing - before))
-        out = self.conv1(active)
+        out = self.conv1(F.pad(active, (0, 1, 0, 1)) if self.pad_end else active)
         return self.conv2(F.relu(self.norm2(out))) + shortcut
 
 
@@ -69,6 +78,8 @@ class PreActResNet(nn.Module):
         activate_shortcut: the very first unit's shortcut starts after the activation (MT3: yes).
         hidden: width of a bias-free linear layer with ReLU between pooled features and
             classifier (MT3: 256), 0 for none. It counts as part of the pooled features.
+        pad_end: where the resolution halves, pad bottom and right alone, as TensorFlow does (MT3's
+            released weights: yes).
     """
 
     def __init__(
@@ -83,6 +94,7 @@ class PreActResNet(nn.Module):
         conv_bias: bool = False,
         activate_shortcut: bool = False,
         hidden: int = 0,
+        pad_end: bool = False,
         global_pool: str = "avg",
     ):
         super().__init__()
@@ -112,6 +124,7 @@ class PreActResNet(nn.Module):
                         norm_layer,
                         conv_bias,
                         activate_shortcut and first and stage == 0,
+                        pad_end,
                     )
                 )
                 width_in = width_out

@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from .errors import DataError, InputError, MissingDependencyError
 
 __all__ = [
     "clean_accuracy",
+    "download_corruptions",
     "has_clean_images",
     "imagenet_test_files",
     "import_robustbench",
@@ -174,6 +177,35 @@ def load_corrupted_images(
     preprocessing = data.PREPROCESSINGS["Res224" if key.value == "imagenet" else None]
     # By position: CIFAR's loaders call the preprocessing `_`, ImageNet's `prepr`.
     return load(n_examples, severity, str(data_dir), False, [corruption], preprocessing)
+
+
+def download_corruptions(dataset: str, data_dir: Path) -> None:
+    """Fetch the folder of corrupted images into ``data_dir`` by RobustBench's own downloader.
+
+    It appears there complete or not at all: the downloader takes an archive that an interrupted
+    download left behind for a finished one, so it works in a folder of its own.
+
+    Raises:
+        DataError: RobustBench has no downloader for the dataset, or the download fails.
+    """
+    data = import_robustbench().data
+    key, threat = _enums(dataset)
+    name = data.CORRUPTIONS_DIR_NAMES[key][threat]
+    if threat not in data.CORRUPTIONS_DICT[key] or key not in data.ZENODO_CORRUPTIONS_LINKS:
+        raise DataError(
+            f"{data_dir}: holds no folder {name}, and RobustBench has no downloader for it; "
+            f"fetch it from the dataset's authors and unpack it there"
+        )
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
+        try:
+            data.zenodo_download(*data.ZENODO_CORRUPTIONS_LINKS[key], save_dir=Path(folder))
+            os.replace(Path(folder) / name, data_dir / name)
+        except Exception as error:  # whatever requests, json, tarfile or the disk raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"{data_dir / name}: no such folder, and RobustBench could not download it "
+                f"({reason}); fetch it elsewhere and put it there"
+            ) from error
 
 
 def has_clean_images(dataset: str, data_dir: Path) -> bool:

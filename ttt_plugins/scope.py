@@ -160,10 +160,11 @@ def call(
 
     Args:
         params: adapted tensors; names that are no part of the model are passed over.
-        replaced: further parameters and buffers, by their names in the user's model.
+        replaced: parameters and buffers to use whatever ``params`` says, by their names in the
+            user's model.
     """
-    tensors = {_PREFIX + n: t for n, t in (replaced or {}).items()}
-    tensors |= materialise(backbone, params)
+    tensors = materialise(backbone, params)
+    tensors |= {_PREFIX + n: t for n, t in (replaced or {}).items()}
     # functional_call's own ties would put a module's tensors back wrongly where that module is
     # registered in several places: it exchanges them twice and restores the first exchange.
     tensors |= {
@@ -172,7 +173,7 @@ def call(
         if first in tensors
         for n in backbone.tied[first]
     }
-    return functional_call(backbone, tensors, (images, pooled), tie_weights=False, strict=False)
+    return functional_call(backbone, tensors, (images, pooled), tie_weights=False)
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:

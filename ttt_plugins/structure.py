@@ -212,10 +212,10 @@ def tapped_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The layers whose features are compared with the source (methods.md, section 3).
 
     Block transformers: the first norm of every block but the first, and the final norm, as MGTTA
-    has it. Everything else: four norms evenly spaced from the first to the last (BatchNorms where
-    there are any, because each carries its source statistics): reading the features of all would
-    cost a good part of a step, and a step of MGG may cost no more than one of Tent. Networks
-    without norms: four convolutions instead.
+    has it. Everything else: three norms, a third, two thirds and all of the way through (BatchNorms
+    where there are any, because each carries its source statistics). Reading the features of all
+    would cost a good part of a step, and a step of MGG may cost no more than one of Tent. Networks
+    without norms: three convolutions instead.
     """
     layers = batch_norms(model)
     if not layers:
@@ -232,7 +232,7 @@ def tapped_modules(model: nn.Module) -> dict[str, nn.Module]:
             n: m for n, m in named.items() if isinstance(m, _CONVOLUTIONS)
         }
     names = list(layers)
-    places = {round(i * (len(names) - 1) / 3) for i in range(4)} if names else set()
+    places = {round(i * (len(names) - 1) / 3) for i in (1, 2, 3)} if names else set()
     return {n: layers[n] for i, n in enumerate(names) if i in places}
 
 

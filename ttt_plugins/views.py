@@ -119,8 +119,8 @@ def _scramble(z: Tensor) -> Tensor:
 
 def image_keys(images: Tensor, seed: int) -> Tensor:
     """(B, C, H, W) -> (B,) int64: a number for each image's bits and the seed."""
-    width = {8: torch.int64, 4: torch.int32, 2: torch.int16}[images.element_size()]
-    bits = images.contiguous().view(width).flatten(1).long()
+    # In single precision, whatever the images come in, so that a move to another keeps the views.
+    bits = images.float().contiguous().view(torch.int32).flatten(1).long()
     place = torch.arange(1, bits.shape[1] + 1, device=bits.device) * _GAMMA
     return _scramble((_scramble(bits ^ place)).sum(1) + _scramble(torch.tensor(seed)).item())
 

@@ -2,107 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-import warnings
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from . import cards, hub
+from . import artifacts, cards, hub, results, trust
 from .adapter import Adapter
+from .artifacts import OWN_WEIGHTS, Artifact
 from .backbone import Backbone
 from .errors import ArtifactError, InputError
+from .hub import Access
 from .methods import Source
+from .models import carried_model, check_fingerprint, described_model, load_model
 from .registry import Method, configure, get_method
 
 __all__ = ["from_pretrained", "save_pretrained", "save_with_model", "wrap"]
-
-
-def _timm_model(name: str, pretrained: bool, seed: int | None) -> nn.Module:
-    plain = name.split(":")[-1].split(".")[0]
-    if ":" not in name and not timm.is_model(plain):
-        close = difflib.get_close_matches(plain, timm.list_models(), 3)
-        raise InputError(
-            f"{name!r} is not a model timm {timm.__version__} knows"
-            + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
-        )
-    try:
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            return timm.create_model(name, pretrained=pretrained)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise InputError(f"timm could not create {name!r}: {error}") from error
-
-
-def _own_model(artifact: hub.Artifact, folder: Path) -> nn.Module:
-    """The classifier whose weights an artifact carries."""
-    config = artifact.config
-    try:
-        if not timm.is_model(config["architecture"]):
-            raise ValueError(f"timm knows no {config['architecture']!r}")
-        # Named here, so that no artifact can pass them: they would fetch or unpickle files.
-        model = timm.create_model(
-            config["architecture"],
-            pretrained=False,
-            pretrained_cfg=None,
-            pretrained_cfg_overlay=None,
-            checkpoint_path="",
-            num_classes=config["num_classes"],
-            **config["model_args"],
-        )
-        model.load_state_dict(artifact.weights, strict=True)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{folder} does not hold a model that loads: {error}") from error
-    _check_fingerprint(model, config["backbone"], str(folder), strict=True)
-    return model
-
-
-def _check_fingerprint(model: nn.Module, backbone: dict, name: str, strict: bool) -> None:
-    wanted = backbone.get("fingerprint")
-    if wanted is None or (found := hub.fingerprint(model.state_dict())) == wanted:
-        return
-    message = (
-        f"{name} was made for {backbone.get('name')!r} with weights {wanted}, "
-        f"but this {type(model).__name__} has {found}"
-    )
-    if strict:
-        raise ArtifactError(message + "; pass strict_backbone=False to use it all the same")
-    warnings.warn(message, stacklevel=3)
-
-
-def _load_model(
-    model: str | nn.Module, pretrained: bool, model_dir: str | Path, seed: int | None = None
-) -> tuple[nn.Module, dict[str, Any], hub.Artifact | None]:
-    """A module, where it came from, and the artifact it was in.
-
-    For a timm name, a zoo name, an artifact that carries a model, or a module.
-    """
-    if isinstance(model, nn.Module):
-        return model, {"source": "module", "name": type(model).__name__}, None
-    if not isinstance(model, str):
-        raise InputError(f"model must be a name or an nn.Module, got {type(model).__name__}")
-    if model.startswith("robustbench:"):
-        from .robustbench_bridge import load_zoo_model
-
-        return load_zoo_model(model, model_dir), {"source": "robustbench", "name": model}, None
-    if (folder := hub.named_folder(model)) is not None:
-        artifact = hub.read(folder)
-        if artifact.weights is None:
-            raise InputError(
-                f"{model} is an adapter without a model of its own; load it with "
-                f"from_pretrained({model!r})"
-            )
-        if model.startswith("bundled:"):
-            origin = {"source": "bundled", "name": model}
-        else:
-            origin = {"source": "folder", "name": str(folder.resolve())}
-        return _own_model(artifact, folder), origin, artifact
-    origin = {"source": "timm", "name": model, "pretrained": pretrained, "timm": timm.__version__}
-    return _timm_model(model, pretrained, seed), origin, None
 
 
 def _build(
@@ -155,9 +73,11 @@ def wrap(
     """Wrap an image classifier so that it adapts itself at inference.
 
     Args:
-        model: a timm name, ``"robustbench:<dataset>/<name>"`` (corruptions zoo), a bundled or
-            local artifact that carries a model (``"bundled:source-resnet26-cifar10"``), or any
-            ``nn.Module`` from normalised images (B, C, H, W) to logits (B, classes).
+        model: a timm name, ``"robustbench:<dataset>/<name>"`` (corruptions zoo), an artifact that
+            carries a model (``"bundled:source-resnet26-cifar10"``, a folder, or ``"org/name"`` or
+            ``"org/name@revision"`` on the Hub), a timm repository (``"hf-hub:org/name"``, always
+            with its weights), or any ``nn.Module`` from normalised images (B, C, H, W) to logits
+            (B, classes).
         method: a name of `list_methods()` or a config object (``tp.MGG(lr=1e-3)``).
         params: what adapts: ``"norm"``, ``"all"``, a regular expression, or names; the method's
             own default unless given.
@@ -177,12 +97,12 @@ def wrap(
 
     Raises:
         InputError: unknown model, method or field, or nothing to adapt.
-        ArtifactError: a bundled or local artifact does not load.
+        ArtifactError: an artifact does not load (`HubError` where the Hub is the reason).
     """
     record = get_method(method)
     if not isinstance(normalize, bool):
         raise InputError(f"normalize must be True or False, got {normalize!r}")
-    module, origin, artifact = _load_model(model, pretrained, model_dir, seed)
+    module, origin, artifact = load_model(model, pretrained, model_dir, seed)
     if origin["source"] == "robustbench":
         normalize = False
     config, where = record.config() if isinstance(method, str) else method, "tensors"
@@ -193,14 +113,14 @@ def wrap(
     elif tensors is None and record.default_artifact is not None:
         # A learned optimizer and its step size belong together, so a bare name takes both.
         where = record.default_artifact(module)
-        bundled = hub.read(hub.bundled_folder(where))
+        bundled = artifacts.read(artifacts.bundled_folder(where))
         tensors = bundled.tensors
         source = {n for n in tensors if n.startswith("source.")}
         made_for = bundled.config["backbone"]
         # Hashing the weights of a large network takes long; its classes alone may tell.
         known = getattr(module, "num_classes", None) in (None, made_for.get("num_classes"))
         same = source and known
-        if not same or hub.fingerprint(module.state_dict()) != made_for.get("fingerprint"):
+        if not same or artifacts.fingerprint(module.state_dict()) != made_for.get("fingerprint"):
             # The optimizer fits any network, the source statistics only their own.
             tensors = {n: t for n, t in tensors.items() if n not in source}
         if isinstance(method, str):
@@ -224,80 +144,106 @@ def wrap(
 
 
 def _config_of(record: Method, config: dict[str, Any], name: str) -> Any:
-    fields = dict(config["fields"])
-    if isinstance(fields.get("params"), list):
-        fields["params"] = tuple(fields["params"])
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config["fields"].items()}
     try:
         return configure(record.config(), fields)
-    except InputError as error:
+    except (InputError, TypeError, OverflowError) as error:
         raise ArtifactError(f"{name}/config.json: {error}") from error
 
 
 def from_pretrained(
     name: str | Path,
     *,
+    revision: str | None = None,
     backbone: str | nn.Module | None = None,
     strict_backbone: bool = True,
     device: str | torch.device | None = None,
     seed: int | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
     **overrides: Any,
 ) -> Adapter:
     """Load an adapter.
 
     Args:
-        name: ``"bundled:<name>"`` or a local folder.
-        backbone: the classifier, where the artifact does not say where to find it.
+        name: ``"org/name"`` or ``"org/name@revision"`` on the Hugging Face Hub,
+            ``"bundled:<name>"``, or a local folder.
+        revision: branch, tag or commit on the Hub (the default branch unless given). It is
+            resolved once, and all files are taken from that commit.
+        backbone: the classifier, where the artifact does not say where to find it, or instead of
+            the one it names: whatever `wrap` takes (a timm name with its pretrained weights).
         strict_backbone: a classifier with other weights than the adapter was made for is an
-            error; False makes it a warning.
+            error; False makes it a warning. Without effect where the artifact declares that it
+            fits any architecture.
         device, seed: as in `wrap`.
+        cache_dir: where files from the Hub are kept (huggingface_hub's cache unless given; timm
+            keeps its own weights there always).
+        local_files_only: use that cache alone, without a connection.
+        token: access token of the Hub; unless given the one of ``hf auth login`` or HF_TOKEN,
+            none if False.
         **overrides: fields of the method's config to change.
 
     Raises:
         ArtifactError: the artifact is missing, damaged, or made for another classifier.
+        HubError: (an `ArtifactError`) no such repository or revision, no access, no connection.
+        InputError: an unknown field, or a revision of something that is not on the Hub.
     """
-    name = str(name)
-    folder = hub.named_folder(name)
-    if folder is None:
+    access = Access(revision, cache_dir, local_files_only, token)
+    found = hub.find(name, access)
+    if found is None:
         raise ArtifactError(
-            f"{name!r} is neither a folder with a config.json nor bundled; bundled are "
-            f"{['bundled:' + n for n in hub.list_bundled()]}"
+            f"{str(name)[:200]!r} is no folder with a config.json, no ORG/NAME on the Hub and "
+            f"not bundled; bundled are {['bundled:' + n for n in artifacts.list_bundled()]}"
         )
-    artifact = hub.read(folder)
+    access = Access(None, cache_dir, local_files_only, token)  # the revision was the adapter's
+    artifact, where = artifacts.read(found.folder, found.name), found.name
     config, described = artifact.config, artifact.config["backbone"]
     record = get_method(config["method"])
-    fields = configure(_config_of(record, config, name), overrides)
-    if artifact.weights is not None and backbone is None:
-        module = _own_model(artifact, folder)
-        origin = {"source": hub.OWN_WEIGHTS, "name": name, "timm": hub.timm_part(config)}
-    elif backbone is not None or (
-        described.get("source") in ("bundled", "folder", "robustbench", "timm")
-        and isinstance(described.get("name"), str)
-    ):
-        chosen = described["name"] if backbone is None else backbone
-        module, origin, _ = _load_model(chosen, bool(described.get("pretrained")), "models")
-        _check_fingerprint(module, described, name, strict_backbone)
+    fields = configure(_config_of(record, config, where), overrides)
+    anything = described.get("fits") == "any"
+    if anything and not _fits_any(record, fields, artifact.tensors):
+        raise ArtifactError(f"{where} says that it fits any architecture, but it does not")
+    normal = {k: described.get(k) for k in ("mean", "std")}
+    normal["normalize"] = described.get("normalize", True)
+    if backbone is None and artifact.weights is not None:
+        module = carried_model(artifact, found.folder, where)
+        origin = {"source": OWN_WEIGHTS, "name": where, "timm": artifacts.timm_part(config)}
+    elif backbone is None:
+        module, origin = described_model(described, where, access)
+        check_fingerprint(module, described, where, strict_backbone)
     else:
-        raise ArtifactError(
-            f"{name} was made for a {described.get('name')!r} that it cannot find by itself; pass "
-            "it as backbone="
-        )
+        trained = described.get("pretrained", True)
+        module, origin, _ = load_model(backbone, trained, seed=seed, access=access)
+        if not anything:
+            check_fingerprint(module, described, where, strict_backbone)
+        elif artifacts.fingerprint(module.state_dict()) != described.get("fingerprint"):
+            # Another classifier than the one this was made with has its own preprocessing.
+            normal = {"normalize": origin["source"] != "robustbench"}
     return _build(
         module,
         record,
         fields,
         tensors=artifact.tensors,
-        where=name,
+        where=where,
         origin=origin,
-        mean=described.get("mean"),
-        std=described.get("std"),
-        normalize=bool(described.get("normalize", True)),
         device=device,
         seed=seed,
+        **normal,
     )
 
 
+def _fits_any(record: Method, config: Any, tensors: Mapping[str, Tensor]) -> bool:
+    return record.fits_any is not None and record.fits_any(config, tensors)
+
+
 def save_pretrained(
-    net: Adapter, folder: str | Path, *, training: dict[str, Any] | None = None
+    net: Adapter,
+    folder: str | Path,
+    *,
+    training: dict[str, Any] | None = None,
+    results: str | Path | Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter's artifact: its config and what it learned, not the classifier.
 
@@ -306,21 +252,62 @@ def save_pretrained(
 
     Args:
         training: how it was made; goes into ``config.json`` and the card.
+        results: what was measured with it: a benchmark's ``results.json``, or the form of
+            `ttt_plugins.results`; goes into ``results.json`` and the card.
+        card: ``license``, ``datasets`` and ``note`` for the card.
+
+    Raises:
+        ArtifactError: the folder holds something else, the disk refuses, or the results are none.
     """
     normal, state = net.backbone.normalize, net.backbone.source_state_dict()
-    backbone = {k: v for k, v in net.origin.items() if k != "timm"} | {
+    learned = net.learned_tensors()
+    backbone = {k: v for k, v in net.origin.items() if k != "timm" and v is not None} | {
         "num_classes": net.num_classes,
         "normalize": normal,
         "mean": net.backbone.mean.flatten().tolist() if normal else None,
         "std": net.backbone.std.flatten().tolist() if normal else None,
-        "fingerprint": hub.fingerprint(state),
+        "fingerprint": artifacts.fingerprint(state),
     }
-    own = net.origin.get("timm")
+    backbone.setdefault("source", "module")
+    if backbone["source"] == "hub":
+        backbone["name"], _, backbone["revision"] = backbone["name"].partition("@")
+    if _fits_any(get_method(net.method), net.config, learned):
+        backbone["fits"] = "any"
+    own = net.origin.get("timm") if backbone["source"] == OWN_WEIGHTS else None
     if own is not None:
         backbone["name"] = own["architecture"]
-    config = hub.common_config(net.method, net.config, backbone) | (own or {})
+    config = artifacts.common_config(net.method, net.config, backbone) | (own or {})
+    try:
+        trust.check_params(net.config.params if net.names else None, "params")
+    except ArtifactError:
+        # An expression that a stranger's artifact may not hold: the names it selects say as much.
+        config["fields"]["params"] = list(net.names)
     weights = None if own is None else state
-    return _write(folder, config, net.learned_tensors(), weights, training)
+    return _write(folder, config, learned, weights, training, results, card)
+
+
+def save_learned(
+    config: Any,
+    tensors: dict[str, Tensor],
+    backbone: dict[str, Any],
+    folder: str | Path,
+    *,
+    training: dict[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write what a method learned as an artifact, for a classifier that is not at hand.
+
+    Args:
+        config: the method's.
+        tensors: what it learned.
+        backbone: the part of ``config.json`` that says which classifier it is for.
+        training, card: as for `save_pretrained`.
+    """
+    record = get_method(config)
+    if _fits_any(record, config, tensors):
+        backbone = backbone | {"fits": "any"}
+    written = artifacts.common_config(record.name, config, backbone)
+    return _write(folder, written, tensors, None, training, None, card)
 
 
 def save_with_model(
@@ -332,6 +319,8 @@ def save_with_model(
     config: Any = None,
     tensors: dict[str, Tensor] | None = None,
     training: dict[str, Any] | None = None,
+    results: str | Path | Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a trained timm classifier, and what a method learned with it, as one artifact.
 
@@ -340,15 +329,17 @@ def save_with_model(
     Args:
         config: the method's, `Source` unless given.
         tensors: what the method learned.
-        training: as for `save_pretrained`.
+        training, results, card: as for `save_pretrained`.
     """
     config = Source() if config is None else config
-    state = model.state_dict()
-    described = {"source": hub.OWN_WEIGHTS, "name": architecture}
-    described["fingerprint"] = hub.fingerprint(state)
-    written = hub.common_config(get_method(config).name, config, described)
-    written |= hub.timm_config(model, architecture, model_args)
-    return _write(folder, written, tensors or {}, state, training)
+    record, state = get_method(config), model.state_dict()
+    described = {"source": OWN_WEIGHTS, "name": architecture}
+    described["fingerprint"] = artifacts.fingerprint(state)
+    if _fits_any(record, config, tensors or {}):
+        described["fits"] = "any"
+    written = artifacts.common_config(record.name, config, described)
+    written |= artifacts.timm_config(model, architecture, model_args)
+    return _write(folder, written, tensors or {}, state, training, results, card)
 
 
 def _write(
@@ -357,8 +348,15 @@ def _write(
     tensors: dict[str, Tensor],
     weights: dict[str, Tensor] | None,
     training: dict | None,
+    measured: str | Path | Mapping[str, Any] | None,
+    card: Mapping[str, Any] | None,
 ) -> Path:
     if training is not None:
         config["training"] = training
-    card = cards.render(Path(folder).resolve().name, config)
-    return hub.write(folder, hub.Artifact(config, tensors, weights, card))
+    if card is not None:
+        config["card"] = dict(card)
+    found = None if measured is None else results.load(measured)
+    artifact = Artifact(config, tensors, weights, "", found)
+    name = Path(folder).resolve().name
+    text = cards.render(name, artifact, bundled=artifacts.is_bundled(folder))
+    return artifacts.write(folder, dataclasses.replace(artifact, card=text))

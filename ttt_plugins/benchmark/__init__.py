@@ -7,10 +7,14 @@
 """
 
 from .cells import CORRUPTIONS, DATASETS, EXTRA_CORRUPTIONS, Cell, CorruptionData
+from .compare import compare, comparison_table
 from .evaluate import evaluate_cell
+from .execution import Execution
 from .protocols import PROTOCOLS
-from .records import CellRecord, MethodRecord, Results
+from .records import CellRecord, MethodRecord
+from .results import Results
 from .run import run_benchmark
+from .sharding import Worker, worker_from_environment
 from .streams import load_stream, open_dataset
 
 __all__ = [
@@ -21,10 +25,15 @@ __all__ = [
     "Cell",
     "CellRecord",
     "CorruptionData",
+    "Execution",
     "MethodRecord",
     "Results",
+    "Worker",
+    "compare",
+    "comparison_table",
     "evaluate_cell",
     "load_stream",
     "open_dataset",
     "run_benchmark",
+    "worker_from_environment",
 ]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ..data import LabelledImages
 
 __all__ = ["CORRUPTIONS", "CORRUPTIONS_3D", "DATASETS", "EXTRA_CORRUPTIONS", "Cell"]
@@ -81,6 +83,7 @@ class CorruptionData:
         layout: ``"robustbench"``, ``"compact"``, or what a caller names its own arrays.
         counts: images of each cell, in the order in which the cells are to be met.
         load: reads one cell, images as uint8 (N, 3, H, W).
+        read_labels: reads the labels (N,) of one cell alone; by default through ``load``.
         clean: reads the uncorrupted test images; None where the folder has none.
         note: what a reader of the figures must know about the images, or None.
     """
@@ -91,6 +94,11 @@ class CorruptionData:
     load: Callable[[Cell], LabelledImages] = field(repr=False)
     clean: Callable[[], LabelledImages] | None = field(default=None, repr=False)
     note: str | None = None
+    read_labels: Callable[[Cell], Tensor] | None = field(default=None, repr=False)
+
+    def labels(self, cell: Cell) -> Tensor:
+        """The labels (N,) of one cell, int64."""
+        return self.load(cell).labels if self.read_labels is None else self.read_labels(cell)
 
     @classmethod
     def from_arrays(

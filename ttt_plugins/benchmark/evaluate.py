@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +13,51 @@ from torch import Tensor, nn
 
 from ..data import LabelledImages
 from ..errors import InputError
+from .batches import batches, gather
+from .calibration import calibration_error
+from .execution import Execution, peak_memory, reset_peak_memory
 from .protocols import Stretch
 from .records import CellRecord
 
-__all__ = ["Outcome", "cell_records", "classify", "device_of", "evaluate_cell", "to_unit"]
+__all__ = ["Outcome", "cell_records", "classify", "device_of", "join"]
+__all__ += ["evaluate_cell"]
 
 
-class Outcome(NamedTuple):
-    """What an adapter did with the images of a stretch, in the order met.
+@dataclass(frozen=True)
+class Outcome:
+    """What an adapter did with some images, in the order met; tensors (N,) on the CPU.
 
-    ``predictions`` (N,) classes and ``losses`` (N,) cross-entropies in nats, both on the CPU.
+    Attributes:
+        predictions: classes, int64.
+        right: whether the predicted class is the label's.
+        losses: cross-entropies in nats, float32.
+        confidences: probabilities of the predicted classes, float32.
+        seconds: wall time of adapting and predicting, images already in memory.
+        forwards, backwards: passes of an image through the model, in either direction.
+        skipped: batches whose update was skipped.
+        peak_memory: bytes, as `execution.peak_memory` says.
     """
 
     predictions: Tensor
+    right: Tensor
     losses: Tensor
+    confidences: Tensor
     seconds: float
     forwards: int
     backwards: int
     skipped: int
+    peak_memory: int
+
+
+def join(parts: list[Outcome]) -> Outcome:
+    """The outcome of images met one part after another."""
+    tensors = ("predictions", "right", "losses", "confidences")
+    numbers = ("seconds", "forwards", "backwards", "skipped")
+    return Outcome(
+        *(torch.cat([getattr(p, name) for p in parts]) for name in tensors),
+        *(sum(getattr(p, name) for p in parts) for name in numbers),
+        max(p.peak_memory for p in parts),
+    )
 
 
 def device_of(net: nn.Module) -> torch.device:
@@ -39,31 +66,13 @@ def device_of(net: nn.Module) -> torch.device:
     return next((t.device for t in tensors), torch.device("cpu"))
 
 
-def to_unit(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 images -> float32 in [0, 1] on the device, as exact as RobustBench's on the CPU.
-
-    CUDA multiplies by the reciprocal of a Python number; by a tensor it divides.
-    """
-    return images.to(device).float().div_(torch.tensor(255.0, device=device))
-
-
-def _gather(parts: Mapping[int, LabelledImages], picks: Tensor, field: str) -> Tensor:
-    """The images or labels of the picked (part, row) pairs (B, 2), in their order."""
-    sources = {part: getattr(parts[part], field) for part in picks[:, 0].unique().tolist()}
-    like = next(iter(sources.values()))
-    gathered = like.new_empty((len(picks), *like.shape[1:]))
-    for part, source in sources.items():
-        places = picks[:, 0] == part
-        gathered[places] = source[picks[places, 1]]
-    return gathered
-
-
 def classify(
     net: nn.Module,
     parts: Mapping[int, LabelledImages],
     rows: Tensor,
     batch_size: int,
     advance: Callable[[], object] = lambda: None,
+    execution: Execution | None = None,
 ) -> Outcome:
     """Show an adapter the picked (part, row) pairs (N, 2) batch by batch; it is not reset.
 
@@ -72,40 +81,53 @@ def classify(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    execution = execution or Execution()
     device = device_of(net)
+    reset_peak_memory(device)
     before = (net.forwards, net.backwards, net.skipped_updates)
-    predictions, losses = [], []
+    kept: list[tuple[Tensor, ...]] = []
     start = time.perf_counter()
-    for picks in rows.split(batch_size):
-        images, labels = _gather(parts, picks, "images"), _gather(parts, picks, "labels")
-        with torch.no_grad():
-            logits = net(to_unit(images, device)).float()
-        if labels.max() >= logits.shape[1]:
+    labels = gather(parts, rows, "labels")
+    highest = int(labels.max())
+    answers = labels.to(device).split(batch_size)
+    for images, answer in zip(batches(parts, rows, batch_size, device), answers, strict=True):
+        with torch.no_grad(), execution.context(device):
+            logits = net(execution.unit(images))
+        logits = logits.float()
+        if highest >= logits.shape[1]:
             raise InputError(
-                f"label {int(labels.max())} in the data, but the model has only classes "
+                f"label {highest} in the data, but the model has only classes "
                 f"0 to {logits.shape[1] - 1}"
             )
-        losses.append(F.cross_entropy(logits, labels.to(device), reduction="none"))
-        predictions.append(logits.max(1)[1])  # ties go where robustbench's clean_accuracy puts them
+        confidence = (logits.amax(1) - logits.logsumexp(1)).exp()
+        loss = F.cross_entropy(logits, answer, reduction="none")
+        # Ties go where robustbench's clean_accuracy puts them.
+        predicted = logits.max(1)[1]
+        kept.append((predicted, predicted == answer, loss, confidence))
         advance()
     # Moving to the CPU waits for the device, so it belongs to the time.
-    found, loss = torch.cat(predictions).cpu(), torch.cat(losses).cpu()
+    tensors = [torch.cat(column).cpu() for column in zip(*kept, strict=True)]
     seconds = time.perf_counter() - start
     after = (net.forwards, net.backwards, net.skipped_updates)
-    return Outcome(found, loss, seconds, *(b - a for a, b in zip(before, after, strict=True)))
+    counts = [b - a for a, b in zip(before, after, strict=True)]
+    return Outcome(*tensors, seconds, *counts, peak_memory(device))
 
 
 def cell_records(
-    stretch: Stretch, parts: Mapping[int, LabelledImages], outcome: Outcome, batch_size: int
+    stretch: Stretch,
+    outcome: Outcome,
+    batch_size: int,
+    *,
+    seed: int | None = None,
+    stream: int = 0,
 ) -> list[CellRecord]:
     """One record for each cell of a stretch, from what `classify` returned for it."""
-    right = outcome.predictions == _gather(parts, stretch.rows, "labels")
-    records = []
+    records, right = [], outcome.right
     for part, (corruption, severity) in enumerate(stretch.cells):
         mine = stretch.rows[:, 0] == part
         count = int(mine.sum())
         share = count / len(mine)
-        batches = (right & mine).split(batch_size)
+        batch_counts = (right & mine).split(batch_size)
         records.append(
             CellRecord(
                 corruption=corruption,
@@ -113,10 +135,15 @@ def cell_records(
                 n=count,
                 accuracy=int(right[mine].sum()) / count,
                 loss=outcome.losses[mine].double().mean().item(),
+                ece=calibration_error(outcome.confidences[mine], right[mine]),
                 seconds=outcome.seconds * share,
                 forwards=round(outcome.forwards * share),
                 backwards=round(outcome.backwards * share),
-                correct_per_batch=[int(batch.sum()) for batch in batches],
+                peak_memory=outcome.peak_memory,
+                correct_per_batch=[int(batch.sum()) for batch in batch_counts],
+                seed=seed,
+                stream=stream,
+                visit=stretch.visit,
             )
         )
     return records
@@ -137,8 +164,8 @@ def evaluate_cell(
     ``corruption`` and ``severity`` are only written into the record; ``advance`` is called after
     every batch.
     """
-    parts = {0: LabelledImages(images, labels)}
     rows = torch.arange(len(labels))
     stretch = Stretch(False, ((corruption, severity),), torch.stack([rows * 0, rows], 1))
+    parts = {0: LabelledImages(images, labels)}
     outcome = classify(net, parts, stretch.rows, batch_size, advance)
-    return cell_records(stretch, parts, outcome, batch_size)[0]
+    return cell_records(stretch, outcome, batch_size)[0]

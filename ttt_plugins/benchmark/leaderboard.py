@@ -8,17 +8,32 @@ comparison and say so.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import re
+from importlib import resources
+from statistics import fmean
 from typing import Any
 
 from .cells import DATASETS
-from .records import MethodRecord, Results
+from .records import MethodRecord
+from .results import Results
 
-__all__ = ["INELIGIBLE", "leaderboard_files", "model_info", "unaggregated_csv"]
+__all__ = ["INELIGIBLE", "alexnet_errors", "leaderboard_files", "mean_corruption_error"]
+__all__ += ["model_info", "unaggregated_csv"]
 
 INELIGIBLE = "not leaderboard-eligible: optimizes at test time"
+
+#: Where each protocol resets the adapter, in words.
+RESETS = {
+    "reset-per-cell": "before each cell",
+    "reset-per-corruption": "before each corruption",
+    "continual": "before the first cell only",
+    "gradual": "before the first cell only; severities go up and down again",
+    "mixed": "before the first image only",
+    "correlated": "before each cell",
+}
 
 
 def leaderboard_files(results: Results) -> dict[str, str]:
@@ -47,9 +62,32 @@ def unaggregated_csv(results: Results) -> str:
     writer.writerow(["", *(corruption for corruption, _ in columns)])
     writer.writerow(["", *(severity for _, severity in columns)])
     for method in results.methods:
-        accuracy = {(c.corruption, c.severity): c.accuracy for c in method.cells}
+        accuracy = method.accuracies()
         writer.writerow([method.name, *(accuracy.get(cell, "") for cell in columns)])
     return text.getvalue()
+
+
+@functools.cache
+def alexnet_errors() -> dict[str, float]:
+    """AlexNet's error rate for each corruption of ImageNet-C; the source is in the data file."""
+    file = resources.files(__package__) / "alexnet_imagenetc.json"
+    return json.loads(file.read_text(encoding="utf-8"))["error"]
+
+
+def mean_corruption_error(method: MethodRecord, dataset: str) -> float | None:
+    """mCE, 1 for AlexNet itself: the mean over corruptions of error over AlexNet's error.
+
+    Both errors are means of the five severities (arXiv 1903.12261, section 4.2). None where a
+    cell is missing, or AlexNet's figures are: they are at hand for ImageNet-C only.
+    """
+    accuracy, alexnet = method.accuracies(), alexnet_errors()
+    wanted = [(name, severity) for name in alexnet for severity in range(1, 6)]
+    if dataset != "imagenet" or not accuracy.keys() >= set(wanted):
+        return None
+    return fmean(
+        (1 - fmean(accuracy[name, severity] for severity in range(1, 6))) / error
+        for name, error in alexnet.items()
+    )
 
 
 def _percent(accuracy: float | None) -> str | None:
@@ -76,7 +114,7 @@ def model_info(results: Results) -> dict[str, Any]:
         "reported": None,
         "corruptions_acc": None if three_d else accuracy,
         "corruptions_acc_3d": accuracy if three_d else None,
-        "corruptions_mce": None,
+        "corruptions_mce": _percent(mean_corruption_error(method, dataset)),
         "corruptions_mce_3d": None,
         "autoattack_acc": None,
         "footnote": footnote(results, method),
@@ -89,6 +127,7 @@ def footnote(results: Results, method: MethodRecord) -> str:
     corruptions = DATASETS[settings["dataset"]].corruptions
     run = [c for c in method.cells if c.corruption in corruptions]
     counts = sorted({c.n for c in run})
+    cells = len({(c.corruption, c.severity) for c in run})
     images = f"{counts[0]}-{counts[-1]}" if len(counts) > 1 else str(counts[0] if counts else 0)
     config = ", ".join(f"{k}={v}" for k, v in method.config.items())
     forwards, backwards = method.per_image("forwards"), method.per_image("backwards")
@@ -98,10 +137,16 @@ def footnote(results: Results, method: MethodRecord) -> str:
         f"protocol {settings['protocol']}",
         f"batch size {settings['batch_size']}",
         f"order: {circumstances['order']}",
-        f"seed {settings['seed']}",
-        f"{len(run)} of {5 * len(corruptions)} cells, {images} images each",
+        f"resets: {RESETS[settings['protocol']]}",
+        f"seeds {', '.join(map(str, settings['seeds']))}",
+        f"{cells} of {5 * len(corruptions)} cells, {images} images each",
         f"{forwards:.2f} forward and {backwards:.2f} backward passes an image",
     ]
+    if (error := method.standard_error(corruptions)) is not None:
+        parts.append(f"standard error over the seeds {_percent(error)}")
+    parts += [f"{name} {value}" for name, value in settings["execution"].items() if value]
+    if mean_corruption_error(method, settings["dataset"]) is not None:
+        parts.append("mCE relative to the AlexNet errors published with ImageNet-C")
     for other in results.methods[1:]:
         clean, corrupted = _percent(other.clean_accuracy), _percent(other.mean(corruptions))
         parts.append(f"unadapted base model on the same cells: {corrupted} (clean: {clean})")

@@ -1,18 +1,15 @@
-"""What a run leaves behind: records of cells and methods, ``results.json``, and the table."""
+"""What one method did on one cell, and on all."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from statistics import fmean
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean, stdev
 from typing import Any
 
-__all__ = ["CellRecord", "MethodRecord", "Results", "align", "finite"]
+from .cells import Cell
 
-FORMAT_VERSION = 1
+__all__ = ["CellRecord", "MethodRecord"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +21,17 @@ class CellRecord:
         n: images.
         accuracy: share of right predictions, in [0, 1].
         loss: mean cross-entropy in nats.
+        ece: expected calibration error in [0, 1], see `calibration.calibration_error`.
         seconds: wall time of adapting and predicting, data already in memory.
         forwards, backwards: passes of an image through the model, in either direction. Where
             cells are mixed in one stream, each has its images' share of time and passes.
+        peak_memory: bytes that tensors took at most on the GPU; on a CPU, that the process had
+            taken so far.
         correct_per_batch: right predictions among this cell's images, batch by batch.
+        seed: of the order.
+        stream: which stream of this method and seed the cell was met in, from 0; there is a
+            reset between one stream and the next.
+        visit: how many times the stream had met the cell before.
     """
 
     corruption: str
@@ -35,10 +39,15 @@ class CellRecord:
     n: int
     accuracy: float
     loss: float
+    ece: float
     seconds: float
     forwards: int
     backwards: int
+    peak_memory: int
     correct_per_batch: list[int]
+    seed: int | None = None
+    stream: int = 0
+    visit: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,17 +62,38 @@ class MethodRecord:
     skipped_updates: int
     cells: list[CellRecord]
 
+    def accuracies(self) -> dict[Cell, float]:
+        """Accuracy of each cell, the mean of its visits and seeds."""
+        found: dict[Cell, list[float]] = {}
+        for cell in self.cells:
+            found.setdefault((cell.corruption, cell.severity), []).append(cell.accuracy)
+        return {cell: fmean(values) for cell, values in found.items()}
+
     def mean(self, corruptions: Sequence[str] | None = None) -> float | None:
         """Mean accuracy of the cells (of these corruptions), each counting the same."""
         chosen = [
-            c.accuracy for c in self.cells if corruptions is None or c.corruption in corruptions
+            a for c, a in self.accuracies().items() if corruptions is None or c[0] in corruptions
         ]
         return fmean(chosen) if chosen else None
 
+    def standard_error(self, corruptions: Sequence[str] | None = None) -> float | None:
+        """Of `mean` over the seeds: their sample deviation over the root of their number.
+
+        None for a single seed.
+        """
+        seeds = list(dict.fromkeys(cell.seed for cell in self.cells))
+        if len(seeds) < 2:
+            return None
+        parts = [replace(self, cells=[c for c in self.cells if c.seed == s]) for s in seeds]
+        means = [m for part in parts if (m := part.mean(corruptions)) is not None]
+        return stdev(means) / len(means) ** 0.5 if means else None
+
     def by(self, field: str) -> dict[Any, float]:
         """Mean accuracy by ``corruption`` or ``severity``, in the order met."""
-        keys = dict.fromkeys(getattr(c, field) for c in self.cells)
-        return {k: fmean(c.accuracy for c in self.cells if getattr(c, field) == k) for k in keys}
+        place = ("corruption", "severity").index(field)
+        cells = self.accuracies()
+        keys = dict.fromkeys(cell[place] for cell in cells)
+        return {k: fmean(a for cell, a in cells.items() if cell[place] == k) for k in keys}
 
     def per_image(self, field: str) -> float:
         """Mean ``forwards``, ``backwards`` or ``seconds`` of an image."""
@@ -72,6 +102,7 @@ class MethodRecord:
     def to_dict(self) -> dict[str, Any]:
         averages = {
             "accuracy": self.mean(),
+            "standard_error": self.standard_error(),
             "by_corruption": self.by("corruption"),
             "by_severity": {str(k): v for k, v in self.by("severity").items()},
             "seconds": sum(c.seconds for c in self.cells),
@@ -79,78 +110,3 @@ class MethodRecord:
             "backwards_per_image": self.per_image("backwards"),
         }
         return {**asdict(self), "averages": averages}
-
-
-@dataclass(frozen=True)
-class Results:
-    """A finished run; ``methods`` holds the adapter first, then the source model if it ran.
-
-    ``settings`` is what makes two runs the same experiment; ``circumstances`` is the rest
-    (order in words, data note, versions, machine, command).
-    """
-
-    settings: dict[str, Any]
-    circumstances: dict[str, Any]
-    methods: list[MethodRecord]
-
-    def to_json(self) -> str:
-        methods = [m.to_dict() for m in self.methods]
-        text = json.dumps(
-            finite(
-                {
-                    "format_version": FORMAT_VERSION,
-                    "settings": self.settings,
-                    **self.circumstances,
-                    "methods": methods,
-                }
-            ),
-            indent=1,
-            allow_nan=False,
-            default=str,
-        )
-        # A list of numbers on one line; a JSON string cannot contain a raw line break.
-        return re.sub(r"\[\s+([-\d.,\se]+?)\s+\]", _one_line, text) + "\n"
-
-    def table(self) -> str:
-        """Accuracy in percent for each corruption (mean of its severities), aligned."""
-        rows = [["corruption", "images", *(m.method for m in self.methods)]]
-        compared = len(self.methods) == 2
-        columns = [m.by("corruption") for m in self.methods]
-        for name in columns[0]:
-            count = sum(c.n for c in self.methods[0].cells if c.corruption == name)
-            rows.append([name, str(count), *(f"{100 * column[name]:.2f}" for column in columns)])
-        total = sum(c.n for c in self.methods[0].cells)
-        rows.append(["mean", str(total), *(f"{100 * m.mean():.2f}" for m in self.methods)])
-        clean = [m.clean_accuracy for m in self.methods]
-        if clean[0] is not None:
-            count = self.circumstances["clean"]["n"]
-            rows.append(["clean", str(count), *(f"{100 * c:.2f}" for c in clean)])
-        if compared:
-            rows[0].append("gain")
-            for row in rows[1:]:
-                row.append(f"{float(row[2]) - float(row[3]):+.2f}")
-        return align(rows)
-
-
-def _one_line(match: re.Match[str]) -> str:
-    return f"[{' '.join(match[1].split())}]"
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN: a loss that is not finite is written as null."""
-    if isinstance(value, Mapping):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

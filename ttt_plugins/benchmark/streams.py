@@ -1,7 +1,7 @@
 """From a data folder to checked cells.
 
 Everything that can be wrong with a folder is found when it is opened, before the first image is
-adapted to, and nothing is ever downloaded.
+adapted to. What is on disk is used; what is missing is downloaded only where that is asked for.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import robustbench_bridge as bridge
 from ..data import LabelledImages
 from ..errors import DataError, InputError
 from .cells import DATASETS, EXTRA_CORRUPTIONS, CorruptionData
-from .layouts import open_compact, open_robustbench
+from .compact import open_compact
+from .layouts import open_robustbench
 
 __all__ = ["load_stream", "open_dataset"]
 
@@ -25,6 +27,7 @@ def open_dataset(
     severities: Sequence[int] | None = None,
     n_examples: int | None = None,
     labels: str | Path | None = None,
+    download: bool = False,
 ) -> CorruptionData:
     """Find and check a data folder.
 
@@ -37,6 +40,9 @@ def open_dataset(
         n_examples: the first so many images of each cell; by default all there are.
         labels: parquet file of the uncorrupted test images and their labels, if it is not
             ``test.parquet`` in ``data_dir``, beside it, or in a folder ``cifar10`` there.
+        download: fetch CIFAR-10-C or CIFAR-100-C (about 2.9 GB, over the network) with
+            RobustBench's downloader if ``data_dir`` has neither layout; a line on standard
+            output says so first. RobustBench cannot download the ImageNet ones.
 
     Raises:
         InputError: an unknown dataset, corruption or severity.
@@ -66,8 +72,17 @@ def open_dataset(
     for candidate in (folder, folder / "cifar10c"):
         if dataset == "cifar10" and any(candidate.glob("*.npz")):
             return open_compact(candidate, names, levels, n_examples, labels)
+    if download:
+        if dataset.startswith("cifar"):
+            print(
+                f"{root / name} is not there: fetching about 2.9 GB with RobustBench's downloader "
+                "(Ctrl-C, and --no-download, if that is a mistake)",
+                flush=True,
+            )
+        bridge.download_corruptions(dataset, root)
+        return open_robustbench(dataset, root, names, levels, n_examples, labels)
     also = " and no <corruption>.npz files" if dataset == "cifar10" else ""
-    raise DataError(f"{folder}: holds no folder {name}{also}; nothing is downloaded for you")
+    raise DataError(f"{folder}: holds no folder {name}{also}; nothing was downloaded")
 
 
 def load_stream(

@@ -2,9 +2,10 @@
 
 from .mgg import MGG
 from .mt3 import MT3
+from .rules import register_update_rule
 from .sar import SAR
 from .source import Source
 from .tent import Tent
 from .ttt import TTT
 
-__all__ = ["MGG", "MT3", "SAR", "Source", "TTT", "Tent"]
+__all__ = ["MGG", "MT3", "SAR", "Source", "TTT", "Tent", "register_update_rule"]

@@ -15,7 +15,8 @@ Deviations from the released code, and why:
 2. Feature maps are measured over batch and positions, class tokens over the batch as released.
 3. A batch of one has no deviation: then only the means are compared. BatchNorm sees it with the
    source's statistics.
-4. Outside block transformers four layers are compared, evenly spaced (`structure.tapped_modules`).
+4. Outside block transformers three layers are compared, evenly spaced
+   (`structure.tapped_modules`).
 """
 
 from __future__ import annotations
@@ -136,5 +137,7 @@ register(
         "Training Layers, AAAI 2025, arXiv:2412.16901",
         default_artifact=default_artifact,
         check=check,
+        # Its input is a gradient, whatever network that came from; statistics have one source.
+        fits_any=lambda config, tensors: "source.mean" not in tensors,
     )
 )

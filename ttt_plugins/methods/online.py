@@ -44,7 +44,8 @@ class Outcome(NamedTuple):
     """Result of adapting to one batch.
 
     ``skipped`` counts updates that could not be made, ``forwards`` and ``backwards`` the images
-    that passed through the model.
+    that passed through the model; ``loss`` is the mean self-supervised loss in front of the last
+    update, a scalar, where there was one to compute.
     """
 
     logits: Tensor
@@ -53,6 +54,7 @@ class Outcome(NamedTuple):
     skipped: int
     forwards: int
     backwards: int
+    loss: Tensor | None = None
 
 
 def evaluate(
@@ -121,4 +123,5 @@ class Online:
             moved = None
         new_params, new_state = (params, state) if moved is None else moved
         seen = passes * len(images)
-        return Outcome(first.logits, new_params, new_state, int(moved is None), seen, seen)
+        skipped = int(moved is None)
+        return Outcome(first.logits, new_params, new_state, skipped, seen, seen, first.loss)

@@ -158,11 +158,12 @@ class PerImage:
             sure = self.task.sure(params, images)
             logits = call(self.backbone, params, images)
             rows, forwards = rows[~sure], 2 * len(images)
-        parts, skipped = [], 0
+        parts, losses, skipped = [], [], 0
         for part in rows.split(self.together(images[:1])):
             if len(part):
-                out, fine = self._episode(params, images[part], keys[part])
+                out, fine, loss = self._episode(params, images[part], keys[part])
                 parts.append(out)
+                losses.append(loss)
                 skipped += len(part) - int(fine.sum())
         if logits is None:
             logits = torch.cat(parts)
@@ -170,13 +171,14 @@ class PerImage:
             logits = logits.index_copy(0, rows, torch.cat(parts).to(logits.dtype))
         passes = len(rows) * self.steps * self.copies
         seen = forwards + passes + len(rows) * self.looks
-        return Outcome(logits, params, state, skipped, seen, passes)
+        loss = torch.cat(losses).mean() if losses else None
+        return Outcome(logits, params, state, skipped, seen, passes, loss)
 
-    def _episode(self, params: Tensors, images: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, classes) of a chunk, and whose updates were finite (n,)."""
+    def _episode(self, params: Tensors, images: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        """Logits (n, classes) of a chunk, whose updates were finite (n,), last losses (n,)."""
         if len(images) == 1:
-            params, fine = self._steps(params, images, keys)
-            return self._predict(params, images, keys), fine[None]
+            params, fine, loss = self._steps(params, images, keys)
+            return self._predict(params, images, keys), fine[None], loss[None]
         own = None  # whether each image has parameters of its own yet
         fine = torch.ones(len(images), dtype=torch.bool, device=images.device)
         # Attention's fused kernels have no rule for a batch of weights.
@@ -193,10 +195,12 @@ class PerImage:
                 }
                 params, own, fine = descend(params, grads, self.lr), 0, fine & good
             predict = vmap(lambda p, x, k: self._predict(p, x[None], k[None])[0])
-            return predict(params, images, keys), fine
+            return predict(params, images, keys), fine, loss.detach()
 
-    def _steps(self, params: Tensors, images: Tensor, keys: Tensor) -> tuple[Tensors, Tensor]:
-        """The gradient steps of a single image (1, C, H, W); whether all were finite."""
+    def _steps(
+        self, params: Tensors, images: Tensor, keys: Tensor
+    ) -> tuple[Tensors, Tensor, Tensor]:
+        """The steps of a single image (1, C, H, W); whether all were finite; the last loss."""
         fine = torch.ones((), dtype=torch.bool, device=images.device)
         for number in range(self.steps):
             views = [_channels_last(v[0]) for v in self.task.draw(images, keys, number)]
@@ -207,7 +211,7 @@ class PerImage:
             if good:
                 params = descend(params, grads, self.lr)
             fine = fine & good
-        return params, fine
+        return params, fine, loss
 
     def _predict(self, params: Tensors, images: Tensor, keys: Tensor) -> Tensor:
         """Logits (1, classes) of one image (1, C, H, W)."""
@@ -218,7 +222,7 @@ class PerImage:
 
     def _stream(self, params: Tensors, state: Tensors, images: Tensor, keys: Tensor) -> Outcome:
         """Images in order, each adapting from where the last one led, then predicted."""
-        logits, skipped, adapted, looked = [], 0, 0, 0
+        logits, losses, skipped, looked = [], [], 0, 0
         first = state["seen"]
         for i in range(len(images)):
             image = images[i : i + 1]
@@ -226,14 +230,15 @@ class PerImage:
                 looked += 1
             if self.task.sure is None or not self.task.sure(params, image).item():
                 # The place in the stream too: an image seen twice gets other views.
-                params, fine = self._steps(params, image, keys[i : i + 1] + (first + i))
+                params, fine, loss = self._steps(params, image, keys[i : i + 1] + (first + i))
                 skipped += int(not fine)
-                adapted += 1
+                losses.append(loss)
             logits.append(self._predict(params, image, keys[i : i + 1]))
-        passes = adapted * self.steps * self.copies
+        passes = len(losses) * self.steps * self.copies
         seen = passes + looked + len(images) * self.looks
         new = {"seen": first + len(images)}
-        return Outcome(torch.cat(logits), params, new, skipped, seen, passes)
+        loss = torch.stack(losses).mean() if losses else None
+        return Outcome(torch.cat(logits), params, new, skipped, seen, passes, loss)
 
 
 def _channels_last(views: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import gradient_memory, hub
+from .. import artifacts, gradient_memory
 from ..adapter import Adapter
 from ..data import LabelledImages, to_float
 from ..errors import InputError
@@ -237,7 +237,7 @@ def train_mgg(
     made_by = {
         "recipe": asdict(recipe),
         "config": asdict(net.config),
-        "model": hub.fingerprint(net.backbone.source_state_dict()),
+        "model": artifacts.fingerprint(net.backbone.source_state_dict()),
     }
     params, log, first, best = source, [], 0, None
     if resume and (saved := load_checkpoint(checkpoint, made_by, device)):

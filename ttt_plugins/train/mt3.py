@@ -147,7 +147,7 @@ def task_loss(
 
     def inner(params):
         with _precision(x1, recipe):
-            return byol_loss(backbone, params, params, x1, x2).float()
+            return _at_least_single(byol_loss(backbone, params, params, x1, x2))
 
     if transforms:
         grads, inner_loss = grad_and_value(inner)(dict(meta))
@@ -157,14 +157,14 @@ def task_loss(
         grads = {n: g.detach() for n, g in grads.items()}
     moved = descend(dict(meta), clip_each(grads, recipe.clip), recipe.inner_lr)
     with _precision(x1, recipe):
-        logits = call(backbone, moved, images).float()
+        logits = _at_least_single(call(backbone, moved, images))
         judged = F.cross_entropy(logits, labels)
         counts = [(logits.argmax(1) == labels).sum(), logits.new_zeros(()), logits.new_zeros(())]
         if look_before:
             with torch.no_grad():
                 counts[1] = (call(backbone, meta, images).argmax(1) == labels).sum()
             counts[2] = counts[2] + len(labels)
-    record = torch.stack([inner_loss.detach(), judged.detach(), *(c.float() for c in counts)])
+    record = torch.stack([inner_loss.detach(), judged.detach(), *(c.to(judged) for c in counts)])
     if not recipe.self_supervised:
         return judged, record
     return judged + recipe.self_supervised * inner(moved), record
@@ -174,6 +174,10 @@ def _precision(images: Tensor, recipe: MT3Recipe):
     if not recipe.autocast:
         return nullcontext()
     return torch.autocast(images.device.type, torch.bfloat16)
+
+
+def _at_least_single(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def draw_tasks(
@@ -220,7 +224,7 @@ def meta_gradient(
     outer = vmap(grad(loss, has_aux=True), (None, 0, 0, 0, 0))
     count = len(tasks[0])
     together = recipe.together or (1 if tasks[0].device.type == "cpu" else count)
-    total, record = None, torch.zeros(6, device=tasks[0].device)
+    total, record = None, tasks[0].new_zeros(6)
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
         for part in zip(*(t.split(together) for t in tasks), strict=True):

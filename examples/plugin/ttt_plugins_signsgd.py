@@ -1,0 +1,45 @@
+"""A plugin: signSGD as an update rule (Bernstein et al., ICML 2018, arXiv 1802.04434).
+
+After ``pip install ./examples/plugin`` the method ``signsgd`` is there for `wrap`, for artifacts
+and for the command line; ``ttt_plugins.testing.check_method("signsgd")`` checks it.
+"""
+
+from dataclasses import dataclass
+
+from ttt_plugins.methods import register_update_rule
+
+
+@dataclass(frozen=True)
+class SignSGD:
+    """Entropy minimisation by the sign of the gradients' momentum.
+
+    Attributes:
+        lr: what a scalar moves by in a step.
+        momentum: share of the past in the direction, in [0, 1].
+        statistics, prior, params: as in Tent.
+    """
+
+    lr: float = 1e-4
+    momentum: float = 0.9
+    statistics: str = "batch"
+    prior: float = 16.0
+    params: str | tuple[str, ...] = "norm"
+
+
+@dataclass(frozen=True)
+class SignRule:
+    """Algorithm 2; ``init`` and ``step`` are pure, the state is a dict of tensors."""
+
+    config: SignSGD
+    passes = 1  # forward and backward passes a step
+
+    def init(self, params):
+        return {name: p.new_zeros(p.shape) for name, p in params.items()}
+
+    def step(self, params, state, first, situation):
+        share = self.config.momentum
+        state = {n: share * state[n] + (1 - share) * g for n, g in first.grads.items()}
+        return {n: p - self.config.lr * state[n].sign() for n, p in params.items()}, state
+
+
+register_update_rule("signsgd", SignSGD, SignRule, "Bernstein et al., arXiv:1802.04434")

@@ -1,0 +1,530 @@
+"""Adapters on the Hub (issue 5): the genuine client against a Hub on the loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from loopback_hub import LoopbackHub
+from safetensors.torch import load_file, save_file
+
+import ttt_plugins as tp
+from ttt_plugins.wrapping import save_with_model
+
+ROOT = Path(__file__).parent.parent
+TINY = ("ttt_resnet26", {"width": 8, "depth": 8, "groups": 4})  # the suite's GroupNorm network
+
+
+class Client:
+    """A process with the Hub's environment variables, which answers one job after another."""
+
+    def __init__(self, home: Path, endpoint: str, images: Path, **environment: str):
+        self.images, self._numbers = images, count()
+        self.folder = home.parent
+        self.log = home.parent / f"{home.name}-{id(self)}.log"
+        variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        variables |= {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+            "HF_HUB_ETAG_TIMEOUT": "5",
+            "HF_TOKEN": LoopbackHub.TOKEN,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(Path(__file__).parent / "hub_client.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            env=variables | environment,
+            text=True,
+        )
+
+    def __call__(self, do: str, **job) -> dict:
+        if do in ("load", "wrap", "plain_timm"):
+            out = self.folder / f"{self.log.stem}-{next(self._numbers)}.safetensors"
+            job = {"images": str(self.images), "out": str(out), **job}
+        self._process.stdin.write(json.dumps({"do": do, **job}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, self.log.read_text()[-3000:]
+        answer = json.loads(line)
+        if "out" in job and "error" not in answer:
+            answer["logits"] = load_file(job["out"])["logits"]
+        return answer
+
+    def close(self):
+        self._process.stdin.close()
+        assert self._process.wait(60) == 0
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with LoopbackHub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, images):
+    folder = tmp_path_factory.mktemp("hub")
+    save_file({"images": images(4, 3)}, folder / "images.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(hub, work):
+    """``start(home="home", endpoint=the loopback's, **environment)`` -> a `Client`."""
+    with contextlib.ExitStack() as stack:
+
+        def make(home="home", endpoint=None, **environment):
+            images = work / "images.safetensors"
+            client = Client(work / home, endpoint or hub.url, images, **environment)
+            stack.callback(client.close)
+            return client
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def client(start):
+    """Online, with a token."""
+    return start()
+
+
+@pytest.fixture(scope="module")
+def offline(start, client):
+    """The same cache, with HF_HUB_OFFLINE."""
+    return start(HF_HUB_OFFLINE="1")
+
+
+@pytest.fixture(scope="module")
+def unreachable(start, client):
+    """The same cache, and nobody who answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return start(endpoint=f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture
+def artifact(make_model, make_net, tmp_path):
+    """``artifact(method, **options)`` -> a folder with its own weights, and its adapter."""
+
+    def make(method, name="artifact", model=None, **options):
+        model = make_model("groupnorm") if model is None else model
+        net = make_net(method, model)
+        folder = save_with_model(
+            model, *TINY, tmp_path / name, config=net.config, tensors=net.learned_tensors(),
+            **options,
+        )  # fmt: skip
+        return folder, net
+
+    return make
+
+
+@pytest.fixture
+def expected(images):
+    def run(net):
+        return torch.cat([net(images(4, 3)), net(images(4, 3))])
+
+    return run
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+
+
+def logits_of(answer):
+    assert "logits" in answer, answer
+    return answer["logits"]
+
+
+def error_of(answer, *words):
+    """The message of an answer that is a readable error of ours."""
+    assert "error" in answer, answer
+    assert "TTTError" in answer["kinds"], answer
+    assert "ValueError" in answer["kinds"] or "FileNotFoundError" in answer["kinds"]
+    for word in words:
+        assert word in answer["error"], answer["error"]
+    assert "\n" not in answer["error"] and len(answer["error"]) < 700
+    return answer["error"]
+
+
+# -- there and back ----------------------------------------------------------------------------
+
+
+def test_round_trip_bit_for_bit(
+    method, artifact, expected, client, offline, unreachable, hub, tmp_path
+):
+    folder, net = artifact(method)
+    wanted, repository = expected(net), f"tests/{method}-tiny"
+    pushed = client("push", name=str(folder), repository=repository)
+    assert pushed.get("commit") == hub.repositories[repository].refs["main"], pushed
+    mine, published = files_of(folder), hub.repositories[repository].files
+    for name in ("model.safetensors", "adapter.safetensors"):
+        assert mine.get(name) == published.get(name)
+    for who in (client, offline, unreachable):
+        found = who("load", name=repository)
+        assert torch.equal(logits_of(found), wanted)
+        assert found["method"] == method
+    assert pushed["commit"] in client("load", name=repository)["origin"]
+    only = client("load", name=repository, options={"local_files_only": True})
+    assert torch.equal(only["logits"], wanted)
+    # What was loaded can be saved, and is the same artifact again.
+    copy = client("save", name=repository, folder=str(tmp_path / "copy"))["folder"]
+    assert torch.equal(logits_of(client("load", name=copy)), wanted)
+
+
+def test_publishing_again_makes_no_commit(artifact, client, hub, tmp_path):
+    folder, _ = artifact("mgg")
+    first = client("command_line", arguments=["publish", str(folder), "tests/again"])
+    assert first["code"] == 0 and "published" in first["out"], first
+    commits = len(hub.repositories["tests/again"].commits)
+    second = client("command_line", arguments=["publish", str(folder), "tests/again"])
+    assert "unchanged" in second["out"], second
+    assert len(hub.repositories["tests/again"].commits) == commits
+    # A change makes one, and what is no longer there goes.
+    folder, _ = artifact("tent")
+    third = client("command_line", arguments=["publish", str(folder), "tests/again"])
+    assert ": published" in third["out"]
+    assert "adapter.safetensors" not in hub.repositories["tests/again"].files
+    assert ".gitattributes" in hub.repositories["tests/again"].files
+
+
+def test_the_client_says_who_it_is(artifact, client, hub):
+    folder, _ = artifact("tent")
+    start = len(hub.requests)
+    client("push", name=str(folder), repository="tests/agent")
+    client("load", name="tests/agent")
+    ours = [r for r in hub.requests[start:] if "agent-harnesses" not in r[1]]
+    named = [agent for _, path, agent in ours if f"ttt_plugins/{tp.__version__}" in agent]
+    assert len(named) > 5
+    downloads = [agent for verb, path, agent in ours if "/resolve/" in path]
+    assert downloads and all(f"ttt_plugins/{tp.__version__}" in agent for agent in downloads)
+
+
+def test_one_commit_for_all_files_of_a_revision(artifact, expected, client, hub, make_model):
+    old, net = artifact("tent", "old")
+    wanted = expected(net)
+    client("push", name=str(old), repository="tests/revisions")
+    repository = hub.repositories["tests/revisions"]
+    repository.refs["v1"] = repository.refs["main"]
+    newer = make_model("groupnorm", seed=5)
+    new, net = artifact("tent", "new", model=newer)
+    client("push", name=str(new), repository="tests/revisions")
+    start = len(hub.requests)
+    for options in ({"revision": "v1"}, {"revision": repository.refs["v1"]}):
+        found = client("load", name="tests/revisions", options=options)
+        assert torch.equal(logits_of(found), wanted)
+        assert repository.refs["v1"] in found["origin"]
+    assert torch.equal(logits_of(client("load", name="tests/revisions@v1")), wanted)
+    assert torch.equal(logits_of(client("load", name="tests/revisions")), expected(net))
+    revisions = {path.split("/")[4] for _, path, _ in hub.requests[start:] if "/resolve/" in path}
+    assert revisions <= set(repository.commits)  # never a branch or tag, which could move
+    both = client("load", name="tests/revisions@v1", options={"revision": "main"})
+    error_of(both, "two revisions")
+    error_of(client("load", name=str(old), options={"revision": "v1"}), "not on the Hub")
+
+
+def test_a_progress_bar_is_shown(artifact, client, start):
+    folder, _ = artifact("tent")
+    client("push", name=str(folder), repository="tests/progress")
+    fresh = start(home="progress", TQDM_POSITION="-1")  # bars without a terminal
+    fresh("load", name="tests/progress")
+    assert "100%" in fresh.log.read_text() and "model.safetensors" in fresh.log.read_text()
+
+
+def test_private_repositories_and_tokens(artifact, client, start, hub):
+    folder, _ = artifact("tent")
+    arguments = ["publish", str(folder), "tests/private", "--private"]
+    assert client("command_line", arguments=arguments)["code"] == 0
+    assert hub.repositories["tests/private"].private
+    assert "logits" in client("load", name="tests/private")
+    stranger = start(home="stranger", HF_TOKEN="")
+    error_of(stranger("load", name="tests/private"), "tests/private", "HF_TOKEN")
+    known = stranger("load", name="tests/private", options={"token": hub.TOKEN})
+    assert "logits" in known, known
+    refused = stranger("push", name=str(folder), repository="tests/mine")
+    error_of(refused, "tests/mine", "HF_TOKEN")
+    assert "tests/mine" not in hub.repositories
+    # What exists and is public does not become private by itself.
+    client("push", name=str(folder), repository="tests/public")
+    again = client("push", name=str(folder), repository="tests/public", options={"private": True})
+    error_of(again, "is public", "nothing was published")
+
+
+# -- where the classifier is -------------------------------------------------------------------
+
+
+def test_a_published_model_is_a_timm_repository(artifact, client, images, make_model, hub):
+    folder, _ = artifact("source")
+    client("push", name=str(folder), repository="tests/as-timm")
+    net = tp.wrap(make_model("groupnorm"), "source")
+    wanted = torch.cat([net(images(4, 3))] * 2)
+    found = client("plain_timm", name="hf-hub:tests/as-timm")
+    assert torch.allclose(logits_of(found), wanted, atol=1e-5), found
+    folder, _ = artifact("mgg", "with-optimizer")
+    client("push", name=str(folder), repository="tests/as-timm-too")
+    assert "adapter.safetensors" in hub.repositories["tests/as-timm-too"].files
+    found = client("plain_timm", name="hf-hub:tests/as-timm-too")
+    assert torch.allclose(logits_of(found), wanted, atol=1e-5)
+
+
+def test_a_classifier_in_another_repository(artifact, client, offline, hub, tmp_path, expected):
+    model, _ = artifact("source")
+    client("push", name=str(model), repository="tests/classifier")
+    pinned = hub.repositories["tests/classifier"].refs["main"]
+    wrapped = client("wrap", name="tests/classifier", options={"method": "tent"})
+    assert pinned in wrapped["origin"]
+    net = tp.wrap(str(model), "tent")
+    wanted = expected(net)
+    assert torch.equal(logits_of(wrapped), wanted)
+    # Saved by hand as an adapter that names it, at its commit.
+    folder = net.save_pretrained(tmp_path / "adapter")
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone"] |= {"source": "hub", "name": "tests/classifier", "revision": pinned}
+    (folder / "config.json").write_text(json.dumps(config))
+    client("push", name=str(folder), repository="tests/adapter")
+    card = hub.repositories["tests/adapter"].files["README.md"].decode()
+    assert "base_model: tests/classifier" in card and "base_model_relation: adapter" in card
+    published = json.loads(hub.repositories["tests/adapter"].files["config.json"])
+    assert published["backbone"]["name"] == "tests/classifier"
+    assert published["backbone"]["revision"] == pinned
+    # The classifier moves on; the adapter keeps the one it was made for.
+    hub.repositories["tests/classifier"].commit({"README.md": b"moved"})
+    for who in (client, offline):
+        assert torch.equal(logits_of(who("load", name="tests/adapter")), wanted)
+
+
+def test_timms_own_weights_are_pinned(client, offline, hub, work, tmp_path, images):
+    name = "test_vit.r160_in1k"
+    model = timm.create_model(name, num_classes=1000)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    repository = hub.add(f"timm/{name}", {"model.safetensors": weights})
+    pinned = repository.refs["main"]
+    large = work / "large.safetensors"
+    save_file({"images": images(2, 3, size=160)}, large)
+    folder = tmp_path / "tent"
+    options = {"method": "tent", "pretrained": True}
+    wrapped = client("wrap", name=name, options=options, folder=str(folder), images=str(large))
+    wanted = logits_of(wrapped)
+    described = json.loads((folder / "config.json").read_text())["backbone"]
+    assert (described["source"], described["name"]) == ("timm", name)
+    assert described["revision"] == pinned
+    client("push", name=str(folder), repository="tests/on-timm")
+    card = hub.repositories["tests/on-timm"].files["README.md"].decode()
+    assert f"base_model: timm/{name}" in card
+    # timm publishes other weights; the adapter keeps those it was made for.
+    repository.commit({"model.safetensors": weights[:-4] + b"\0\0\0\0"})
+    for who in (client, offline):
+        found = who("load", name="tests/on-timm", images=str(large))
+        assert torch.equal(logits_of(found), wanted)
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone"]["revision"] = "0" * 40
+    (folder / "config.json").write_text(json.dumps(config))
+    error_of(client("load", name=str(folder)), name)
+    error_of(client("load", name=str(folder), options={"local_files_only": True}), "cache")
+
+
+def test_somebodys_timm_repository(client, hub, make_model, expected, tmp_path):
+    model = make_model("groupnorm")
+    folder = save_with_model(model, *TINY, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    keys = ("architecture", "num_classes", "num_features", "model_args", "pretrained_cfg")
+    config = {k: config[k] for k in keys} | {"global_pool": "avg"}
+    config["pretrained_cfg"] |= {"url": "http://127.0.0.1:1/evil.pth", "custom_load": True}
+    files = {"config.json": json.dumps(config).encode()}
+    files["model.safetensors"] = (folder / "model.safetensors").read_bytes()
+    hub.add("somebody/model", files)
+    found = client("wrap", name="hf-hub:somebody/model", options={"method": "tent"})
+    assert torch.equal(logits_of(found), expected(tp.wrap(model, "tent"))), found
+    error_of(client("load", name="somebody/model"), "timm model", "hf-hub:")
+    # Weights that would have to be unpickled are not read.
+    files["pytorch_model.bin"] = files.pop("model.safetensors")
+    hub.add("somebody/pickle", files)
+    answer = client("wrap", name="hf-hub:somebody/pickle", options={"method": "tent"})
+    error_of(answer, "somebody/pickle", "model.safetensors")
+
+
+def test_the_classifier_of_a_local_folder_goes_along(artifact, client, hub, expected, tmp_path):
+    model, _ = artifact("source")
+    net = tp.wrap(str(model), "tent")
+    folder = net.save_pretrained(tmp_path / "adapter", training={"command": f"train --in {model}"})
+    assert str(model) in (folder / "config.json").read_text()
+    wanted = expected(net)
+    done = client("command_line", arguments=["publish", str(folder), "tests/embedded"])
+    assert done["code"] == 0, done
+    files = hub.repositories["tests/embedded"].files
+    assert not any(str(tmp_path).encode() in content for content in files.values())
+    assert torch.equal(logits_of(client("load", name="tests/embedded")), wanted)
+    shutil.move(model, tmp_path / "elsewhere")
+    commits = len(hub.repositories)
+    again = client("command_line", arguments=["publish", str(folder), "tests/embedded2"])
+    assert again["code"] == 2 and "publish that folder first" in again["error_text"]
+    assert len(hub.repositories) == commits
+
+
+def test_a_path_of_another_machine_is_not_followed(artifact, client, hub, tmp_path):
+    model, _ = artifact("source")
+    folder = tp.wrap(str(model), "tent").save_pretrained(tmp_path / "adapter")
+    hub.add("somebody/path", files_of(folder))
+    error_of(client("load", name="somebody/path"), "another machine", "backbone=")
+
+
+def test_an_adapter_of_a_bare_module(make_model, make_net, client, hub, expected, tmp_path):
+    folder = make_net("mgg", make_model("groupnorm")).save_pretrained(tmp_path / "adapter")
+    hub.add("tests/bare", files_of(folder))
+    error_of(client("load", name="tests/bare"), "backbone=")
+
+
+# -- cards and info ----------------------------------------------------------------------------
+
+
+def test_publish_with_results_and_info(artifact, client, hub, tmp_path):
+    folder, _ = artifact("tent")
+    results = tmp_path / "results.json"
+    results.write_text((ROOT / "tests/frozen/benchmark-results.json").read_text())
+    arguments = ["publish", str(folder), "tests/results", "--results", str(results)]
+    assert client("command_line", arguments=arguments)["code"] == 0
+    files = hub.repositories["tests/results"].files
+    card = files["README.md"].decode()
+    assert "model-index" in card and 'from_pretrained("tests/results")' in card
+    assert json.loads(files["results.json"])["runs"][0]["protocol"] == "reset-per-cell"
+    info = client("command_line", arguments=["info", "tests/results"])
+    assert info["code"] == 0, info
+    config = json.loads(files["config.json"])
+    for word in ("tent", config["backbone"]["fingerprint"], "CIFAR-10-C", "format", "%"):
+        assert word in info["out"]
+    assert "Traceback" not in info["error_text"]
+    # The command line loads it by its name too.
+    missing = client("command_line", arguments=["info", "tests/no-such-thing"])
+    assert missing["code"] == 2 and "Traceback" not in missing["error_text"]
+    assert len(missing["error_text"].strip().splitlines()) == 1
+
+
+def test_what_is_bundled_is_published_as_it_ships(client, hub):
+    folder = ROOT / "hub_cards" / "mgg-resnet26-cifar10"
+    done = client("command_line", arguments=["publish", str(folder), "tests/bundled"])
+    assert done["code"] == 0, done
+    published = hub.repositories["tests/bundled"].files
+    assert {n: published[n] for n in files_of(folder)} == files_of(folder)
+
+
+# -- failures ----------------------------------------------------------------------------------
+
+
+def test_no_such_repository(client):
+    error_of(client("load", name="tests/nothing"), "tests/nothing", "no repository", "private")
+
+
+def test_no_such_revision(artifact, client, hub):
+    hub.add("tests/here", files_of(artifact("tent")[0]))
+    answer = client("load", name="tests/here", options={"revision": "v9"})
+    error_of(answer, "tests/here", "v9", "branches")
+
+
+def test_a_gated_repository(artifact, client, hub):
+    hub.add("tests/gated", files_of(artifact("tent")[0]), gated=True)
+    error_of(client("load", name="tests/gated"), "gated", "ask for access")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"README.md": b"hello"}, ["config.json"]),
+        ({"config.json": b'{"model_type": "bert"}'}, ["another library"]),
+        ({"config.json": b"[]"}, ["format_version"]),
+        ({"config.json": b"{"}, ["JSON"]),
+        ({"config.json": b'{"format_version": 2}'}, ["newer ttt_plugins"]),
+    ],
+    ids=["no config", "another library's", "a list", "broken", "newer"],
+)
+def test_not_an_adapter(files, words, client, hub):
+    name = f"tests/no-adapter-{len(hub.repositories)}"
+    hub.add(name, files)
+    error_of(client("load", name=name), *words)
+
+
+def test_an_impossible_name(client):
+    for name in ("a/b/c", "org/na me", "org/..", "https://example.org/x", "x" * 5000, "a\0b/c"):
+        error_of(client("load", name=name))
+
+
+def test_offline_without_a_cache(client, offline, unreachable):
+    error_of(offline("load", name="tests/never-seen"), "HF_HUB_OFFLINE", "cache")
+    only = client("load", name="tests/never-seen", options={"local_files_only": True})
+    error_of(only, "local_files_only", "cache")
+    error_of(unreachable("load", name="tests/never-seen"), "cannot be reached", "connection")
+
+
+def test_publishing_without_a_connection(artifact, offline, unreachable):
+    folder, _ = artifact("tent")
+    error_of(offline("push", name=str(folder), repository="tests/x"), "offline")
+    answer = unreachable("push", name=str(folder), repository="tests/x")
+    error_of(answer, "tests/x", "connection")
+
+
+@pytest.mark.parametrize("fault", ["dies", "short", "long", "other", "huge", "broken"])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_faulty_server(fault, file, artifact, expected, client, hub):
+    folder, net = artifact("tent")
+    name = f"tests/faulty-{fault}-{file.split('.')[0]}"
+    repository = hub.add(name, files_of(folder))
+    repository.faults[file] = fault
+    error_of(client("load", name=name), name)
+    # Nothing half-done stays: the next attempt, with a healthy server, succeeds.
+    repository.faults.clear()
+    found = client("load", name=name)
+    assert torch.equal(logits_of(found), expected(net)), found
+
+
+@pytest.mark.parametrize("fault", ["dies", "refused"])
+def test_an_upload_that_fails(fault, artifact, client, hub):
+    folder, _ = artifact("tent")
+    before = files_of(folder)
+    repository = hub.add(f"tests/upload-{fault}", {"README.md": b"as it was"})
+    repository.faults["upload"] = fault
+    answer = client("push", name=str(folder), repository=f"tests/upload-{fault}")
+    error_of(answer, f"tests/upload-{fault}")
+    assert repository.files == {"README.md": b"as it was"}
+    assert files_of(folder) == before
+    repository.faults.clear()
+    client("push", name=str(folder), repository=f"tests/upload-{fault}")
+    assert "config.json" in repository.files
+
+
+def test_a_damaged_cache_is_noticed(artifact, client, hub, start, work):
+    hub.add("tests/cached", files_of(artifact("tent")[0]))
+    own = start(home="damaged")
+    assert "logits" in own("load", name="tests/cached")
+    blobs = (work / "damaged/hub/models--tests--cached/blobs").iterdir()
+    blob = max(blobs, key=lambda p: p.stat().st_size)
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    error_of(own("load", name="tests/cached"), "damaged", "delete", blob.name)
+
+
+def test_a_full_disk(artifact, hub, start, work, tmp_path):
+    folder, _ = artifact("tent")
+    hub.add("tests/disk", files_of(folder))
+    own = start(home="full")
+    own("full_disk")
+    error_of(own("load", name="tests/disk"), "space", "tests/disk")
+    saved = own("save", name=str(folder), folder=str(tmp_path / "copy"))
+    error_of(saved, "cannot write")
+    assert not (tmp_path / "copy").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]

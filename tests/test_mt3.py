@@ -1,0 +1,438 @@
+"""MT3 against plain loops and finite differences, and its training's laws."""
+
+import colorsys
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_heads
+
+import ttt_plugins as tp
+from ttt_plugins import views
+from ttt_plugins.backbone import Backbone
+from ttt_plugins.data import LabelledImages
+from ttt_plugins.heads import init_byol
+from ttt_plugins.methods.mt3 import _views, byol_loss
+from ttt_plugins.train import mt3
+from ttt_plugins.train.mt3 import MT3Recipe, clip_each, draw_tasks, meta_gradient, train_mt3
+from ttt_plugins.views import image_keys
+
+TINY = {"width": 8, "depth": 8, "groups": 4}
+
+
+def byol_net(model, seed=0, **fields):
+    config = tp.MT3(**({"copies": 3} | fields))
+    return tp.wrap(model, config, tensors=random_heads("mt3", model), seed=seed)
+
+
+def two_layers(head, part, x):
+    x = F.relu(x @ head[f"{part}.in.weight"].T + head[f"{part}.in.bias"])
+    return x @ head[f"{part}.out.weight"].T + head[f"{part}.out.bias"]
+
+
+def plain_byol(features, head, x1, x2, targets=None):
+    """L_ss of methods.md, section 2, view by view; ``targets`` stand in for the stopped ones."""
+
+    def distance(a, b):
+        pairs = zip(a, b, strict=True)
+        return torch.stack([2 - 2 * (p @ q) / (p.norm() * q.norm()) for p, q in pairs])
+
+    z1, z2 = (two_layers(head, "projector", features(x)) for x in (x1, x2))
+    p1, p2 = (two_layers(head, "predictor", z) for z in (z1, z2))
+    t1, t2 = (z1.detach(), z2.detach()) if targets is None else targets
+    return (distance(p1, t2) + distance(p2, t1)).mean()
+
+
+def normalised(model, x):
+    mean, std = (
+        torch.tensor(model.pretrained_cfg[k]).to(x).view(-1, 1, 1) for k in ("mean", "std")
+    )
+    return (x - mean) / std
+
+
+def plain_mt3(model, head, images, *, lr=0.1, steps=1, copies=3):
+    """An unbatched restatement with loss.backward(), one image after the other."""
+    logits = []
+    for image in images:
+        net = copy.deepcopy(model).eval()
+        own = {n: t.to(image.dtype).clone().requires_grad_() for n, t in head.items()}
+
+        def features(x, net=net):
+            return net.forward_head(net.forward_features(normalised(net, x)), pre_logits=True)
+
+        for step in range(steps):
+            x1, x2 = _views(image[None], image_keys(image[None], 0), step, copies)
+            plain_byol(features, own, x1[0], x2[0]).backward()
+            with torch.no_grad():
+                for p in [*net.parameters(), *own.values()]:
+                    if p.grad is not None:
+                        p -= lr * p.grad
+                        p.grad = None
+        with torch.no_grad():
+            logits.append(net(normalised(net, image[None])))
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_it_equals_the_plain_loop(kind, steps, make_model, images):
+    model, x = make_model(kind, torch.float64), images(3, dtype=torch.float64)
+    net = byol_net(model, steps=steps)
+    expected = plain_mt3(model, random_heads("mt3", model), x, steps=steps)
+    assert torch.allclose(net(x), expected, atol=1e-6)
+    assert not torch.allclose(expected, tp.wrap(model, "source")(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("vote", [False, True])
+@pytest.mark.parametrize("chunk_size", [2, 5])
+def test_batched_equals_the_loop(kind, chunk_size, vote, make_model, images):
+    model, x = make_model(kind, torch.float64), images(5, dtype=torch.float64)
+    one = byol_net(model, chunk_size=1, vote=vote)
+    expected = torch.cat([one(image[None]) for image in x])
+    assert torch.equal(one(x), expected)
+    assert torch.allclose(byol_net(model, chunk_size=chunk_size, vote=vote)(x), expected, atol=1e-9)
+
+
+def test_voting_averages_over_the_views(make_model, images):
+    model, x = make_model("groupnorm"), images(1)
+    net = byol_net(model, vote=True, lr=0.0)
+    seen = views.byol_view(x, views.uniforms(image_keys(x, 0), (3, views.BYOL_NUMBERS), salt=-1))
+    expected = tp.wrap(model, "source")(seen[0]).softmax(1).mean(0)
+    assert torch.allclose(net(x)[0].softmax(0), expected, atol=1e-6)
+    assert net.forwards == 6 + 3
+
+
+def test_the_target_is_stopped(make_model, images):
+    """The gradient is the predictor's alone: that of a loss whose targets are constants."""
+    model = make_model("groupnorm", torch.float64)
+    backbone, head = tp.wrap(model, "source").backbone, random_heads("mt3", model)
+    head = {n: t.double() for n, t in head.items()}
+    x1, x2 = images(4, 0, torch.float64), images(4, 1, torch.float64)
+    leaves = {f"model.{n}": p.detach().clone() for n, p in model.named_parameters()} | head
+    leaves = {n: t.requires_grad_() for n, t in leaves.items()}
+    grads = torch.autograd.grad(
+        byol_loss(backbone, leaves, leaves, x1, x2),
+        list(leaves.values()),
+        materialize_grads=True,
+        allow_unused=True,
+    )
+
+    def features(x):
+        return backbone(x, pooled=True)
+
+    with torch.no_grad():
+        targets = [two_layers(head, "projector", features(x)) for x in (x1, x2)]
+    name, step = "stages.1.0.conv1.weight", 1e-6
+    weight = dict(backbone.model.named_parameters())[name]
+    direction = torch.randn(
+        weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    values = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            weight.data = model.get_parameter(name).data + sign * step * direction
+            values.append(plain_byol(features, head, x1, x2, targets))
+    slope = (values[0] - values[1]) / (2 * step)
+    ours = (dict(zip(leaves, grads, strict=True))[f"model.{name}"] * direction).sum()
+    assert torch.allclose(ours, slope, rtol=1e-5)
+
+
+# -- views ---------------------------------------------------------------------------------
+
+
+def test_resized_crops_against_interpolate():
+    x, u = torch.rand(2, 3, 32, 32), torch.rand(2, 40, 4)
+    got, sizes = views.resized_crops(x, u), set()
+    for i in range(2):
+        for j in range(40):
+            size = 20 + int(u[i, j, 0] * 12)
+            row, col = (int(u[i, j, k] * (33 - size)) for k in (1, 2))
+            cut = x[i : i + 1, :, row : row + size, col : col + size]
+            expected = F.interpolate(cut, size=32, mode="bilinear")[0]
+            expected = expected.flip(-2) if u[i, j, 3] < 0.5 else expected
+            assert torch.allclose(got[i, j], expected, atol=1e-6)
+            sizes.add(size)
+    assert min(sizes) == 20 and max(sizes) == 31
+
+
+def test_colour_jitter_against_colorsys():
+    x, u = torch.rand(6, 3, 4, 4), torch.rand(6, 4)
+    x[0] = 0.5  # grey: no hue to turn
+    got = views.colour_jitter(x, u)
+    shift, contrast, saturation, hue = (2 * u - 1).T
+    for i in range(6):
+        z = x[i] + 0.16 * shift[i]
+        mean = z.mean((1, 2), keepdim=True)
+        z = ((z - mean) * (1 + 0.16 * contrast[i]) + mean).clamp(0, 1)
+        for row in range(4):
+            for col in range(4):
+                h, s, v = colorsys.rgb_to_hsv(*z[:, row, col].tolist())
+                s = min(1, s * (1 + 0.16 * saturation[i].item()))
+                rgb = colorsys.hsv_to_rgb((h + 0.04 * hue[i].item()) % 1, s, v)
+                assert torch.allclose(got[i, :, row, col], torch.tensor(rgb), atol=1e-5)
+
+
+def test_views_stay_in_range_and_use_their_chances():
+    x, u = torch.rand(1, 3, 16, 16), torch.rand(1, 400, views.BYOL_NUMBERS)
+    seen = views.byol_view(x, u)[0]
+    assert seen.min() >= 0 and seen.max() <= 1
+    grey = (seen[:, 0] - seen[:, 1]).abs().amax((1, 2)) < 1e-6
+    assert torch.equal(grey, u[0, :, 9] < 0.2)
+    plain = views.resized_crops(x, u[..., :4])[0]
+    untouched = (seen - plain).abs().amax((1, 2, 3)) < 1e-6
+    assert torch.equal(untouched, (u[0, :, 4] >= 0.8) & ~grey)
+    assert views.byol_view(torch.rand(2, 1, 16, 16), u[:, :3].expand(2, -1, -1)).shape[2] == 1
+
+
+def test_shared_augmentation_by_hand():
+    x, noise = torch.rand(4, 2, 3, 8, 8), torch.randn(4, 2, 3, 8, 8)
+    u = torch.tensor(
+        [
+            [0.1, 0.9, 0.9, 0.5, 0.0],  # upside down
+            [0.9, 0.1, 0.9, 1.0, 0.0],  # mirrored, brighter by 0.2
+            [0.9, 0.9, 0.1, 0.5, 0.0],  # blurred
+            [0.9, 0.9, 0.9, 0.0, 1.0],  # darker by 0.2, noise of deviation 0.02
+        ]
+    )
+    got = views.shared_augmentation(x, u, noise)
+    weights = torch.tensor([0.27406862, 0.45186276, 0.27406862])
+    blurred = sum(
+        weights[a] * weights[b] * F.pad(x[2], (1,) * 4, "reflect")[..., a : a + 8, b : b + 8]
+        for a in range(3)
+        for b in range(3)
+    )
+    assert torch.allclose(got[0], x[0].flip(-2), atol=1e-6)
+    assert torch.allclose(got[1], (x[1].flip(-1) + 0.2).clamp(0, 1), atol=1e-6)
+    assert torch.allclose(got[2], blurred, atol=1e-5)
+    assert torch.allclose(got[3], (x[3] - 0.2 + 0.02 * noise[3]).clamp(0, 1), atol=1e-6)
+
+
+# -- meta-training -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return LabelledImages(images, torch.arange(40) % 10)
+
+
+def recipe_of(**fields):
+    chosen = {"model_args": TINY, "epochs": 2, "tasks": 2, "task_images": 3, "steps_per_epoch": 2}
+    return MT3Recipe(**(chosen | fields))
+
+
+def meta_of(model, dtype=torch.float64):
+    meta = {f"model.{n}": p.detach().clone().to(dtype) for n, p in model.named_parameters()}
+    return meta | {n: t.to(dtype) for n, t in random_heads("mt3", model).items()}
+
+
+def tasks_of(data, recipe, dtype=torch.float64):
+    n = recipe.tasks * recipe.task_images
+    generator = torch.Generator().manual_seed(3)
+    *x, y = draw_tasks(data.images[:n], data.labels[:n], recipe, generator)
+    return (*(t.to(dtype) for t in x), y)
+
+
+@pytest.mark.parametrize("kind", ["groupnorm", "layernorm"], indirect=True)
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_outer_gradient_against_finite_differences(kind, together, make_model, data):
+    """Targets of the inner loss are constants to the outer derivative too (TensorFlow's
+    stop_gradient), so they stand still while the parameters are moved."""
+    model = make_model(kind, torch.float64)
+    backbone, recipe = Backbone(model), recipe_of(together=together, clip=0.5)
+    meta, tasks = meta_of(model), tasks_of(data, recipe)
+    ours, record = meta_gradient(meta, tasks, backbone, recipe)
+
+    def run(meta, images, pooled=False):
+        own = {n: t for n, t in meta.items() if n.startswith("model.")}
+        return torch.func.functional_call(backbone, own, (images, pooled))
+
+    def outer(meta, stopped):
+        total, targets = 0, []
+        for i in range(recipe.tasks):
+            x1, x2, x, y = (t[i] for t in tasks)
+            leaves = {n: t.detach().requires_grad_() for n, t in meta.items()}
+            inner = plain_byol(
+                partial(run, leaves, pooled=True), leaves, x1, x2, stopped and stopped[2 * i]
+            )
+            grads = torch.autograd.grad(
+                inner, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+            phi = {}
+            for (name, t), g in zip(meta.items(), grads, strict=True):
+                phi[name] = t - 0.1 * g * min(1, 0.5 / max(g.norm().item(), 1e-30))
+            with torch.no_grad():
+                at_phi = stopped and stopped[2 * i + 1]
+                total += F.cross_entropy(run(phi, x), y) + 0.1 * plain_byol(
+                    partial(run, phi, pooled=True), phi, x1, x2, at_phi
+                )
+                for p in (meta, phi):
+                    targets.append([two_layers(p, "projector", run(p, z, True)) for z in (x1, x2)])
+        return total, targets
+
+    value, stopped = outer(meta, None)
+    assert torch.allclose(record[0], value)
+    generator = torch.Generator().manual_seed(5)
+    names = ["projector.in.weight", "predictor.out.bias"]
+    names += [n for n in meta if n.startswith("model.") and n.endswith("weight")][1:5]
+    for name in names:
+        direction = torch.randn(meta[name].shape, generator=generator, dtype=torch.float64)
+        step = 1e-8  # larger ones cross kinks of the ReLUs, where the inner gradient jumps
+        ends = [
+            outer(meta | {name: meta[name] + s * step * direction}, stopped)[0] for s in (1, -1)
+        ]
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert torch.allclose((ours[name] * direction).sum(), slope, rtol=1e-4, atol=1e-7), name
+
+
+def test_first_order_takes_the_inner_gradient_for_a_constant(make_model, data):
+    model = make_model("groupnorm", torch.float64)
+    backbone, recipe = Backbone(model), recipe_of(first_order=True)
+    meta, tasks = meta_of(model), tasks_of(data, recipe)
+    second, _ = meta_gradient(meta, tasks, backbone, replace(recipe, first_order=False))
+    for together in (1, 2):
+        ours, _ = meta_gradient(meta, tasks, backbone, replace(recipe, together=together))
+        expected = {n: torch.zeros_like(t) for n, t in meta.items()}
+        for task in zip(*tasks, strict=True):
+            leaves = {n: t.detach().requires_grad_() for n, t in meta.items()}
+            inner = byol_loss(backbone, leaves, leaves, *task[:2])
+            grads = torch.autograd.grad(
+                inner, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+            grads = clip_each(dict(zip(leaves, grads, strict=True)), recipe.clip)
+            phi = {n: (t - 0.1 * grads[n]).detach().requires_grad_() for n, t in leaves.items()}
+            own = {n: t for n, t in phi.items() if n.startswith("model.")}
+            logits = torch.func.functional_call(backbone, own, (task[2],))
+            loss = F.cross_entropy(logits, task[3]) + 0.1 * byol_loss(backbone, phi, phi, *task[:2])
+            for n, g in zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True):
+                expected[n] += g
+        assert all(torch.allclose(ours[n], t, atol=1e-9) for n, t in expected.items())
+    name = "model.stages.0.0.conv1.weight"
+    assert not torch.allclose(ours[name], second[name], atol=1e-6)
+
+
+def test_each_tensor_is_clipped_on_its_own():
+    grads = {"long": torch.full((4,), 10.0), "short": torch.ones(4), "zero": torch.zeros(3)}
+    grads = {n: g.requires_grad_() for n, g in grads.items()}
+    clipped = clip_each(grads, 10.0)
+    assert torch.allclose(clipped["long"].norm(), torch.tensor(10.0))
+    assert torch.equal(clipped["short"], grads["short"]) and not clipped["zero"].any()
+    sum(g.square().sum() for g in clipped.values()).backward()
+    assert all(torch.isfinite(g.grad).all() for g in grads.values())
+    assert all(clip_each(grads, 0.0)[n] is g for n, g in grads.items())
+
+
+def same_model(a, b):
+    return all(torch.equal(t, b.state_dict()[n]) for n, t in a.state_dict().items())
+
+
+def test_resumed_equals_unbroken(data, tmp_path, same_tensors, monkeypatch):
+    recipe = recipe_of(schedule="cosine")
+    model, head, log = train_mt3(recipe, data, tmp_path / "a", progress=False)
+    real = mt3.save_checkpoint
+
+    class Broken(Exception):
+        pass
+
+    def stop(file, saved):
+        real(file, saved)
+        raise Broken
+
+    monkeypatch.setattr(mt3, "save_checkpoint", stop)
+    with pytest.raises(Broken):
+        train_mt3(recipe, data, tmp_path / "b", progress=False)
+    monkeypatch.undo()
+    again, other, other_log = train_mt3(recipe, data, tmp_path / "b", resume=True, progress=False)
+    assert log == other_log and [e["epoch"] for e in log["epochs"]] == [1, 2]
+    assert same_model(model, again) and same_tensors(head, other)
+    with pytest.raises(tp.InputError, match="another recipe"):
+        train_mt3(recipe_of(lr=1.0), data, tmp_path / "b", resume=True, progress=False)
+
+
+_WORKER = """
+import json, sys, torch
+torch.set_num_threads(1)
+import ttt_plugins
+from ttt_plugins.data import LabelledImages
+from ttt_plugins.train.mt3 import MT3Recipe, train_mt3
+out, fields = sys.argv[1], json.loads(sys.argv[2])
+saved = torch.load(f"{out}/data.pt", weights_only=True)
+data = LabelledImages(saved["images"], saved["labels"])
+train_mt3(MT3Recipe(**fields), data, f"{out}/two", progress=False)
+"""
+
+
+def test_two_processes_equal_one(data, tmp_path):
+    import json
+
+    recipe = recipe_of(tasks=3, epochs=1)
+    model, head, log = train_mt3(recipe, data, tmp_path / "one", progress=False)
+    torch.save({"images": data.images, "labels": data.labels}, tmp_path / "data.pt")
+    (tmp_path / "worker.py").write_text(_WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["2", str(tmp_path / "worker.py"), str(tmp_path), json.dumps(asdict(recipe))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=240)
+    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(two["meta"][f"model.{name}"], tensor, atol=1e-6)
+    assert all(torch.allclose(two["meta"][n], t, atol=1e-6) for n, t in head.items())
+    for key, value in log["epochs"][0].items():
+        assert abs(two["log"][0][key] - value) < 1e-5
+
+
+def test_from_an_artifact(data, tmp_path):
+    recipe = recipe_of(init="bundled:source-resnet26bn-cifar10", epochs=1, steps_per_epoch=1)
+    model, head, log = train_mt3(recipe, data, tmp_path / "a", progress=False)
+    assert log["architecture"] == "ttt_resnet26_bn"
+    source = tp.wrap("bundled:source-resnet26bn-cifar10", "source").backbone.model
+    assert torch.equal(model.norm.running_mean, source.norm.running_mean)
+    moved = (model.head.weight - source.head.weight).abs().max()
+    assert 0 < moved < 0.1
+    net = tp.wrap(model, tp.MT3(copies=2), tensors=head)
+    assert torch.isfinite(net(torch.rand(2, 3, 32, 32))).all()
+
+
+def test_what_cannot_be_trained(data, tmp_path):
+    with pytest.raises(tp.InputError, match="--init"):
+        train_mt3(recipe_of(arch="ttt_resnet26_bn", model_args={}), data, tmp_path)
+    with pytest.raises(tp.InputError, match="carries no model"):
+        train_mt3(recipe_of(init="bundled:mgg-resnet26-cifar10"), data, tmp_path)
+    with pytest.raises(tp.InputError, match="meta-batch"):
+        train_mt3(recipe_of(tasks=100), data, tmp_path)
+    with pytest.raises(tp.InputError, match="square"):
+        train_mt3(recipe_of(), LabelledImages(data.images[..., :20], data.labels), tmp_path)
+    with pytest.raises(tp.InputError, match="cannot be made"):
+        train_mt3(recipe_of(arch="no_such_net"), data, tmp_path)
+
+
+# -- errors --------------------------------------------------------------------------------
+
+
+def test_a_model_without_trained_heads_is_refused(make_model):
+    with pytest.raises(tp.InputError, match="ttt-plugins train mt3"):
+        tp.wrap(make_model("groupnorm"), "mt3")
+    model = make_model("layernorm")
+    with pytest.raises(tp.ArtifactError, match="shape"):
+        tp.wrap(model, "mt3", tensors=random_heads("mt3", make_model("groupnorm")))
+
+
+@pytest.mark.parametrize(
+    "field", [{"copies": 0}, {"steps": 1.5}, {"vote": "yes"}, {"lr": float("nan")}, {"rank": True}]
+)
+def test_bad_fields(field):
+    with pytest.raises(tp.InputError, match=next(iter(field))):
+        tp.MT3(**field)
+
+
+def test_heads_are_built_for_any_width(make_model):
+    for kind, width in (("groupnorm", 32), ("layernorm", 24)):
+        head = init_byol(make_model(kind), torch.Generator())
+        assert head["projector.in.weight"].shape == (256, width)
+        assert head["predictor.out.weight"].shape == (128, 256)

@@ -1,0 +1,493 @@
+"""TTT against plain loops, and the laws of adapting each image on its own."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_heads
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import ttt_plugins as tp
+from ttt_plugins import heads, memory, views
+from ttt_plugins.data import LabelledImages
+from ttt_plugins.methods.per_image import loss_and_gradient
+from ttt_plugins.methods.ttt import rotation_views
+from ttt_plugins.structure import trunk
+from ttt_plugins.train.ttt import (
+    HeadRecipe,
+    JointModel,
+    JointRecipe,
+    fit_rotation_head,
+    train_joint,
+)
+from ttt_plugins.views import image_keys
+
+FAST = {"steps": 2, "copies": 3, "lr": 0.05}
+
+
+def rotation_net(model, seed=0, **fields):
+    config = tp.TTT(**(FAST | fields))
+    tensors = random_heads("ttt", model, config.split)
+    return tp.wrap(model, config, tensors=tensors, seed=seed)
+
+
+class Branches(nn.Module):
+    """The Y of the paper, by whole copies of the model: trunk shared, two rests."""
+
+    def __init__(self, model, tensors, split):
+        super().__init__()
+        self.main, self.side = copy.deepcopy(model), copy.deepcopy(model)
+        self.trunk, rest = trunk(model, split)
+        state = self.side.state_dict()
+        state |= {n.removeprefix("rest."): t for n, t in tensors.items() if n.startswith("rest.")}
+        self.side.load_state_dict(state)
+        self.head = nn.Linear(tensors["head.weight"].shape[1], 4)
+        self.head.load_state_dict({n: tensors[f"head.{n}"] for n in ("weight", "bias")})
+        self.head.to(tensors["head.weight"].dtype)
+        side = dict(self.side.named_parameters())
+        self.learned = [side[n] for n in (*self.trunk, *rest)] + list(self.head.parameters())
+
+    def features(self, x):
+        return self.side.forward_head(self.side.forward_features(x), pre_logits=True)
+
+    @torch.no_grad()
+    def predict(self, x):
+        """The main branch on the side's trunk."""
+        side = dict(self.side.named_parameters())
+        for name, p in self.main.named_parameters():
+            if name in self.trunk:
+                p.copy_(side[name])
+        return self.main(x)
+
+
+def plain_ttt(model, tensors, images, *, split, lr, steps, copies, keep, seed=0):
+    """An unbatched restatement with torch.optim, one image after the other, in float64."""
+    model = copy.deepcopy(model).double().eval()
+    tensors = {n: t.double() for n, t in tensors.items()}
+    mean, std = (
+        torch.tensor(model.pretrained_cfg[k], dtype=torch.float64).view(-1, 1, 1)
+        for k in ("mean", "std")
+    )
+    net, logits = Branches(model, tensors, split), []
+    for i, image in enumerate(images):
+        if not keep:
+            net = Branches(model, tensors, split)
+        optimizer = torch.optim.SGD(net.learned, lr=lr)
+        key = image_keys(image[None], seed) + (i if keep else 0)
+        for step in range(steps):
+            x, quarters = rotation_views(image[None].double(), key, step, copies)
+            loss = F.cross_entropy(net.head(net.features((x[0] - mean) / std)), quarters[0])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        logits.append(net.predict((image[None].double() - mean) / std))
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("split", [-1, "end", 1])
+@pytest.mark.parametrize("mode", ["standard", "online"])
+def test_it_equals_the_plain_loop(kind, mode, split, make_model, images):
+    model, x = make_model(kind), images(3)
+    net = rotation_net(model, mode=mode, split=split).to(torch.float64)
+    tensors = random_heads("ttt", model, split)
+    keep = mode == "online"
+    expected = plain_ttt(model, tensors, x, split=split, keep=keep, **FAST)
+    assert torch.allclose(net(x.double()), expected, atol=1e-9)
+    assert not torch.allclose(expected, tp.wrap(model.double(), "source")(x.double()), atol=1e-3)
+
+
+def test_online_goes_on_where_the_last_batch_ended(make_model, images):
+    model, x = make_model("groupnorm"), images(5)
+    whole = rotation_net(model, mode="online")
+    parts = rotation_net(model, mode="online")
+    assert torch.equal(whole(x), torch.cat([parts(x[:2]), parts(x[2:])]))
+
+
+@pytest.mark.parametrize("chunk_size", [2, 3, 8])
+def test_batched_equals_the_loop(kind, chunk_size, make_model, images):
+    model, x = make_model(kind).double(), images(5, dtype=torch.float64)
+    one = rotation_net(model, chunk_size=1)
+    expected = torch.cat([one(image[None]) for image in x])
+    assert torch.equal(one(x), expected)
+    together = rotation_net(model, chunk_size=chunk_size)
+    assert torch.allclose(together(x), expected, atol=1e-10)
+    assert together.forwards == one.forwards / 2 and together.backwards == one.backwards / 2
+
+
+def test_an_image_is_predicted_alike_in_any_batch(make_model, images):
+    net, x = rotation_net(make_model("groupnorm")), images(4)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(net(x)[order], net(x[order]))
+
+
+def test_seeds_change_the_views(make_model, images):
+    model, x = make_model("groupnorm"), images(2)
+    one, same, other = (rotation_net(model, seed=s)(x) for s in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+# -- views ---------------------------------------------------------------------------------
+
+
+def test_quarter_turns_are_rot90s():
+    x, k = torch.rand(2, 4, 3, 5, 5), torch.tensor([[0, 1, 2, 3], [3, 3, 1, 2]])
+    turned = views.quarter_turns(x, k)
+    for i in range(2):
+        for j in range(4):
+            assert torch.equal(turned[i, j], torch.rot90(x[i, j], int(k[i, j]), (1, 2)))
+
+
+def test_four_rotations_are_the_identity():
+    x = torch.rand(4, 3, 6, 6)
+    turned = x
+    for _ in range(4):
+        turned = views.quarter_turns(turned, torch.ones(4, dtype=torch.long))
+    assert torch.equal(turned, x)
+    assert torch.equal(views.quarter_turns(x, torch.zeros(4, dtype=torch.long)), x)
+
+
+def test_crops_and_flips_against_slices():
+    x, u = torch.rand(2, 3, 8, 8), torch.rand(2, 6, 3)
+    cut = views.crop_and_flip(x, u, 2)
+    padded = F.pad(x, (2,) * 4)
+    seen = set()
+    for i in range(2):
+        for j in range(6):
+            top, left = (int(v * 5) for v in u[i, j, :2])
+            expected = padded[i, :, top : top + 8, left : left + 8]
+            expected = expected.flip(2) if u[i, j, 2] < 0.5 else expected
+            assert torch.equal(cut[i, j], expected)
+            seen.add((top, left))
+    assert len(seen) > 5
+
+
+def test_uniform_numbers_are_uniform_and_independent():
+    keys = image_keys(torch.rand(500, 3, 4, 4), 0)
+    assert len(keys.unique()) == 500
+    u = views.uniforms(keys, (40,))
+    assert u.min() >= 0 and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.01 and abs(u.std() - 12**-0.5) < 0.01
+    noise = torch.corrcoef(u.T) - torch.eye(40)
+    assert noise.abs().max() < 5 / math.sqrt(500)
+    assert not torch.equal(u, views.uniforms(keys, (40,), salt=1))
+    # Images that differ in one pixel's last bit share nothing.
+    x = torch.rand(1, 3, 4, 4)
+    y = x.clone()
+    y[0, 1, 2, 3] = torch.nextafter(y[0, 1, 2, 3], torch.tensor(2.0))
+    assert (
+        views.uniforms(image_keys(x, 0), (40,)) == views.uniforms(image_keys(y, 0), (40,))
+    ).sum() < 3
+
+
+def test_views_and_labels_cover_everything(images):
+    _, quarters = rotation_views(images(4), image_keys(images(4), 0), 0, 32)
+    counts = quarters.flatten().bincount(minlength=4)
+    assert counts.sum() == 128 and counts.min() > 15
+
+
+# -- gradients -----------------------------------------------------------------------------
+
+
+def test_gradients_reach_the_trunk_and_not_the_main_head(kind, make_model, images):
+    model = make_model(kind)
+    shared, rest = trunk(model, -1)
+    tensors = random_heads("ttt", model)
+    backbone = tp.wrap(model, "source").backbone
+    x, quarters = rotation_views(images(1), image_keys(images(1), 0), 0, 4)
+    params = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+
+    def loss(params):
+        return F.cross_entropy(heads.rotation_logits(backbone, params, tensors, x[0]), quarters[0])
+
+    _, grads = loss_and_gradient(loss, params)
+    assert all(grads[f"model.{n}"].any() for n in shared if n.endswith("weight"))
+    # What lies behind the split is the head's own, and the classifier is not on the way.
+    others = [n for n, _ in model.named_parameters() if n not in set(shared)]
+    assert {"head.weight", "head.bias"} <= set(others) and set(rest) < set(others)
+    assert not any(grads[f"model.{n}"].any() for n in others)
+    assert set(rotation_net(model).names) == set(shared)
+
+
+def test_skipping_skips_the_sure_images(make_model, images):
+    model, x = make_model("groupnorm"), images(8)
+    tensors = random_heads("ttt", model)
+    source = tp.wrap(model, "source")
+    sure = heads.rotation_logits(source.backbone, {}, tensors, x).softmax(1)[:, 0].detach()
+    threshold = sure.sort().values[3:5].mean().item()
+    net = rotation_net(model, threshold=threshold)
+    logits, adapted = net(x), rotation_net(model)(x)
+    skipped = sure > threshold
+    assert skipped.sum() == 4
+    assert torch.equal(logits[~skipped], adapted[~skipped])
+    assert torch.equal(logits[skipped], source(x)[skipped])
+    passes = FAST["steps"] * FAST["copies"]
+    assert net.backwards == 4 * passes
+    assert net.forwards == 2 * 8 + 4 * (passes + 1)
+    assert torch.equal(rotation_net(model, threshold=0.0)(x), source(x))
+    online = rotation_net(model, threshold=threshold, mode="online")
+    online(x)
+    assert 0 < online.backwards < 8 * passes
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_a_gradient_that_is_not_finite_is_skipped_for_its_image_alone(
+    chunk_size, make_model, images
+):
+    model, x = make_model("groupnorm"), images(3)
+    net = rotation_net(model, chunk_size=chunk_size)
+    expected, plain = net(x), tp.wrap(model, "source")(x)
+    turns = rotation_views(x, image_keys(x, 0), 0, FAST["copies"])[1]
+    assert not torch.equal(turns[0], turns[1]) and not torch.equal(turns[2], turns[1])
+    task = net._algorithm.task
+
+    def poisoned(params, views, quarters):
+        """Infinite in the first step of the second image."""
+        poison = torch.where((quarters == turns[1]).all(), torch.inf, 1.0)
+        return task.loss(params, views, quarters) * poison
+
+    algorithm = dataclasses.replace(net._algorithm, task=dataclasses.replace(task, loss=poisoned))
+    net._algorithm = algorithm
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        logits = net(x)
+    assert net.skipped_updates == 1
+    assert torch.allclose(logits[[0, 2]], expected[[0, 2]], atol=1e-5)
+    # The second step still happened.
+    assert torch.isfinite(logits).all()
+    assert not torch.allclose(logits[1], expected[1], atol=1e-5)
+    assert not torch.allclose(logits[1], plain[1], atol=1e-5)
+
+
+# -- scopes and memory ---------------------------------------------------------------------
+
+
+def test_low_rank_changes_start_at_the_source_bit_for_bit(make_model, images):
+    model, x = make_model("layernorm"), images(3)
+    still = rotation_net(model, params="lora", lr=0.0)
+    plain = tp.wrap(model, "source")
+    assert torch.equal(still(x), torch.cat([plain(image[None]) for image in x]))
+    net = rotation_net(model, params="lora", rank=2)
+    assert not torch.equal(net(x), still(x))
+    source = net._algorithm_now().source
+    assert all(n.startswith("lora.blocks.0.") for n in source)
+    a = source["lora.blocks.0.attn.qkv.weight.A"]
+    assert a.shape == (2, 24) and a.any()
+    assert not source["lora.blocks.0.attn.qkv.weight.B"].any()
+
+
+def test_low_rank_changes_train_along_a_stream(make_model, images):
+    model = make_model("layernorm")
+    net = tp.wrap(model, tp.Tent(params="lora", lr=1e-2))
+    first = net(images(6))
+    assert not torch.equal(net(images(6)), first)
+    exported = net.export()
+    with torch.no_grad():
+        expected = exported(images(6))
+    assert torch.equal(net(images(6)), expected)
+    net.reset()
+    assert torch.equal(net(images(6)), first)
+
+
+@pytest.mark.parametrize("params", ["norm", "all", r"stages\.0\.0"])
+def test_scopes_stay_inside_the_trunk(params, make_model):
+    model = make_model("groupnorm")
+    shared, _ = trunk(model, -1)
+    net = rotation_net(model, params=params)
+    assert net.names and set(net.names) <= set(shared)
+    moved = net._algorithm_now().source
+    assert any(n.startswith("head.") for n in moved) is (params == "all")
+
+
+class Peak(TorchDispatchMode):
+    """Bytes alive at once in tensors that were made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                self.alive[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("params", ["all", "norm"])
+def test_the_memory_estimate_is_near_the_measured_peak(kind, params, make_model, images):
+    net = rotation_net(make_model(kind), copies=8, params=params)
+    algorithm, x = net._algorithm_now(), images(1)
+    net(x)
+    with torch.no_grad(), Peak() as measured:
+        algorithm._steps(algorithm.source, x, image_keys(x, 0))
+    assert 0.7 < algorithm.bytes_for(x) / measured.peak < 1.3
+    assert f"about {algorithm.bytes_for(x) / 1e6:.1f} MB an image" in net.describe()
+
+
+def test_chunks_follow_the_free_memory(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert memory.chunk_size("auto", lambda: 100, cuda) == 6
+    assert memory.chunk_size("auto", lambda: 10**6, cuda) == 1
+    assert memory.chunk_size(7, lambda: 100, cuda) == 7
+    assert memory.chunk_size("auto", lambda: 100, torch.device("cpu")) == 1
+
+
+# -- errors --------------------------------------------------------------------------------
+
+
+def test_a_random_head_is_refused(make_model):
+    with pytest.raises(tp.InputError, match="ttt-plugins train ttt"):
+        tp.wrap(make_model("groupnorm"), "ttt")
+
+
+@pytest.mark.parametrize("split", [0, 3, -3, 7, 1.5, True, "layer9", ""])
+def test_bad_splits(split, make_model):
+    with pytest.raises(tp.InputError, match="split"):
+        rotation_net(make_model("groupnorm"), split=split)
+
+
+def test_heads_of_another_model(make_model):
+    model = make_model("groupnorm")
+    good = random_heads("ttt", model)
+    bad = {
+        "missing": {n: t for n, t in good.items() if n != "head.bias"},
+        "unexpected": good | {"head.more": torch.zeros(1)},
+        "shape": good | {"head.weight": torch.zeros(4, 7)},
+        "non-finite": good | {"head.bias": torch.full((4,), torch.nan)},
+    }
+    for message, tensors in bad.items():
+        with pytest.raises(tp.ArtifactError, match=message):
+            tp.wrap(model, "ttt", tensors=tensors)
+    with pytest.raises(tp.ArtifactError):  # made for another split
+        tp.wrap(model, tp.TTT(split="end"), tensors=good)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [((0, 3, 32, 32), "empty"), ((2, 3, 1, 1), "shape"), ((2, 3, 32, 24), "square")],
+)
+def test_images_that_do_not_fit(shape, message, make_model):
+    net = rotation_net(make_model("groupnorm"))
+    with pytest.raises(tp.InputError, match=message):
+        net(torch.rand(shape))
+    assert net.forwards == 0
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"mode": "offline"},
+        {"copies": 0},
+        {"copies": 2.5},
+        {"steps": 0},
+        {"threshold": 1.5},
+        {"chunk_size": 0},
+        {"chunk_size": "all"},
+        {"rank": 0},
+        {"lr": -1.0},
+        {"statistics": "batch"},
+        {"adapt_head": "yes"},
+    ],
+)
+def test_bad_fields(field):
+    with pytest.raises(tp.InputError, match=next(iter(field))):
+        tp.TTT(**field)
+
+
+# -- training ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (48, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return LabelledImages(images, torch.arange(48) % 10)
+
+
+TINY = {"width": 8, "depth": 8, "groups": 4}
+
+
+def joint_recipe(**fields):
+    chosen = {"model_args": TINY, "epochs": 2, "batch_size": 16, "lr": 0.05}
+    return JointRecipe(**(chosen | fields))
+
+
+def test_twins_share_the_trunk_and_own_the_rest(make_model):
+    model = make_model("batchnorm")
+    joint = JointModel(model, -1)
+    shared, rest = trunk(model, -1)
+    main, side = dict(joint.model.named_parameters()), dict(joint.twin.named_parameters())
+    assert all(main[n] is side[n] for n in shared)
+    assert all(main[n] is not side[n] for n in rest)
+    buffers, twins = dict(joint.model.named_buffers()), dict(joint.twin.named_buffers())
+    assert buffers["stages.0.0.norm1.running_mean"] is twins["stages.0.0.norm1.running_mean"]
+    assert buffers["norm.running_mean"] is not twins["norm.running_mean"]
+    expected = heads.init_rotation(model, -1, torch.Generator())
+    assert joint.head_tensors().keys() == expected.keys()
+
+
+@pytest.mark.parametrize("rotations, ema", [("all", 0.0), ("random", 0.9)])
+def test_joint_training_resumed_equals_unbroken(rotations, ema, data, tmp_path):
+    recipe = joint_recipe(rotations=rotations, ema=ema, schedule="cosine")
+    quiet = {"progress": False}
+    model, head, log = train_joint(recipe, data, data, tmp_path / "a", **quiet)
+
+    class Broken(Exception):
+        pass
+
+    import ttt_plugins.train.ttt as module
+
+    saved, real = [], module.save_checkpoint
+
+    def stop_after_one(file, content):
+        real(file, content)
+        saved.append(file)
+        raise Broken
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "save_checkpoint", stop_after_one)
+        with pytest.raises(Broken):
+            train_joint(recipe, data, data, tmp_path / "b", **quiet)
+    again, other_head, other_log = train_joint(
+        recipe, data, data, tmp_path / "b", resume=True, **quiet
+    )
+    assert len(saved) == 1 and log == other_log
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert head.keys() == other_head.keys()
+    assert all(torch.equal(t, other_head[n]) for n, t in head.items())
+    # The trained pair works together.
+    net = tp.wrap(model, tp.TTT(**FAST), tensors=head)
+    assert torch.isfinite(net(torch.rand(2, 3, 32, 32))).all()
+    with pytest.raises(tp.InputError, match="another recipe"):
+        train_joint(joint_recipe(lr=1.0), data, data, tmp_path / "b", resume=True, **quiet)
+
+
+def test_a_head_on_a_frozen_model(make_model, same_tensors):
+    """It learns to tell which way is up, and the model stays as it is."""
+    generator = torch.Generator().manual_seed(1)
+    ramp = torch.linspace(0, 1, 32).view(1, 1, -1, 1).expand(64, 3, 32, 32)
+    images = (0.7 * ramp + 0.3 * torch.rand(64, 3, 32, 32, generator=generator)).clamp(0, 1)
+    model = make_model("batchnorm")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    recipe = HeadRecipe(epochs=10, batch_size=8, lr=1e-2, split=1)
+    net, log = fit_rotation_head(model, images, recipe, progress=False)
+    assert same_tensors(model.state_dict(), before)
+    assert log["epochs"][-1]["rotation_accuracy"] > 0.6
+    assert net.method == "ttt" and net.config.split == 1
+    assert torch.isfinite(net(images[:2])).all()
+    with pytest.raises(tp.InputError, match="square"):
+        fit_rotation_head(model, images[..., :20], recipe)
+    with pytest.raises(tp.InputError, match="batch"):
+        fit_rotation_head(model, images[:3], recipe)

@@ -1,0 +1,1 @@
+"""Entry into other people's registries; each module needs its host and registers when imported."""

@@ -1,0 +1,90 @@
+"""What a user's own training loop differentiates: predictions and a self-supervised loss.
+
+The same tasks, losses and update rule as adaptation uses, with the graph kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..adapter import Adapter
+from ..errors import InputError
+from ..methods.online import Online, evaluate
+from ..methods.per_image import PerImage, descend, loss_and_gradient
+from ..scope import call
+from ..updates import Situation
+from ..views import image_keys
+
+__all__ = ["joint_step", "memory_step", "meta_step"]
+
+
+def joint_step(
+    net: Adapter, model: nn.Module, heads: Mapping[str, Tensor], images: Tensor, number: int
+) -> tuple[Tensor, Tensor]:
+    """TTT, equation 1: (B, classes) logits of the plain model, rotation loss of one view each.
+
+    ``number`` tells the draws of one step from the next's. In train mode the model's BatchNorms
+    learn their running statistics on the images; the rotation branch uses them as they are.
+    """
+    algorithm, backbone = _of(net, heads, PerImage), net.backbone
+    # First the branch that writes running statistics, then the one whose graph keeps them.
+    logits = model((images - backbone.mean) / backbone.std if backbone.normalize else images)
+    meta = {f"model.{n}": p for n, p in model.named_parameters()} | dict(heads)
+    return logits, algorithm.task.loss(meta, *_views(algorithm, images, net.seed, number))
+
+
+def meta_step(
+    net: Adapter, model: nn.Module, heads: Mapping[str, Tensor], images: Tensor, number: int
+) -> tuple[Tensor, Tensor]:
+    """MT3, algorithm 1: one step for the batch as a task, then logits and L_ss where it led.
+
+    Cross-entropy of the logits plus gamma times the loss (paper: 0.1) is the outer loss. BatchNorm
+    stays on its source statistics, as at test time: such a model has to be trained before.
+    """
+    if net.config.params == "lora":
+        raise InputError("MT3 is meta-trained with params='all', 'norm' or names, not 'lora'")
+    algorithm = _of(net, heads, PerImage)
+    views = _views(algorithm, images, net.seed, number)
+    meta = {f"model.{n}": p for n, p in model.named_parameters()} | dict(heads)
+    # A frozen parameter is still moved by the inner step, as it is when adapting.
+    moving = {n: p for n, p in meta.items() if n in algorithm.source or n in heads}
+    moving = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in moving.items()}
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        _, grads = loss_and_gradient(lambda p: algorithm.task.loss(meta | p, *views), moving, True)
+        moved = meta | descend(moving, grads, net.config.lr)
+        return call(net.backbone, moved, images), algorithm.task.loss(moved, *views)
+
+
+def memory_step(
+    net: Adapter, heads: Mapping[str, Tensor], images: Tensor, held: tuple | None
+) -> tuple[Tensor, Tensor, tuple]:
+    """MGG: logits and unlabelled loss of a batch after the optimizer's update on it.
+
+    Only the optimizer's slow weights learn; ``held`` is the sequence so far, None at its start.
+    An update is judged on the batch it was made on, since a training loop hands over one batch at a
+    time; `train.mgg` judges on the next.
+    """
+    algorithm = _of(net, heads, Online)
+    params, state = held or (dict(algorithm.source), algorithm.init())
+    first = evaluate(net.backbone, algorithm.objective, params, images)
+    moved, state = algorithm.rule.step(params, state, first, Situation(None, algorithm.source))
+    with net.backbone.recording() as features:
+        logits = call(net.backbone, moved, images)
+    features = features if algorithm.objective.needs_features else []
+    loss = algorithm.objective.loss(logits, features, None).value
+    kept = tuple({n: t.detach() for n, t in part.items()} for part in (moved, state))
+    return logits, loss, (kept if first.finite else held)
+
+
+def _of(net: Adapter, heads: Mapping[str, Tensor], kind: type):
+    algorithm = net.algorithm(dict(heads))
+    assert isinstance(algorithm, kind)
+    return algorithm
+
+
+def _views(algorithm: PerImage, images: Tensor, seed: int, number: int) -> list[Tensor]:
+    drawn = algorithm.task.draw(images, image_keys(images, seed), number)
+    return [view.flatten(0, 1) for view in drawn]

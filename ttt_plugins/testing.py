@@ -1,0 +1,311 @@
+"""What every method promises, as checks that any package can run on its own method.
+
+    >>> from ttt_plugins.testing import check_method
+    >>> check_method("signsgd")       # or a config object, or your own model
+
+Each law takes ``build``, which makes a new adapter around ``build.model``, always the same one but
+for the fields it is given, and ``images``, ``(n, seed) -> (n, C, H, W)`` in [0, 1].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from . import networks  # noqa: F401  (registers the tiny models with timm)
+from .adapter import Adapter
+from .errors import InputError
+from .registry import get_method
+from .wrapping import from_pretrained, wrap
+
+__all__ = ["LAWS", "check_method", "tiny_model"]
+
+Build = Callable[..., Adapter]
+Images = Callable[[int, int], Tensor]
+
+_TINY = {
+    "batchnorm": ("ttt_resnet26_bn", {"width": 8, "depth": 8}),
+    "groupnorm": ("ttt_resnet26", {"width": 8, "depth": 8, "groups": 4}),
+    "layernorm": ("ttt_vit_tiny_patch4_32", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
+}
+
+
+def tiny_model(kind: str, seed: int = 0) -> nn.Module:
+    """A classifier of (B, 3, 32, 32) images into 10 classes, in eval mode, far from trained.
+
+    Args:
+        kind: of its norm layers: ``"batchnorm"``, ``"groupnorm"`` or ``"layernorm"``.
+        seed: of its weights.
+    """
+    arch, options = _TINY[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model(arch, num_classes=10, **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Norms start at one and zero, classifiers near zero: nothing a test can see.
+                parameter.add_(0.2 * torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+    return model.eval()
+
+
+def _images(shape: tuple[int, int, int]) -> Images:
+    def draw(n: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        level = torch.rand(n, shape[0], 1, 1, generator=generator)
+        return 0.5 * level + 0.5 * torch.rand(n, *shape, generator=generator)
+
+    return draw
+
+
+def stream(net: Adapter, images: Images, seeds, n: int = 6) -> list[Tensor]:
+    """The logits of one batch after the other."""
+    return [net(images(n, seed)) for seed in seeds]
+
+
+def all_equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Whether two streams' logits are the same, bit for bit."""
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Equal names, types and bits; NaN is equal to itself."""
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype
+        and torch.equal(a[n].isnan(), b[n].isnan())
+        and torch.equal(a[n].nan_to_num(), b[n].nan_to_num())
+        for n in a
+    )
+
+
+def it_adapts(build: Build, images: Images) -> None:
+    """Otherwise most laws would hold for free: the state or the predictions move."""
+    net = build()
+    fresh = net.adaptation_state()
+    del fresh["batches"]
+    logits = stream(net, images, range(3))
+    with torch.no_grad():
+        plain = [net.backbone(images(6, seed)) for seed in range(3)]
+    still = all(torch.equal(t, fresh[n]) for n, t in net.adaptation_state().items() if n in fresh)
+    assert not still or not all_equal(logits, plain), "nothing moved"
+
+
+def gradient_modes_do_not_matter(build: Build, images: Images) -> None:
+    """The same logits under ``no_grad``, ``inference_mode`` and with gradients, and no graph."""
+    expected = stream(build(), images, range(4))
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        net = build()
+        with mode():
+            logits = stream(net, images, range(3))  # images made inside, too
+        logits += stream(net, images, [3])
+        assert all_equal(logits, expected), mode.__name__
+        assert not any(z.requires_grad for z in logits), mode.__name__
+
+
+def train_mode_is_eval_mode(build: Build, images: Images) -> None:
+    """``train()`` and ``eval()`` change nothing."""
+    expected = stream(build(), images, range(3))
+    net = build().train()
+    logits = stream(net, images, [0])
+    logits += stream(net.eval(), images, [1])
+    logits += stream(net.train(), images, [2])
+    assert all_equal(logits, expected)
+
+
+def a_batch_of_one_is_a_batch(build: Build, images: Images) -> None:
+    """Single images: finite logits and parameters, no update skipped."""
+    net = build()
+    for seed in range(3):
+        logits = net(images(1, seed))
+        assert logits.ndim == 2 and len(logits) == 1 and torch.isfinite(logits).all()
+    state = net.adaptation_state().items()
+    assert all(torch.isfinite(t).all() for n, t in state if n.startswith("params."))
+    assert net.skipped_updates == 0
+
+
+def a_rate_of_zero_is_the_plain_model(build: Build, images: Images) -> None:
+    """``lr=0`` predicts what the model does without adaptation, bit for bit."""
+    probe = build()
+    if not hasattr(probe.config, "lr"):
+        return
+    net = build(lr=0.0)
+    same = {"statistics": probe.config.statistics, "prior": probe.config.prior}
+    plain = Adapter(probe.backbone, get_method("source"), get_method("source").config(**same))
+    for n in (6, 1, 3):
+        x, logits = images(n, n), net(images(n, n))
+        # A method that goes image by image rounds as a batch of one does.
+        single = torch.cat([plain(image[None]) for image in x])
+        assert torch.equal(logits, plain(x)) or torch.equal(logits, single)
+
+
+def reset_is_bit_for_bit(build: Build, images: Images) -> None:
+    """``reset()`` gives the state and the stream of a new adapter."""
+    net = build()
+    fresh = net.adaptation_state()
+    first = stream(net, images, range(3))
+    net.reset()
+    assert same_state(net.adaptation_state(), fresh)
+    assert all_equal(stream(net, images, range(3)), first)
+
+
+def a_stream_stops_and_goes_on(build: Build, images: Images) -> None:
+    """A saved state, its names in any order, goes on in a new adapter as if unbroken."""
+    unbroken = build()
+    expected = stream(unbroken, images, range(5))
+    for stop in (0, 1, 3):
+        before, after = build(), build()
+        logits = stream(before, images, range(stop))
+        after.load_adaptation_state(dict(sorted(before.adaptation_state().items())))
+        logits += stream(after, images, range(stop, 5))
+        assert all_equal(logits, expected), stop
+        assert same_state(after.adaptation_state(), unbroken.adaptation_state()), stop
+
+
+def a_saved_adapter_is_the_same(build: Build, images: Images) -> None:
+    """``save_pretrained`` and ``from_pretrained``: config, learned tensors, stream."""
+    net = build()
+    expected = stream(net, images, range(3))
+    with tempfile.TemporaryDirectory() as work:
+        folder = net.save_pretrained(Path(work) / "artifact")
+        loaded = from_pretrained(folder, backbone=build.model, seed=net.seed)
+    assert (loaded.method, loaded.config) == (net.method, net.config)
+    assert same_state(loaded.learned_tensors(), net.learned_tensors())
+    assert all_equal(stream(loaded, images, range(3)), expected)
+
+
+def the_wrapped_model_is_untouched(build: Build, images: Images) -> None:
+    """Weights, buffers, modes, gradients and hooks of the user's model stay as they were."""
+
+    def looks(model: nn.Module) -> list:
+        return [
+            [(n, id(t), t.requires_grad) for n, t in model.named_parameters()],
+            [(n, id(t)) for n, t in model.named_buffers()],
+            [
+                (n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+                for n, m in model.named_modules()
+            ],
+        ]
+
+    model = build.model
+    tensors, seen = {n: t.clone() for n, t in model.state_dict().items()}, looks(model)
+    net = build()
+    stream(net, images, range(3))
+    net.export()
+    net.reset()
+    assert same_state(model.state_dict(), tensors)
+    assert looks(model) == seen
+    assert all(p.grad is None for p in model.parameters())
+
+
+def the_seed_decides(build: Build, images: Images) -> None:
+    """The same seed, the same logits; torch's global generator is neither read nor moved."""
+    expected = stream(build(seed=3), images, range(3))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(99)
+        before = torch.get_rng_state()
+        assert all_equal(stream(build(seed=3), images, range(3)), expected)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def an_error_changes_nothing(build: Build, images: Images) -> None:
+    """After an exception inside the model the stream goes on as if it had not been asked."""
+    expected = stream(build(), images, range(3))
+    net = build()
+    logits = stream(net, images, range(2))
+
+    def fail(*_: Any) -> None:
+        raise KeyError("a law of ttt_plugins.testing")
+
+    handle = net.backbone.model.register_forward_hook(fail)
+    try:
+        net(images(6, 7))
+    except KeyError:
+        pass
+    else:
+        raise AssertionError("an exception inside the model was swallowed")
+    finally:
+        handle.remove()
+    assert all_equal(logits + stream(net, images, [2]), expected)
+
+
+#: All of them, by name.
+LAWS: dict[str, Callable[[Build, Images], None]] = {
+    law.__name__: law
+    for law in (
+        it_adapts,
+        gradient_modes_do_not_matter,
+        train_mode_is_eval_mode,
+        a_batch_of_one_is_a_batch,
+        a_rate_of_zero_is_the_plain_model,
+        reset_is_bit_for_bit,
+        a_stream_stops_and_goes_on,
+        a_saved_adapter_is_the_same,
+        the_wrapped_model_is_untouched,
+        the_seed_decides,
+        an_error_changes_nothing,
+    )
+}
+
+
+class _Build:
+    """``build(**overrides)`` for the laws; ``model`` is the user's."""
+
+    def __init__(self, model: nn.Module, method: Any, options: dict[str, Any]):
+        self.model, self.method, self.options = model, method, options
+
+    def __call__(self, **overrides: Any) -> Adapter:
+        with warnings.catch_warnings():
+            # A bare module does not say how its input is normalised; here nobody minds.
+            warnings.filterwarnings("ignore", ".*does not say how its input")
+            return wrap(self.model, self.method, **(self.options | overrides))
+
+
+def check_method(
+    method: str | Any,
+    *,
+    model: nn.Module | None = None,
+    tensors: dict[str, Tensor] | Callable[[nn.Module], dict[str, Tensor]] | None = None,
+    input_size: tuple[int, int, int] = (3, 32, 32),
+    **options: Any,
+) -> list[str]:
+    """Hold a method to everything that methods promise, in about a second a network.
+
+    Args:
+        method: a name of `list_methods()` or a config object.
+        model: the classifier; unless given, three small ones, on BatchNorm, GroupNorm, LayerNorm.
+        tensors: what the method learned beforehand, or a function of the model that makes it.
+        input_size: (C, H, W) of the images that ``model`` takes.
+        **options: as for `ttt_plugins.wrap`: fields of the config, seed, mean, std, normalize.
+
+    Returns:
+        what held, ``"<law> on <network>"``.
+
+    Raises:
+        AssertionError: a law is broken; the message names it and the network.
+        InputError: unknown method or field.
+    """
+    record = get_method(method)
+    if not dataclasses.is_dataclass(record.config) or not record.config.__dataclass_params__.frozen:
+        raise AssertionError(f"{record.name}: its config is no frozen dataclass")
+    if record.build is None:
+        raise InputError(f"{record.name} does not adapt; there is nothing to check")
+    models = {type(model).__name__: model} if model else {k: tiny_model(k) for k in _TINY}
+    held = []
+    for name, network in models.items():
+        learned = tensors(network) if callable(tensors) else tensors
+        build = _Build(network, method, options | {"tensors": learned})
+        for law, check in LAWS.items():
+            try:
+                check(build, _images(input_size))
+            except AssertionError as error:
+                what = f" ({error})" if str(error) else ""
+                raise AssertionError(f"{record.name} on {name}: not {law}{what}") from error
+            held.append(f"{law} on {name}")
+    return held
