@@ -43,12 +43,12 @@ from ttt_plugins.views import image_keys
 
 CLASSES = 10
 SIZES = (64, 96, 128, 160, 192, 224, 256)
-#: SAR without its filter, few views an image. A step of TTT or MT3 moves all weights at once, and
-#: gradients of random networks reach 1e9: what moves is told by the gradients, the step is tiny.
+#: SAR without its filter, few views an image, small steps where all weights of a random network
+#: move at once.
 FIELDS = {
     "sar": dict(lr=1e-1, margin=1.0, recovery=0.0),
-    "ttt": dict(lr=1e-12, steps=1, copies=1, chunk_size=2),
-    "mt3": dict(lr=1e-12, copies=1, chunk_size=2),
+    "ttt": dict(lr=1e-6, steps=1, copies=1, chunk_size=2),
+    "mt3": dict(lr=1e-6, copies=1, chunk_size=2),
 }
 #: Copies of the weights that exist at once at the worst moment of a row.
 _COPIES = 8
@@ -175,19 +175,29 @@ def prepare(model: nn.Module, name: str = "", seed: int = 0) -> Tensor:
             if p.is_floating_point() and bool((p == p.flatten()[0]).all()):
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
     images = _fitting_images(model.eval(), name, generator)
+    backbone = _backbone(model, name)
+    seen = (images - backbone.mean) / backbone.std if backbone.normalize else images
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for m in norms:
             m.train()
             m.momentum = 1.0
-        if norms:
-            model(images)
+        if norms:  # turned as well, as the tasks of TTT and MT3 will show them
+            turned = [seen.rot90(i, (2, 3))[i - 1 :: 2] for i in (1, 2)]
+            model(torch.cat([seen, *turned]))
         model.eval()
-        spread = model(images).std().clamp_min(1e-6)
+        spread = model(seen).std().clamp_min(1e-6)
         for head in classifier_names(model):
             for p in model.get_submodule(head).parameters():
                 p.div_(spread)
     return images[:2]
+
+
+def _backbone(model: nn.Module, name: str) -> Backbone:
+    """What `wrap` puts around it, zoo models normalise by themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a bare class has no normalisation to tell of
+        return Backbone(model, normalize=not name.startswith("robustbench:"))
 
 
 def _images(n: int, channels: int, size: int, generator: torch.Generator) -> Tensor:
@@ -206,9 +216,7 @@ def _fitting_images(model: nn.Module, name: str, generator: torch.Generator) -> 
     elif name.startswith("robustbench:"):
         own = (3, 224, 224)
     else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a model of no timm name says nothing of its input
-            own = Backbone(model).input_size
+        own = _backbone(model, name).input_size
         own = (own[0], own[1] or SIZES[0], own[2] or SIZES[0])
     fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size")
     sizes = [] if fixed else [s for s in SIZES if s < own[1]]
@@ -228,12 +236,18 @@ def _fitting_images(model: nn.Module, name: str, generator: torch.Generator) -> 
 # -- one row -----------------------------------------------------------------------------------
 
 
-def _heads(method: str, model: nn.Module) -> dict[str, Tensor] | None:
-    """Untrained heads for the methods that need one."""
+def _heads(method: str, backbone: Backbone, images: Tensor) -> dict[str, Tensor] | None:
+    """Untrained heads for the methods that need one, on features brought to order one."""
+    if method not in ("ttt", "mt3"):
+        return None
     generator = torch.Generator().manual_seed(0)
-    if method == "ttt":
-        return init_rotation(model, get_method("ttt").config().split, generator)
-    return init_byol(model, generator) if method == "mt3" else None
+    with torch.no_grad():
+        spread = backbone(images, pooled=True).std().clamp_min(1e-6)
+    if method == "mt3":
+        head = init_byol(backbone.model, generator)
+        return head | {"projector.in.weight": head["projector.in.weight"] / spread}
+    head = init_rotation(backbone.model, get_method("ttt").config().split, generator)
+    return head | {"head.weight": head["head.weight"] / spread}
 
 
 def _some_parameters(model: nn.Module) -> str | list[str]:
@@ -250,10 +264,11 @@ def _moved(net: tp.Adapter, fresh: dict[str, Tensor], images: Tensor) -> dict:
     """
     algorithm = net.algorithm()
     if hasattr(algorithm, "task"):  # each image forgets; what moves is what has a gradient
-        keys = image_keys(images[:1], net.seed)
-        views = (v[0] for v in algorithm.task.draw(images[:1], keys, 0))
-        grads = grad(algorithm.task.loss)(algorithm.source, *views)
-        changed = {n: bool(g.any()) for n, g in grads.items()}
+        views = algorithm.task.draw(images, image_keys(images, net.seed), 0)
+        changed = dict.fromkeys(algorithm.source, False)
+        for i in range(len(images)):
+            grads = grad(algorithm.task.loss)(algorithm.source, *(v[i] for v in views))
+            changed = {n: moved or bool(grads[n].any()) for n, moved in changed.items()}
     else:
         state = net.adaptation_state()
         changed = {
@@ -275,7 +290,11 @@ def check(model: nn.Module, own: bool, images: Tensor, method: str) -> dict:
     Raises:
         Exception: whatever fails; an AssertionError names a promise that was not kept.
     """
-    options = dict(normalize=not own, seed=0, tensors=_heads(method, model))
+    options = dict(
+        normalize=not own,
+        seed=0,
+        tensors=_heads(method, Backbone(model, normalize=not own), images),
+    )
     options |= FIELDS.get(method, {})
     before = {n: t.clone() for n, t in model.state_dict().items()}
     modes = [m.training for m in model.modules()]

@@ -22,6 +22,7 @@ from .errors import InputError
 from .structure import (
     BATCH_NORMS,
     batch_norms,
+    biased_attention,
     caches,
     channel_axis,
     classifier_names,
@@ -30,6 +31,7 @@ from .structure import (
     inner,
     input_channels,
     pooled_features,
+    recurrent,
     share_structure,
     tapped_modules,
     tied_parameters,
@@ -197,6 +199,10 @@ class Backbone(nn.Module):
             else:
                 module.register_forward_hook(self._tap_output)
         self._caches = caches(self.model)
+        for module in biased_attention(self.model):
+            module.fused_attn = False  # the same arithmetic with gradients and without
+        #: Whether images can adapt one at a time only.
+        self.one_by_one = recurrent(self.model)
         #: Parameter -> the other modules' parameters that are the same one (tied weights).
         self.tied = tied_parameters(self)
         self._batch_size = 0

@@ -17,6 +17,7 @@ from .errors import InputError
 
 __all__ = [
     "batch_norms",
+    "biased_attention",
     "caches",
     "channel_axis",
     "channels",
@@ -32,6 +33,7 @@ __all__ = [
     "norm_modules",
     "norm_parameters",
     "pooled_features",
+    "recurrent",
     "share_structure",
     "stages",
     "tapped_modules",
@@ -79,6 +81,23 @@ def tied_parameters(model: nn.Module) -> dict[str, list[str]]:
             if start != name:
                 tied.setdefault(start, []).append(name)
     return tied
+
+
+def biased_attention(model: nn.Module) -> list[nn.Module]:
+    """Attention layers of timm whose fused kernel gets a mask that depends on the queries (SAM).
+
+    PyTorch takes another kernel where the mask needs a gradient, which rounds otherwise.
+    """
+    return [
+        module
+        for module in model.modules()
+        if getattr(module, "fused_attn", False) and getattr(module, "rel_pos_h", None) is not None
+    ]
+
+
+def recurrent(model: nn.Module) -> bool:
+    """Whether it has recurrent layers, which have no batching rule: ``vmap`` cannot run them."""
+    return any(isinstance(module, nn.RNNBase) for module in model.modules())
 
 
 def caches(model: nn.Module) -> list[dict]:

@@ -145,6 +145,8 @@ class PerImage:
 
     def together(self, image: Tensor) -> int:
         """How many images like this one (1, C, H, W) adapt at a time."""
+        if self.backbone.one_by_one:
+            return 1
         return chunk_size(self.chunk, lambda: self.bytes_for(image), image.device)
 
     def adapt(self, params: Tensors, state: Tensors, images: Tensor) -> Outcome:
