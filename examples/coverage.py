@@ -176,21 +176,29 @@ def prepare(model: nn.Module, name: str = "", seed: int = 0) -> Tensor:
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
     images = _fitting_images(model.eval(), name, generator)
     backbone = _backbone(model, name)
-    seen = (images - backbone.mean) / backbone.std if backbone.normalize else images
+    seen = _shown(images)
+    seen = (seen - backbone.mean) / backbone.std if backbone.normalize else seen
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for m in norms:
             m.train()
             m.momentum = 1.0
-        if norms:  # turned as well, as the tasks of TTT and MT3 will show them
-            turned = [seen.rot90(i, (2, 3))[i - 1 :: 2] for i in (1, 2)]
-            model(torch.cat([seen, *turned]))
+        if norms:
+            model(seen)
         model.eval()
         spread = model(seen).std().clamp_min(1e-6)
         for head in classifier_names(model):
             for p in model.get_submodule(head).parameters():
                 p.div_(spread)
     return images[:2]
+
+
+def _shown(images: Tensor) -> Tensor:
+    """Images as TTT's and MT3's tasks show them: also turned, and with a black border."""
+    cropped = images.rot90(1, (2, 3)).clone()
+    cropped[0::2, :, : images.shape[2] // 8] = 0
+    cropped[1::2, ..., : images.shape[3] // 8] = 0
+    return torch.cat([images, images.rot90(2, (2, 3))[:2], cropped])
 
 
 def _backbone(model: nn.Module, name: str) -> Backbone:
@@ -236,18 +244,25 @@ def _fitting_images(model: nn.Module, name: str, generator: torch.Generator) -> 
 # -- one row -----------------------------------------------------------------------------------
 
 
-def _heads(method: str, backbone: Backbone, images: Tensor) -> dict[str, Tensor] | None:
-    """Untrained heads for the methods that need one, on features brought to order one."""
+def _heads(method: str, model: nn.Module, own: bool, images: Tensor) -> dict[str, Tensor] | None:
+    """Untrained heads for the methods that need one, on features brought to order one.
+
+    Deep random networks blow up what differs from the images their statistics are of, and a task
+    that is solved or lost beyond all doubt has no gradient.
+    """
     if method not in ("ttt", "mt3"):
         return None
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        spread = backbone(images, pooled=True).std().clamp_min(1e-6)
     if method == "mt3":
-        head = init_byol(backbone.model, generator)
-        return head | {"projector.in.weight": head["projector.in.weight"] / spread}
-    head = init_rotation(backbone.model, get_method("ttt").config().split, generator)
-    return head | {"head.weight": head["head.weight"] / spread}
+        head, first = init_byol(model, generator), "projector.in.weight"
+    else:
+        split = get_method("ttt").config().split
+        head, first = init_rotation(model, split, generator), "head.weight"
+    net = tp.wrap(model, method, normalize=not own, tensors=head, **FIELDS[method])
+    views = net.algorithm().task.draw(images, image_keys(images, 0), 0)[0].flatten(0, 1)
+    with torch.no_grad():
+        spread = net.backbone(views, pooled=True).std().clamp_min(1e-6)
+    return head | {first: head[first] / spread}
 
 
 def _some_parameters(model: nn.Module) -> str | list[str]:
@@ -290,11 +305,7 @@ def check(model: nn.Module, own: bool, images: Tensor, method: str) -> dict:
     Raises:
         Exception: whatever fails; an AssertionError names a promise that was not kept.
     """
-    options = dict(
-        normalize=not own,
-        seed=0,
-        tensors=_heads(method, Backbone(model, normalize=not own), images),
-    )
+    options = dict(normalize=not own, seed=0, tensors=_heads(method, model, own, images))
     options |= FIELDS.get(method, {})
     before = {n: t.clone() for n, t in model.state_dict().items()}
     modes = [m.training for m in model.modules()]

@@ -476,9 +476,8 @@ def test_describe_says_what_there_is_to_say(coverage):
     assert "1 EvoNorm2dB0 keep the source's" in text and "preprocessing: none here" in text
 
     model = make("LayerNorm, class token")
-    text = tp.wrap(
-        model, "ttt", tensors=coverage._heads("ttt", Backbone(model), torch.rand(1, 3, 64, 64))
-    ).describe()
+    heads = coverage._heads("ttt", model, False, torch.rand(1, 3, 64, 64))
+    text = tp.wrap(model, "ttt", tensors=heads).describe()
     before, after = structure.trunk(model, -1)
     sizes = dict(model.named_parameters())
     for count in (sum(sizes[n].numel() for n in names) for names in (before, after)):

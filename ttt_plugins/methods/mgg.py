@@ -104,8 +104,8 @@ def build(config: MGG, backbone, source, tensors, seed) -> Online:
                 f"this one has {features}; use fit_source_statistics"
             )
     elif backbone.has_batch_norm:
-        features = sum(channels(m) for m in backbone.tapped.values())
-        zero = torch.zeros(features, dtype=backbone.dtype, device=backbone.device)
+        # One number for all: some networks have norms that never run, whose features are missing.
+        zero = torch.zeros((), dtype=backbone.dtype, device=backbone.device)
         statistics = zero, zero + 1
     objective = unlabelled_loss(config, backbone, statistics)
     return Online(backbone, objective, GradientMemory(config.lr, slow), source)
