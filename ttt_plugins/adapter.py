@@ -341,7 +341,7 @@ class Adapter(nn.Module):
         scalars = sum(t.numel() for t in algorithm.source.values())
         state = sum(t.numel() * t.element_size() for t in algorithm.init().values())
         shown = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
-        lines.append(f"adapts: {scalars:,} scalars in {len(self.names)} tensors ({shown})")
+        lines.append(f"adapts: {scalars:,} scalars in {len(algorithm.source)} tensors ({shown})")
         lines += algorithm.describe()
         lines.append(f"state: {state / 1e6:.2f} MB beside the adapted scalars")
         return "\n".join(lines)
