@@ -22,6 +22,7 @@ from . import scope
 from .backbone import Backbone
 from .errors import InputError, TTTError
 from .registry import Method
+from .structure import describe_split
 
 __all__ = ["Adapter"]
 
@@ -315,25 +316,13 @@ class Adapter(nn.Module):
         return self.backbone.input_size
 
     def describe(self) -> str:
-        """What adapts, with which statistics and preprocessing, and what a step costs."""
+        """What adapts, the split, statistics, preprocessing and size, and what a step costs."""
         model = self.backbone.model
         own = sum(p.numel() for p in model.parameters())
         lines = [f"{self.method} around {type(model).__name__} ({own:,} parameters)"]
         for field in dataclasses.fields(self.config):
             lines.append(f"  {field.name}: {getattr(self.config, field.name)!r}")
-        if self.backbone.normalize:
-            mean, std = self.backbone.mean.flatten(), self.backbone.std.flatten()
-            rounded = [[round(v, 4) for v in t.tolist()] for t in (mean, std)]
-            lines.append(f"preprocessing: (image - {rounded[0]}) / {rounded[1]}, inside")
-        else:
-            lines.append("preprocessing: none here; the model gets images in [0, 1]")
-        lines.append(f"input: {self.input_size} (C, H, W), classes: {self.num_classes}")
-        if not self.backbone.has_batch_norm:
-            lines.append("norm statistics: the model has no BatchNorm with running statistics")
-        else:
-            lines.append(f"norm statistics: {self.backbone.statistics}")
-            if self.backbone.statistics == "batch":
-                lines[-1] += " (a batch of one image uses the source's)"
+        lines += self.backbone.describe()
         if not self.names:
             lines.append("adapts: nothing; one forward pass a batch")
             return "\n".join(lines)
@@ -342,8 +331,14 @@ class Adapter(nn.Module):
         state = sum(t.numel() * t.element_size() for t in algorithm.init().values())
         shown = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
         lines.append(f"adapts: {scalars:,} scalars in {len(algorithm.source)} tensors ({shown})")
+        if (split := getattr(self.config, "split", None)) is not None:
+            lines.append(describe_split(model, split))
         lines += algorithm.describe()
-        lines.append(f"state: {state / 1e6:.2f} MB beside the adapted scalars")
+        gradients = sum(t.numel() * t.element_size() for t in algorithm.source.values())
+        lines.append(
+            f"state: {state / 1e6:.2f} MB beside the adapted scalars, whose gradients take "
+            f"{gradients / 1e6:.2f} MB during a step"
+        )
         return "\n".join(lines)
 
     def export(self) -> nn.Module:

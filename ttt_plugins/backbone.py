@@ -10,6 +10,7 @@ model.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,10 +22,17 @@ from .errors import InputError
 from .structure import (
     BATCH_NORMS,
     batch_norms,
+    caches,
+    channel_axis,
+    classifier_names,
+    fixed_norms,
+    image_size,
+    inner,
     input_channels,
     pooled_features,
     share_structure,
-    tapped_norms,
+    tapped_modules,
+    tied_parameters,
 )
 
 __all__ = ["Backbone"]
@@ -75,6 +83,13 @@ class _Moments(torch.autograd.Function):
         return torch.addcmul(level.view(ctx.shape), slope.view(ctx.shape), x), None, None
 
 
+def _names_or_none(model: nn.Module) -> list[str]:
+    try:
+        return classifier_names(model)
+    except InputError:
+        return []
+
+
 class Backbone(nn.Module):
     """A classifier on images in [0, 1].
 
@@ -84,8 +99,14 @@ class Backbone(nn.Module):
         normalize: False when the model normalises its input itself.
         statistics: what BatchNorm layers use: ``"source"`` (running statistics), ``"batch"``, or
             ``"mix"``, the running statistics counted as ``prior`` images (Schneider et al. 2020,
-            arXiv 2006.16971, equation 1). Without effect on models without BatchNorm.
+            arXiv 2006.16971, equation 1). Without effect on models without BatchNorm, and on
+            layers whose statistics are frozen. One image alone has no batch statistics: with
+            ``"batch"``, and with ``"mix"`` and ``prior=0``, it is seen with the source's.
         prior: images that the source statistics count for in ``"mix"``.
+
+    Raises:
+        InputError: the model has no classifier (``num_classes=0``), or mean, std, normalize or
+            statistics do not fit.
     """
 
     def __init__(
@@ -102,12 +123,24 @@ class Backbone(nn.Module):
         if statistics not in ("source", "batch", "mix"):
             raise InputError(f"statistics must be source, batch or mix, got {statistics!r}")
         configured = bool(getattr(model, "pretrained_cfg", None))
+        _, network = inner(model)  # a wrapper's input size and tokens are this one's
+        self.num_classes: int | None = getattr(model, "num_classes", None)
+        if self.num_classes == 0:
+            raise InputError(
+                f"{type(model).__name__} was made without a classifier (num_classes=0), so it "
+                "has no logits; make it with num_classes=<number of classes>, or wrap a model "
+                "with the head of your own on top"
+            )
         self.model = share_structure(model).eval()
         settings = timm.data.resolve_model_data_config(model) if configured else {}
-        if configured:
-            self.input_size = tuple(settings["input_size"])
+        described = getattr(network, "pretrained_cfg", None)
+        if described:
+            size = timm.data.resolve_model_data_config(network)["input_size"]
+            self.input_size = (size[0], *(image_size(network) or size[1:]))
         else:
             self.input_size = (input_channels(model), None, None)
+        #: Whether the model takes no images of another size.
+        self.fixed_size = bool((described or {}).get("fixed_input_size"))
         if not normalize and (mean is not None or std is not None):
             raise InputError("normalize=False and mean or std given: choose one of the two")
         mean = settings.get("mean") if mean is None else mean
@@ -136,7 +169,6 @@ class Backbone(nn.Module):
                     raise InputError(f"std must be positive, got {value.tolist()}")
                 value = value.view(-1, 1, 1).to(self.device, self.dtype)
                 self.register_buffer(name, value, persistent=False)
-        self.num_classes: int | None = getattr(model, "num_classes", None)
         self.statistics, self.prior = statistics, float(prior)
         self._batch_norms = list(batch_norms(self.model).values())
         for module in self._batch_norms:
@@ -145,8 +177,18 @@ class Backbone(nn.Module):
             module.register_buffer("source_var", module.running_var, persistent=False)
             if statistics == "mix":
                 module.register_forward_pre_hook(self._mix_statistics)
-        self.tapped = tapped_norms(self.model)
-        self._prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+        #: Norms that keep their source statistics whatever is chosen, by the name of their kind.
+        self.fixed_norms = Counter(type(m).__name__ for m in fixed_norms(self.model).values())
+        self._untracked = sum(
+            isinstance(m, BATCH_NORMS) and m.running_mean is None for m in self.model.modules()
+        )
+        self._distilled = len(_names_or_none(self.model)) > 1
+        self.tapped = tapped_modules(self.model)
+        # Registers alone, without a class token, stand for nothing.
+        self._class_token = bool(
+            getattr(network, "num_prefix_tokens", 0)
+            and getattr(network, "cls_token", None) is not None
+        )
         self._record: list[tuple[Tensor, tuple[int, ...], nn.Module | None]] | None = None
         for module in self.tapped.values():
             if isinstance(module, BATCH_NORMS):
@@ -154,6 +196,9 @@ class Backbone(nn.Module):
                 module.register_forward_pre_hook(self._tap_input, prepend=True)
             else:
                 module.register_forward_hook(self._tap_output)
+        self._caches = caches(self.model)
+        #: Parameter -> the other modules' parameters that are the same one (tied weights).
+        self.tied = tied_parameters(self)
         self._batch_size = 0
         self._use(statistics)
 
@@ -214,6 +259,10 @@ class Backbone(nn.Module):
             out = pooled_features(self.model, x) if pooled else self.model(x)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
+            for cache in self._caches:  # the next call comes with other parameters
+                cache.clear()
+        if self._distilled and isinstance(out, (tuple, list)) and len({o.shape for o in out}) == 1:
+            out = sum(out) / len(out)  # the heads' average, as timm has it at inference
         if not isinstance(out, Tensor) or out.ndim != 2:
             what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             wanted = "features (B, D)" if pooled else "logits (B, classes)"
@@ -221,6 +270,36 @@ class Backbone(nn.Module):
         if not pooled:
             self.num_classes = out.shape[1]
         return out
+
+    def describe(self) -> list[str]:
+        """Lines on preprocessing, input size, classes, and which statistics the norms use."""
+        if self.normalize:
+            rounded = [[round(v, 4) for v in t.flatten().tolist()] for t in (self.mean, self.std)]
+            preprocessing = f"(image - {rounded[0]}) / {rounded[1]}, inside"
+        else:
+            preprocessing = "none here; the model gets images in [0, 1]"
+        fixed = ", no other" if self.fixed_size else ""
+        if not self._batch_norms:
+            statistics = "the model has no BatchNorm with running statistics"
+        else:
+            statistics = {
+                "source": "source, for batches of any size",
+                "batch": "batch (a batch of one image uses the source's)",
+                "mix": f"mix (the source counts as {self.prior:g} images, a batch as its own)",
+            }[self.statistics]
+            if self.statistics == "mix" and not self.prior:
+                statistics += "; one image alone uses the source's"
+            statistics += f"; {len(self._batch_norms)} layers"
+        if self.fixed_norms:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in self.fixed_norms.items())
+            statistics += f"; {kinds} keep the source's whatever is chosen"
+        if self._untracked:
+            statistics += f"; {self._untracked} BatchNorm without any always use the batch's"
+        return [
+            f"preprocessing: {preprocessing}",
+            f"input: {self.input_size} (C, H, W){fixed}, classes: {self.num_classes}",
+            f"norm statistics: {statistics}",
+        ]
 
     # -- BatchNorm statistics ------------------------------------------------------------
 
@@ -240,6 +319,10 @@ class Backbone(nn.Module):
         """
         x = args[0]
         axes = (0, *range(2, x.ndim))
+        if not self.prior and self._batch_size == 1:
+            # One image has nothing else to go by.
+            module.running_mean, module.running_var = module.source_mean, module.source_var
+            return
         mean, squares = _mean_and_squares(x, axes)
         var = squares * (len(mean) / x.numel())
         share = self.prior / (self.prior + self._batch_size)
@@ -262,13 +345,10 @@ class Backbone(nn.Module):
     def _tap_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if self._record is None:
             return
-        x = output
-        if x.ndim == 3 and self._prefix_tokens:
-            x = x[:, 0]
-        channels_first = x.ndim == 4 and not isinstance(module, nn.LayerNorm)
-        channels_first |= x.ndim == 4 and type(module).__name__.endswith("2d")
-        axes = (0, 2, 3) if channels_first else tuple(range(x.ndim - 1))
-        self._record.append((x, axes, None))
+        x, axis = output, channel_axis(module, output)
+        if self._class_token and x.ndim == 3 and axis == 2:
+            x, axis = x[:, 0], 1
+        self._record.append((x, tuple(i for i in range(x.ndim) if i != axis), None))
 
     @contextmanager
     def recording(self) -> Iterator[list]:

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from .backbone import Backbone
 from .errors import InputError
-from .structure import classifier_name, norm_modules
+from .structure import classifier_names, norm_parameters
 
 __all__ = ["call", "flatten", "materialise", "parameters", "select", "unflatten"]
 
@@ -34,9 +34,10 @@ def select(
     """Names (relative to the user's model) of the parameters that adapt.
 
     Args:
-        params: ``"norm"`` (affine parameters of norm-like layers), ``"all"`` (every floating-point
-            parameter), ``"lora"`` (weights of linear layers and 1x1 convolutions, the classifier's
-            left out), a regular expression searched in the names, or a collection of names.
+        params: ``"norm"`` (affine parameters of norm-like layers; in networks without norms the
+            gains of their convolutions), ``"all"`` (every floating-point parameter), ``"lora"``
+            (weights of linear layers and 1x1 convolutions, the classifier's left out), a regular
+            expression searched in the names, or a collection of names.
         eligible: the method's own limits, names outside it are left out; None for no limits.
 
     Raises:
@@ -46,11 +47,7 @@ def select(
     named = {n: p for n, p in backbone.model.named_parameters() if p.is_floating_point()}
     if isinstance(params, str):
         if params == "norm":
-            chosen = {
-                f"{module}.{name}" if module else name
-                for module, layer in norm_modules(backbone.model).items()
-                for name in layer._parameters
-            }
+            chosen = {n for names in norm_parameters(backbone.model).values() for n in names}
         elif params == "all":
             chosen = set(named)
         elif params == "lora":
@@ -86,8 +83,13 @@ def select(
     names = [n for n in named if n in chosen]
     if not names:
         known = [n for n in named if eligible is None or n in set(eligible)]
+        why = ""
+        if params == "norm" and not norm_parameters(backbone.model):
+            why = " (its norm layers are frozen or have no affine parameters)"
+            if not backbone.has_batch_norm and not backbone.fixed_norms:
+                why = " (it has no norm layers)"
         raise InputError(
-            f"params={params!r} selects nothing in {type(backbone.model).__name__}; pass "
+            f"params={params!r} selects nothing in {type(backbone.model).__name__}{why}; pass "
             f"params='all', a regular expression or names, such as {known[:3]}"
         )
     return names
@@ -96,13 +98,13 @@ def select(
 def _matrices(model: nn.Module) -> set[str]:
     """Weights of linear layers and ungrouped 1x1 convolutions, but the classifier's."""
     try:
-        classifier = classifier_name(model)
+        classifiers = classifier_names(model)
     except InputError:
-        classifier = None
+        classifiers = []
     return {
         f"{name}.weight"
         for name, m in model.named_modules()
-        if name != classifier
+        if name not in classifiers
         and (
             isinstance(m, nn.Linear)
             or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1)
@@ -163,7 +165,15 @@ def call(
     """
     tensors = materialise(backbone, params)
     tensors |= {_PREFIX + n: t for n, t in (replaced or {}).items()}
-    return functional_call(backbone, tensors, (images, pooled))
+    # functional_call's own ties would put a module's tensors back wrongly where that module is
+    # registered in several places: it exchanges them twice and restores the first exchange.
+    tensors |= {
+        n: tensors[first]
+        for first in backbone.tied
+        if first in tensors
+        for n in backbone.tied[first]
+    }
+    return functional_call(backbone, tensors, (images, pooled), tie_weights=False)
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:

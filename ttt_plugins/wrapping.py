@@ -115,11 +115,14 @@ def wrap(
         where = record.default_artifact(module)
         bundled = artifacts.read(artifacts.bundled_folder(where))
         tensors = bundled.tensors
-        if artifacts.fingerprint(module.state_dict()) != bundled.config["backbone"].get(
-            "fingerprint"
-        ):
+        source = {n for n in tensors if n.startswith("source.")}
+        made_for = bundled.config["backbone"]
+        # Hashing the weights of a large network takes long; its classes alone may tell.
+        known = getattr(module, "num_classes", None) in (None, made_for.get("num_classes"))
+        same = source and known
+        if not same or artifacts.fingerprint(module.state_dict()) != made_for.get("fingerprint"):
             # The optimizer fits any network, the source statistics only their own.
-            tensors = {n: t for n, t in tensors.items() if not n.startswith("source.")}
+            tensors = {n: t for n, t in tensors.items() if n not in source}
         if isinstance(method, str):
             config = _config_of(record, bundled.config, where)
     if params is not None:

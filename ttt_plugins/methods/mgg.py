@@ -15,7 +15,8 @@ Deviations from the released code, and why:
 2. Feature maps are measured over batch and positions, class tokens over the batch as released.
 3. A batch of one has no deviation: then only the means are compared. BatchNorm sees it with the
    source's statistics.
-4. Outside block transformers three norms are compared, evenly spaced (`structure.tapped_norms`).
+4. Outside block transformers three layers are compared, evenly spaced
+   (`structure.tapped_modules`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .. import gradient_memory
 from ..errors import ArtifactError, InputError
 from ..objectives import entropy, feature_discrepancy
 from ..registry import Method, check_choice, check_number, register
-from ..structure import batch_norms, norm_modules
+from ..structure import batch_norms, channels, norm_modules
 from ..updates import GradientMemory
 from .online import Loss, Objective, Online
 
@@ -96,18 +97,15 @@ def build(config: MGG, backbone, source, tensors, seed) -> Online:
     statistics = None
     if "source.mean" in tensors:
         statistics = tensors["source.mean"], tensors["source.std"]
-        sizes = [
-            getattr(m, "num_features", None) or max(p.numel() for p in m.parameters())
-            for m in backbone.tapped.values()
-        ]
-        if any(t.shape != (sum(sizes),) for t in statistics):
+        features = sum(channels(m) for m in backbone.tapped.values())
+        if any(t.shape != (features,) for t in statistics):
             raise InputError(
                 f"source statistics of another network: {tuple(statistics[0].shape)} features, "
-                f"this one has {sum(sizes)}; use fit_source_statistics"
+                f"this one has {features}; use fit_source_statistics"
             )
     elif backbone.has_batch_norm:
-        channels = sum(m.num_features for m in backbone.tapped.values())
-        zero = torch.zeros(channels, dtype=backbone.dtype, device=backbone.device)
+        features = sum(channels(m) for m in backbone.tapped.values())
+        zero = torch.zeros(features, dtype=backbone.dtype, device=backbone.device)
         statistics = zero, zero + 1
     objective = unlabelled_loss(config, backbone, statistics)
     return Online(backbone, objective, GradientMemory(config.lr, slow), source)
