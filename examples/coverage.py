@@ -519,9 +519,12 @@ def report(results: dict) -> str:
         *lines,
         "",
     ]
+    planned = dict.fromkeys([*results["modules"].values(), *results["alike"].values()])
+    left = [f"- `{name}`" for name in planned if name not in results["models"]]
     alike = [f"- `{n}` as `{first}`" for n, first in results["alike"].items() if n != first]
     for title, part in (
         ("Failures", failures),
+        ("Not run yet (`--resume` goes on with them)", left),
         ("Where `params=` is needed", notes),
         ("Entries of RobustBench's zoo with an architecture above (but for the classes)", alike),
     ):

@@ -723,7 +723,7 @@ def test_train_source_command_makes_an_artifact(tmp_path, monkeypatch, capsys):
     assert main([*argv, *small, "--batch-size", "8"]) == 0
     assert (out / "model.safetensors").is_file()
     assert main(["info", str(out)]) == 0
-    assert "source around PreActResNet" in capsys.readouterr().out
+    assert "ttt_resnet26" in capsys.readouterr().out
     assert main([*argv[:4], "--out", str(tmp_path / "none"), "--batch-size", "17"]) == 2
     assert "16 images do not fill one batch" in capsys.readouterr().err
 

@@ -42,7 +42,7 @@ def released_variables(seed=0):
         shapes |= {f"model/{part}/dense1_out/bias": (128,)}
     shapes |= {"optimizer/learning_rate": (), "save_counter": ()}
     suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
-    scale = {n: 0.5 / max(1, np.prod(s[:-1])) ** 0.5 for n, s in shapes.items()}
+    scale = {n: 1.6 / max(1, np.prod(s[:-1])) ** 0.5 for n, s in shapes.items()}
     return {
         n + suffix: (rng.normal(size=s) * scale[n]).astype(np.float32) for n, s in shapes.items()
     }
@@ -150,8 +150,9 @@ def test_mt3_is_the_released_network(tmp_path, images):
     plain = tp.wrap(str(folder), "source")
     model = plain.backbone.model
     with torch.no_grad():
-        assert torch.allclose(model(x), restated(variables, x), atol=1e-4)
-    assert not torch.allclose(plain(x)[0], plain(x)[1], atol=1e-4)
+        expected = restated(variables, x)  # on images in [0, 1], as they are
+    assert not torch.allclose(expected[0], expected[1], atol=1e-2)
+    assert torch.allclose(plain(x), expected, atol=1e-4)
     assert torch.isfinite(net(x)).all() and not torch.equal(net(x), plain(x))
     kernel = variables["model/projector/dense_in/kernel/.ATTRIBUTES/VARIABLE_VALUE"]
     learned = net.learned_tensors()["projector.in.weight"]

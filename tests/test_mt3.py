@@ -436,3 +436,48 @@ def test_heads_are_built_for_any_width(make_model):
         head = init_byol(make_model(kind), torch.Generator())
         assert head["projector.in.weight"].shape == (256, width)
         assert head["predictor.out.weight"].shape == (128, 256)
+
+
+def test_a_process_without_tasks_adds_nothing(make_model, data):
+    model = make_model("groupnorm", torch.float64)
+    meta, tasks = meta_of(model), tasks_of(data, recipe_of())
+    none = tuple(t[:0] for t in tasks)
+    grads, record = meta_gradient(meta, none, Backbone(model), recipe_of())
+    assert grads.keys() == meta.keys() and not any(g.any() for g in grads.values())
+    assert not record.any()
+
+
+def test_first_order_without_the_outer_self_supervision(make_model, data):
+    model = make_model("groupnorm", torch.float64)
+    recipe = recipe_of(first_order=True, self_supervised=0.0)
+    grads, _ = meta_gradient(meta_of(model), tasks_of(data, recipe), Backbone(model), recipe)
+    assert not grads["predictor.out.bias"].any() and grads["model.head.weight"].any()
+
+
+def test_tasks_share_their_corruption(data):
+    """Both views and the classified images of a task are as bright as each other."""
+    recipe = MT3Recipe(tasks=6, task_images=4)
+    grey = torch.full((24, 3, 32, 32), 128, dtype=torch.uint8)
+    drawn = draw_tasks(grey, torch.arange(24), recipe, torch.Generator().manual_seed(0))
+    x1, x2, x, y = drawn
+    assert x1.shape == x2.shape == x.shape == (6, 4, 3, 32, 32)
+    assert torch.equal(y.flatten(), torch.arange(24))
+    level = x[..., 8:24, 8:24].mean((1, 2, 3, 4))  # the padding is black
+    assert level.std() > 0.02
+    for views_of in (x1, x2):
+        assert (views_of.mean((1, 2, 3, 4)) - level).abs().max() < 0.2
+        assert torch.corrcoef(torch.stack([views_of.mean((1, 2, 3, 4)), level]))[0, 1] > 0.6
+
+
+def test_it_stops_before_it_saves_what_is_not_finite(data, tmp_path):
+    with pytest.raises(tp.InputError, match="diverged"):
+        train_mt3(recipe_of(lr=1e30, clip=0.0), data, tmp_path, progress=False)
+    saved = tmp_path / "checkpoint.pt"
+    if saved.is_file():
+        meta = torch.load(saved, weights_only=True)["meta"]
+        assert all(torch.isfinite(t).all() for t in meta.values())
+
+
+def test_sure_votes_stay_finite(make_model, images):
+    net = byol_net(make_model("groupnorm", confidence=400.0), vote=True)
+    assert torch.isfinite(net(images(2))).all()

@@ -12,6 +12,7 @@ from ttt_plugins import gradient_memory, views
 from ttt_plugins.data import LabelledImages, to_float
 from ttt_plugins.train import mgg as meta
 from ttt_plugins.train import source as supervised
+from ttt_plugins.train.common import rate
 
 
 def tensors_equal(a, b):
@@ -153,7 +154,7 @@ def test_weight_decay_spares_norms_and_biases(make_model):
 
 
 def test_rate_rises_and_falls():
-    rates = [supervised._rate(step, 100, 0.1) for step in range(100)]
+    rates = [rate(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[55] == pytest.approx(0.5)  # half way down the cosine

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import ttt_plugins as tp
 from ttt_plugins import heads, memory, views
+from ttt_plugins.cli import main
 from ttt_plugins.data import LabelledImages
 from ttt_plugins.methods.per_image import loss_and_gradient
 from ttt_plugins.methods.ttt import rotation_views
@@ -337,7 +339,7 @@ def test_chunks_follow_the_free_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
-    assert memory.chunk_size("auto", lambda: 100, cuda) == 6
+    assert memory.chunk_size("auto", lambda: 20, cuda) == 10
     assert memory.chunk_size("auto", lambda: 10**6, cuda) == 1
     assert memory.chunk_size(7, lambda: 100, cuda) == 7
     assert memory.chunk_size("auto", lambda: 100, torch.device("cpu")) == 1
@@ -491,3 +493,50 @@ def test_a_head_on_a_frozen_model(make_model, same_tensors):
         fit_rotation_head(model, images[..., :20], recipe)
     with pytest.raises(tp.InputError, match="batch"):
         fit_rotation_head(model, images[:3], recipe)
+
+
+def test_the_head_belongs_to_the_returned_model(tmp_path):
+    """A timm name stands for other random weights each time it is made."""
+    images = torch.rand(16, 3, 32, 32)
+    recipe = HeadRecipe(epochs=1, batch_size=8, lr=0.0)
+    net, _ = fit_rotation_head("ttt_resnet26", images, recipe, progress=False)
+    own = dict(net.backbone.model.named_parameters())
+    rest = {n.removeprefix("rest."): t for n, t in net.learned_tensors().items() if "rest." in n}
+    assert rest and all(torch.equal(t, own[n]) for n, t in rest.items())
+
+
+def test_estimating_memory_keeps_nothing_alive(make_model, images):
+    net = rotation_net(make_model("groupnorm"))
+    algorithm, x = net._algorithm_now(), images(1)
+    algorithm.bytes_for(x)
+    gc.collect()
+    with torch.no_grad(), Peak() as watched:
+        algorithm.bytes_for(x)
+        gc.collect()
+        alive = sum(size for ref, size in watched.alive.values() if not ref.expired())
+    assert alive < algorithm.bytes_for(x) / 10
+
+
+def test_describing_draws_nothing(make_model):
+    net, state = rotation_net(make_model("groupnorm")), torch.get_rng_state()
+    text = net.describe()
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.inference_mode():
+        assert net.describe() == text
+
+
+def test_command_line_mistakes(tmp_path, capsys, monkeypatch):
+    tiny = LabelledImages(torch.zeros(1100, 3, 32, 32).byte(), torch.zeros(1100).long())
+    monkeypatch.setattr("ttt_plugins.data.read_parquet", lambda path: tiny)
+    base = ["train", "ttt", "--data-dir", str(tmp_path), "--out", str(tmp_path / "o")]
+    for more, words in (
+        (["--freeze-trunk"], "--model"),
+        (["--freeze-trunk", "--model", "resnet18"], "--pretrained"),
+        (["--freeze-trunk", "--model", "bundled:source-vit-tiny-cifar10", "--resume"], "resume"),
+        (["--freeze-trunk", "--model", "x", "--arch", "ttt_resnet26"], "--arch"),
+        (["--model", "resnet18"], "--freeze-trunk"),
+        (["--set", "split=1"], "--split"),
+    ):
+        assert main(base + more) == 2, more
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1

@@ -330,7 +330,7 @@ class Adapter(nn.Module):
         scalars = sum(t.numel() for t in algorithm.source.values())
         state = sum(t.numel() * t.element_size() for t in algorithm.init().values())
         shown = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
-        lines.append(f"adapts: {scalars:,} scalars in {len(self.names)} tensors ({shown})")
+        lines.append(f"adapts: {scalars:,} scalars in {len(algorithm.source)} tensors ({shown})")
         if (split := getattr(self.config, "split", None)) is not None:
             lines.append(describe_split(model, split))
         lines += algorithm.describe()

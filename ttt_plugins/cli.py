@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import timm
 import torch
 from torch import nn
 
@@ -192,13 +193,29 @@ def _train_ttt(args: argparse.Namespace) -> None:
     device = _device(args.device)
     # The last rows belong to MGG's meta-training, with whose results TTT's are compared.
     train = read_parquet(args.data_dir / "train.parquet")[:-EXTRA_ROWS]
+    if "split" in dict(args.set):
+        raise InputError("the split belongs to training: use --split")
     config = configure(TTT(), dict(args.set))
     if args.freeze_trunk:
         recipe = _recipe_of(args, HeadRecipe, JointRecipe, "--freeze-trunk")
         if not args.model:
             raise InputError("--freeze-trunk needs --model, the classifier that stays as it is")
+        if args.resume:
+            raise InputError("--freeze-trunk writes no checkpoint to resume from")
+        plain_name = timm.is_model(args.model.split(".")[0]) and not Path(args.model).is_dir()
+        if plain_name and not args.pretrained:
+            raise InputError(
+                f"--model {args.model} would be a network with random weights; add --pretrained "
+                "for timm's, or name an artifact, a Hub repository or a RobustBench model"
+            )
         net, log = fit_rotation_head(
-            args.model, train.images, recipe, config=config, device=device, model_dir=args.model_dir
+            args.model,
+            train.images,
+            recipe,
+            config=config,
+            device=device,
+            model_dir=args.model_dir,
+            pretrained=args.pretrained,
         )
         training = _training_record(args, recipe, device) | {"images": len(train), **log}
         net.save_pretrained(args.out, training=training)
@@ -232,14 +249,19 @@ def _train_mt3(args: argparse.Namespace) -> None:
     from .wrapping import save_with_model
 
     recipe = dataclass_from_args(args, MT3Recipe)
-    device = _device(args.device)
+    device = args.device
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = _device(device)
+    if recipe.init and (hasattr(args, "arch") or hasattr(args, "model_args")):
+        raise InputError("--init brings its own architecture; leave --arch and --model-args out")
+    # Set by torchrun when it starts the processes again.
+    resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     # The last rows belong to MGG's meta-training, with whose results MT3's are compared.
     train = read_parquet(args.data_dir / "train.parquet")[:-EXTRA_ROWS]
     config = configure(MT3(lr=recipe.inner_lr), dict(args.set))
     work = args.out.with_name(f"{args.out.name}-training")
-    model, head, log = train_mt3(recipe, train, work, device=device, resume=args.resume)
+    model, head, log = train_mt3(recipe, train, work, device=device, resume=resume)
     if os.environ.get("RANK", "0") != "0":
         return
     training = _training_record(args, recipe, device) | {"images": len(train), **log}
@@ -455,8 +477,10 @@ def _add_train(commands) -> None:
     add.add_argument(
         "--freeze-trunk",
         action="store_true",
-        help="train only a rotation head, on the classifier that --model names",
+        help="train only a rotation head, on the classifier that --model names (by default "
+        "10 epochs of Adam at 1e-3)",
     )
+    add.add_argument("--pretrained", action="store_true", help="with --model: timm's weights")
     add.add_argument("--model", help="with --freeze-trunk: the classifier; what wrap takes")
     add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
     _add_fields(add)

@@ -36,13 +36,15 @@ _SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 _MGG_PREFIX = "seq_modeling_block."
 #: The model that MGG's optimizer was released for.
 _MGG_MODEL = "vit_base_patch16_224"
+_MGG_FEATURES = 12 * 768
 
 
 def _load(file: Path, what: str) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling fails in many ways; none of them runs code
-        raise ArtifactError(f"{file} is not {what}: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"{file} is not {what}: {reason}") from error
 
 
 def convert_mgg(
@@ -87,8 +89,10 @@ def _statistics(file: Path) -> dict[str, Tensor]:
             raise ArtifactError(f"{file}: the statistics must be floating-point tensors")
         flat.append(torch.cat([t.reshape(-1) for t in rows]).float())
     std, mean = flat
-    if std.shape != mean.shape or not len(std):
-        raise ArtifactError(f"{file}: {len(std)} deviations and {len(mean)} means")
+    if len(std) != _MGG_FEATURES or len(mean) != _MGG_FEATURES:
+        raise ArtifactError(
+            f"{file}: {len(std)} deviations and {len(mean)} means, expected {_MGG_FEATURES} each"
+        )
     if not (torch.isfinite(std).all() and torch.isfinite(mean).all() and (std >= 0).all()):
         raise ArtifactError(f"{file} holds deviations below zero or values that are not finite")
     return {"source.mean": mean, "source.std": std}
@@ -150,13 +154,13 @@ def mt3_state(variables: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], d
 
 def _read_tensorflow(prefix: str) -> dict[str, np.ndarray]:
     try:
-        from tensorflow.train import load_checkpoint
+        import tensorflow
     except ImportError as error:
         raise MissingDependencyError(
             "reading a TensorFlow checkpoint needs tensorflow: pip install tensorflow-cpu"
         ) from error
     try:
-        reader = load_checkpoint(prefix)
+        reader = tensorflow.train.load_checkpoint(prefix)
         wanted = {theirs for theirs, _ in _mt3_names().values()}
         names = [n for n in reader.get_variable_to_shape_map() if n.removesuffix(_SUFFIX) in wanted]
         return {name: reader.get_tensor(name) for name in names}
@@ -188,6 +192,8 @@ def convert_mt3(
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ArtifactError(f"{prefix} holds another network: {error}") from error
+    # The released network is fed images in [0, 1] as they are.
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.0,) * 3, "std": (1.0,) * 3}
     training = {
         "note": "Converted from the meta-model that the authors of arXiv 2103.16201 released "
         "(`ttt-plugins convert mt3`)."

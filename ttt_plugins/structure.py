@@ -499,6 +499,11 @@ def trunk(model: nn.Module, split: int | str) -> tuple[list[str], list[str]]:
             )
     else:
         count = len(found)
+        if count < 2:
+            raise InputError(
+                f"split={split!r}: {type(model).__name__} has no stages to split between "
+                f"({found}); pass split='end' or a module's name"
+            )
         if isinstance(split, bool) or not isinstance(split, int) or not -count < split < count:
             raise InputError(
                 f"split must be a number of stages from 1 to {count - 1} (negative: from the "

@@ -221,8 +221,9 @@ def colour_jitter(images: Tensor, u: Tensor) -> Tensor:
     """Shift brightness, scale contrast and saturation, turn the hue of RGB images.
 
     Ranges: brightness + U(-0.16, 0.16); contrast, about each channel's mean, and saturation times
-    U(0.84, 1.16); hue + U(-0.04, 0.04) of a turn; clipped to [0, 1] before and after the colours
-    are turned. Source: MT3's released code (TensorFlow's image operations).
+    U(0.84, 1.16); hue + U(-0.04, 0.04) of a turn; clipped to [0, 1]. Source: MT3's released code
+    (TensorFlow's image operations), which clips once, at the end; here also before the colours
+    are turned, because hue and saturation are defined there.
 
     Args:
         images: (..., 3, H, W) in [0, 1].

@@ -14,7 +14,12 @@ Deviations from the released code, and why:
    prediction does not depend on the batch it came in.
 2. With one step and all parameters moving, projector and predictor are not moved: nobody reads
    them afterwards, the prediction is the same. The classifier has no gradient and stays put.
-3. On models other than the paper's network, h is what their classifier sees.
+3. With ``params`` other than "all" projector and predictor stay put, whatever the steps.
+4. With more than one step the targets are those of the parameters reached so far (released: of
+   the start); with one step, the paper's, there is no difference.
+5. Images are normalised in front of the network as the model asks; the released network takes
+   them in [0, 1] (so do weights converted from it).
+6. On models other than the paper's network, h is what their classifier sees.
 """
 
 from __future__ import annotations
@@ -133,8 +138,8 @@ def check(config: MT3, backbone, tensors: dict[str, Tensor], where: str) -> dict
     if not tensors:
         raise InputError(
             "MT3 needs a meta-trained model with its projector and predictor, and this one has "
-            "none; train one with `ttt-plugins train mt3 --arch ARCH --init ARTIFACT --data-dir "
-            "DIR --out FOLDER` and load the folder with from_pretrained"
+            "none; train one with `ttt-plugins train mt3 --init ARTIFACT --data-dir DIR "
+            "--out FOLDER` and load the folder with from_pretrained"
         )
     given = tensors.get("projector.in.weight", torch.empty(0, 0))
     width = feature_width(backbone.model) or given.shape[-1]

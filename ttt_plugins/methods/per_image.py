@@ -12,6 +12,7 @@ fill it and convolutions with weights of their own for every image run 1.4 times
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ def _finite(loss: Tensor, grads: Tensors) -> Tensor:
     """Whether a loss and its gradients are finite, a bool a image (leading dimensions of loss)."""
     fine = torch.isfinite(loss)
     for g in grads.values():
-        fine = fine & torch.isfinite(g).flatten(loss.ndim).all(-1)
+        fine = fine & torch.isfinite(g).reshape(*loss.shape, -1).all(-1)
     return fine
 
 
@@ -127,21 +128,34 @@ class PerImage:
             f"{self.copies} views each; {each}",
             f"cost: {passes + self.looks} forward and {passes} backward passes an image",
         ]
+        if self.task.sure is not None:
+            more = 1 if self.keep else 2
+            lines[1] += f" that adapts, {more} more forward to see whether it must"
         size = self.backbone.input_size
         if None in size:
             return [*lines, "memory: unknown before the first image; the model names no size"]
-        image = torch.rand(1, *size, device=self.backbone.device, dtype=self.backbone.dtype)
-        chunk = 1 if self.keep else self.together(image)
+        if size[1] != size[2]:
+            return [*lines, "memory: unknown; the views need square images"]
+        with torch.inference_mode(False):
+            kind = {"device": self.backbone.device, "dtype": self.backbone.dtype}
+            image = torch.full((1, *size), 0.5, **kind)
+            chunk = 1 if self.keep else self.together(image)
+            needed = self.bytes_for(image) / 1e6
         return [
             *lines,
-            f"memory: about {self.bytes_for(image) / 1e6:.1f} MB an image; "
+            f"memory: about {needed:.1f} MB an image; "
             f"{'one image' if chunk == 1 else f'{chunk} images'} at a time",
         ]
 
     def bytes_for(self, image: Tensor) -> int:
         """Estimated memory of adapting to one image (1, C, H, W), in bytes."""
-        views = self.task.draw(image, image_keys(image, self.seed), 0)
+        views = self._draw(image, image_keys(image, self.seed), 0)
         return image_bytes(self.task.loss, self.source, tuple(v[0] for v in views))
+
+    def _draw(self, images: Tensor, keys: Tensor, step: int) -> tuple[Tensor, ...]:
+        # A caller's mixed precision is for the network, not for the pixels.
+        with torch.autocast(images.device.type, enabled=False):
+            return self.task.draw(images, keys, step)
 
     def together(self, image: Tensor) -> int:
         """How many images like this one (1, C, H, W) adapt at a time."""
@@ -187,7 +201,7 @@ class PerImage:
         with sdpa_kernel(SDPBackend.MATH):
             step = grad_and_value(self.task.loss)
             for number in range(self.steps):
-                views = self.task.draw(images, keys, number)
+                views = self._draw(images, keys, number)
                 in_dims = (own, *(0 for _ in views))
                 grads, loss = vmap(step, in_dims, randomness="error")(params, *views)
                 good = _finite(loss, grads)
@@ -205,7 +219,7 @@ class PerImage:
         """The steps of a single image (1, C, H, W); whether all were finite; the last loss."""
         fine = torch.ones((), dtype=torch.bool, device=images.device)
         for number in range(self.steps):
-            views = [_channels_last(v[0]) for v in self.task.draw(images, keys, number)]
+            views = [_channels_last(v[0]) for v in self._draw(images, keys, number)]
             loss, grads = loss_and_gradient(
                 lambda p, views=views: self.task.loss(p, *views), params
             )
@@ -219,8 +233,10 @@ class PerImage:
         """Logits (1, classes) of one image (1, C, H, W)."""
         if self.votes is None:
             return call(self.backbone, params, images)
-        views = self.votes(images, keys)[0]
-        return call(self.backbone, params, views).softmax(1).mean(0, keepdim=True).log()
+        with torch.autocast(images.device.type, enabled=False):
+            views = self.votes(images, keys)[0]
+        votes = call(self.backbone, params, views).log_softmax(1)
+        return votes.logsumexp(0, keepdim=True) - math.log(len(views))
 
     def _stream(self, params: Tensors, state: Tensors, images: Tensor, keys: Tensor) -> Outcome:
         """Images in order, each adapting from where the last one led, then predicted."""

@@ -61,6 +61,6 @@ def load_checkpoint(file: Path, made_by: object, device, key: str = "made_by") -
     if not file.is_file():
         return None
     saved = torch.load(file, map_location=device, weights_only=True)
-    if saved[key] != made_by:
-        raise InputError(f"{file} was made by another recipe, config or model: {saved[key]}")
+    if saved.get(key) != made_by:
+        raise InputError(f"{file} was made by another recipe, config or model: {saved.get(key)}")
     return saved

@@ -225,21 +225,23 @@ def meta_gradient(
     count = len(tasks[0])
     together = recipe.together or (1 if tasks[0].device.type == "cpu" else count)
     total, record = None, tasks[0].new_zeros(6)
+    if not count:  # more processes than tasks
+        return {n: torch.zeros_like(p) for n, p in meta.items()}, record
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
         for part in zip(*(t.split(together) for t in tasks), strict=True):
             if len(part[0]) == 1:
                 leaves = {n: p.detach().requires_grad_() for n, p in meta.items()}
                 value, aux = loss(leaves, *(t[0] for t in part), transforms=False)
-                found = torch.autograd.grad(value, list(leaves.values()))
+                found = torch.autograd.grad(
+                    value, list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
                 grads = dict(zip(leaves, found, strict=True))
             else:
                 grads, aux = outer(meta, *part)
                 grads, aux = {n: g.sum(0) for n, g in grads.items()}, aux.sum(0)
             record = record + aux
             total = grads if total is None else {n: t + grads[n] for n, t in total.items()}
-    if total is None:  # more processes than tasks
-        total = {n: torch.zeros_like(p) for n, p in meta.items()}
     return total, record
 
 
@@ -248,12 +250,32 @@ class _Workers:
 
     def __init__(self, device: torch.device):
         self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        if self.count > 1 and not dist.is_initialized():
+        self.entered = self.count > 1 and not dist.is_initialized()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        if self.entered:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def agree(self, epoch: int, checkpoint: Path) -> None:
+        """All processes must go on from the same epoch."""
+        if self.count == 1:
+            return
+        epochs: list = [None] * self.count
+        dist.all_gather_object(epochs, epoch)
+        if len(set(epochs)) > 1:
+            raise InputError(
+                f"the processes have checkpoints of epochs {epochs}; all of them must see "
+                f"{checkpoint}"
+            )
+
+    def close(self) -> None:
+        """Leave the group that was entered here."""
+        if self.entered:
+            dist.destroy_process_group()
 
     def mine(self, tasks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(t[self.rank :: self.count] for t in tasks)
@@ -325,6 +347,8 @@ def train_mt3(
     if train.images.shape[2] != train.images.shape[3]:
         raise InputError(f"MT3 needs square images, got {tuple(train.images.shape[2:])}")
     out, device = Path(out), torch.device(device)
+    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, workers = out / "checkpoint.pt", _Workers(device)
     model, arch, model_args, head = _start(recipe, int(train.labels.max()) + 1)
@@ -347,6 +371,7 @@ def train_mt3(
     if resume and (saved := load_checkpoint(checkpoint, asdict(recipe), device, "recipe")):
         meta, velocity = saved["meta"], saved["velocity"]
         log, first = saved["log"], saved["epoch"]
+    workers.agree(first, checkpoint)
     images, labels = train.images.to(device), train.labels.to(device)
     for epoch in range(first, recipe.epochs):
         # Seeded by epoch, so a resumed run draws what an unbroken one would have drawn.
@@ -379,6 +404,12 @@ def train_mt3(
             if progress and number % _LOOK_EVERY == 0:
                 shown = _means(totals, recipe.tasks * (number + 1), recipe.task_images)
                 bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
+        if not torch.isfinite(totals).all():
+            # Before the checkpoint is written: the last good one stays.
+            raise InputError(
+                f"meta-training diverged in epoch {epoch + 1}; go on from the last checkpoint with "
+                "a smaller lr or inner_lr"
+            )
         entry = {"epoch": epoch + 1}
         entry |= _means(totals, recipe.tasks * per_epoch, recipe.task_images)
         log.append(entry)
@@ -391,5 +422,6 @@ def train_mt3(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(meta[f"model.{name}"])
+    workers.close()
     head = {n: t for n, t in meta.items() if not n.startswith("model.")}
     return model.eval(), head, {"epochs": log, "architecture": arch, "model_args": model_args}

@@ -11,7 +11,6 @@ what a user needs who has a classifier and wants to adapt it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from ..errors import InputError
 from ..heads import ROTATIONS, init_linear, init_rotation, rotation_logits
 from ..hub import read_named
 from ..methods.ttt import TTT
-from ..registry import check_choice, check_integer, check_number
+from ..registry import check_choice, check_integer, check_number, get_method
 from ..structure import feature_width, pooled_features, trunk
 from ..views import quarter_turns, random_crop, random_flip
 from ..wrapping import wrap
@@ -77,7 +76,9 @@ class JointRecipe:
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
             check_integer(self, name, 1)
-        check_number(self, "lr", 0)
+        check_integer(self, "padding", 0)
+        for name in ("lr", "weight_decay"):
+            check_number(self, name, 0)
         check_choice(self, "schedule", ("step", "cosine"))
         check_choice(self, "rotations", ("all", "random"))
         check_number(self, "ema", 0, 1)
@@ -179,10 +180,15 @@ def train_joint(
     try:
         model = timm.create_model(recipe.arch, num_classes=classes, **recipe.model_args)
         if recipe.init:
-            model.load_state_dict(read_named(recipe.init).weights or {})
+            weights = read_named(recipe.init).weights
+            if weights is None:
+                raise InputError(f"{recipe.init} carries no model to start from")
+            model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"{recipe.arch!r} cannot be made ({error})") from error
-    joint = JointModel(model, recipe.split).to(device, memory_format=torch.channels_last)
+    # Moved before it is twinned: a move gives each module new buffers, and the trunk's are shared.
+    model = model.to(device, memory_format=torch.channels_last)
+    joint = JointModel(model, recipe.split).to(device)
     settings = timm.data.resolve_model_data_config(model)
     normalise = Normalise(settings["mean"], settings["std"]).to(device)
     per_epoch = len(train) // recipe.batch_size
@@ -268,12 +274,13 @@ class HeadRecipe:
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
             check_integer(self, name, 1)
+        check_integer(self, "padding", 0)
         check_number(self, "lr", 0)
 
 
 def fit_rotation_head(
     model: str | nn.Module,
-    images: Tensor | Iterable,
+    images: Tensor,
     recipe: HeadRecipe | None = None,
     *,
     config: TTT | None = None,
@@ -299,7 +306,8 @@ def fit_rotation_head(
         raise InputError("images must be a tensor of square images (N, C, S, S)")
     if len(images) < recipe.batch_size:
         raise InputError(f"{len(images)} images do not fill one batch of {recipe.batch_size}")
-    backbone = wrap(model, "source", **options).backbone
+    plain = wrap(model, "source", **options)
+    backbone = plain.backbone
     generator = torch.Generator().manual_seed(recipe.seed)
     head = init_rotation(backbone.model, recipe.split, generator)
     head = {n: t.to(backbone.device, backbone.dtype) for n, t in head.items()}
@@ -335,4 +343,9 @@ def fit_rotation_head(
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in entry.items()))
     fields = asdict(config or TTT()) | {"split": recipe.split}
     tensors = {n: t.detach() for n, t in head.items()}
-    return wrap(model, TTT(**fields), tensors=tensors, **options), {"epochs": log}
+    # On the very module the head was trained on: a name may stand for random weights.
+    record = get_method("ttt")
+    net = Adapter(
+        backbone, record, TTT(**fields), tensors=tensors, origin=plain.origin, seed=plain.seed
+    )
+    return net, {"epochs": log}
