@@ -129,6 +129,35 @@ def test_process_0_comes_first_and_its_failure_is_everybodys(workers):
         raise AssertionError
 
 
+def test_process_0_begins_no_run_before_all_came_to_the_last(workers):
+    first, second = workers(2, lease=5)
+    order = []
+
+    def follow():
+        with second.leader_first("run1"):
+            time.sleep(0.3)
+            order.append("second in run1")
+
+    thread = threading.Thread(target=follow)
+    with first.leader_first("run1"):
+        thread.start()
+    with first.leader_first("run2"):
+        order.append("first in run2")
+    thread.join()
+    assert order == ["second in run1", "first in run2"]
+
+
+def test_process_0_goes_on_without_the_dead(workers):
+    first, second, third = workers(3)
+    die(second)
+    with first.leader_first("run1"):
+        pass
+    with third.leader_first("run1"):
+        pass
+    with first.leader_first("run2") as leading:
+        assert leading
+
+
 def test_process_0_leaves_last(workers):
     first, second, third = workers(3)
     die(third)

@@ -40,7 +40,7 @@ class Worker:
 
     def __init__(self, store, rank: int, world_size: int, lease: float = 60.0):
         self.store, self.rank, self.world_size, self.lease = store, rank, world_size, lease
-        self._runs = 0
+        self._runs, self._block = 0, ""
         self._beats: dict[str, tuple[int, float]] = {}
         self._done: set[str] = set()
         # A process that torchrun started again is another one with the same rank.
@@ -83,6 +83,9 @@ class Worker:
     def leader_first(self, key: str) -> Iterator[bool]:
         """Process 0 goes through the block before any other; yields whether this is process 0.
 
+        It first waits until all living processes have gone through its block before this one: a
+        process that finds another's tasks all done can be a whole run ahead.
+
         Raises:
             DistributedError: process 0 failed there, or died.
         """
@@ -94,12 +97,18 @@ class Worker:
                 time.sleep(min(0.1, self.lease / 5))
             if (verdict := self._ask("get", key).decode()) != "ok":
                 raise DistributedError(f"process 0 failed: {verdict}")
+        elif self._block:
+            self._wait_for_others(f"{self._block}/through")
+        self._block = key
         try:
             yield self.rank == 0
         except BaseException as error:
             if not self.rank:
                 self._ask("set", key, " ".join(str(error).split()) or type(error).__name__)
             raise
+        finally:
+            if self.rank:
+                self._ask("set", f"{key}/through/{self.name}", "yes")
         if not self.rank:
             self._ask("set", key, "ok")
 
@@ -145,16 +154,22 @@ class Worker:
         """The end: process 0, in which the store may live, waits for all that are alive."""
         with contextlib.suppress(DistributedError):
             self._ask("set", f"left/{self.name}", "yes")
-            while not self.rank and not all(map(self._gone, range(1, self.world_size))):
-                time.sleep(min(0.1, self.lease / 5))
+            if not self.rank:
+                self._wait_for_others("left")
         self._stop.set()
         self._thread.join()
 
-    def _gone(self, rank: int) -> bool:
+    def _wait_for_others(self, key: str) -> None:
+        """Until every other process has written its name under the key, or is dead."""
+        while not all(self._wrote(key, rank) for rank in range(1, self.world_size)):
+            time.sleep(min(0.1, self.lease / 5))
+
+    def _wrote(self, key: str, rank: int) -> bool:
         if not self._ask("check", [f"process/{rank}"]):
             return self._is_dead(f"never.{rank}")
         name = self._ask("get", f"process/{rank}").decode()
-        return self._ask("check", [f"left/{name}"]) or self._is_dead(name)
+        known = self._ask("check", [f"{key}/{name}"]) or self._ask("check", [f"left/{name}"])
+        return known or self._is_dead(name)
 
 
 def worker_from_environment(lease: float = 60.0) -> Worker | None:
