@@ -300,21 +300,26 @@ def _train_mgg(args: argparse.Namespace) -> None:
     from .benchmark import EXTRA_CORRUPTIONS, load_stream
     from .data import EXTRA_ROWS, read_parquet, to_float
     from .train.mgg import MGGRecipe, train_mgg, untrained
+    from .wrapping import save_learned
 
     recipe = dataclass_from_args(args, MGGRecipe)
     device = _device(args.device)
     data = {name: load_stream(args.data_dir, name) for name in EXTRA_CORRUPTIONS}
-    net = untrained(args.model, device=device, model_dir=args.model_dir, **dict(args.set))
-    fitted = 0
-    if not net.backbone.has_batch_norm:
-        # BatchNorm models carry their source statistics; for others clean images are measured.
-        folder = args.data_dir if (args.data_dir / "train.parquet").is_file() else None
-        clean = read_parquet((folder or args.data_dir / "cifar10") / "train.parquet")
-        images = clean.images[:-EXTRA_ROWS][: args.statistics_images]
-        fitted = len(images)
-        net.fit_source_statistics(to_float(part) for part in images.split(500))
+    nets, fitted = [], 0
+    for model in args.model:
+        net = untrained(model, device=device, model_dir=args.model_dir, **dict(args.set))
+        if not net.backbone.has_batch_norm:
+            # BatchNorm models carry their source statistics; for others clean images are measured.
+            if args.entropy_alone:
+                nets.append(net.with_tensors(net.config))
+            folder = args.data_dir if (args.data_dir / "train.parquet").is_file() else None
+            clean = read_parquet((folder or args.data_dir / "cifar10") / "train.parquet")
+            images = clean.images[:-EXTRA_ROWS][: args.statistics_images]
+            fitted = len(images)
+            net.fit_source_statistics(to_float(part) for part in images.split(500))
+        nets.append(net)
     work = args.out.with_name(f"{args.out.name}-training")
-    trained, log = train_mgg(recipe, net, data, work, resume=args.resume)
+    trained, log = train_mgg(recipe, nets, data, work, resume=args.resume)
     training = _training_record(args, recipe, device) | {
         "corruptions": list(data),
         "images": min(len(part) for part in data.values()),
@@ -324,7 +329,13 @@ def _train_mgg(args: argparse.Namespace) -> None:
         "statistics_images": fitted,
         **log,
     }
-    trained.save_pretrained(args.out, training=training)
+    if len(args.model) == 1:
+        trained.save_pretrained(args.out, training=training)
+    else:
+        # It belongs to none of them: the optimizer alone, which fits any classifier.
+        slow = {n: t for n, t in trained.learned_tensors().items() if n.startswith("memory.")}
+        training["classifiers"] = [str(model) for model in args.model]
+        save_learned(trained.config, slow, {"source": "module"}, args.out, training=training)
     print(f"the optimizer is in {args.out}, the checkpoint of its training in {work}")
 
 
@@ -491,8 +502,18 @@ def _add_train(commands) -> None:
     _add_training(add, "folder with train.parquet", MT3Recipe)
     add = kinds.add_parser("mgg", help="MGG's optimizer, on corrupted images")
     add.set_defaults(run=_train_mgg)
-    add.add_argument("--model", required=True, help="the classifier; what wrap takes")
+    add.add_argument(
+        "--model",
+        required=True,
+        nargs="+",
+        help="the classifier, what wrap takes; several make one optimizer that fits any",
+    )
     add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    add.add_argument(
+        "--entropy-alone",
+        action="store_true",
+        help="train on every classifier without source statistics too",
+    )
     add.add_argument(
         "--statistics-images",
         type=int,

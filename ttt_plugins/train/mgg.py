@@ -8,12 +8,13 @@ weights more than adaptation does. Network gradients are constants to the optimi
 code detaches them too).
 
 Beyond the paper, as options: a labelled outer loss, truncation over more than one update, larger
-batches and more sequences, parameters restored at each sequence (methods.md, section 6).
+batches and more sequences, parameters restored at each sequence (methods.md, section 6), several
+classifiers that share one optimizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class MGGRecipe:
 
     Attributes:
         epochs: passes; a checkpoint is written after each.
-        sequences: sequences an epoch, each beginning with an empty memory.
+        sequences: sequences an epoch and classifier, each beginning with an empty memory.
         length: batches a sequence.
         batch_size: images a batch.
         alpha: step size while meta-training.
@@ -188,7 +189,7 @@ def _named(slow: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def train_mgg(
     recipe: MGGRecipe,
-    net: Adapter,
+    net: Adapter | Sequence[Adapter],
     data: Mapping[str, LabelledImages],
     out: str | Path,
     *,
@@ -203,43 +204,54 @@ def train_mgg(
     Args:
         net: an MGG adapter around the classifier to train on, such as `untrained` makes; with
             its config (but for the step size) and its source statistics. Its own optimizer is
-            not used, and it is not changed.
+            not used, and it is not changed. Several, on one device, share the optimizer: they
+            take turns sequence by sequence, and validation is their average.
 
     Returns:
-        an adapter with the best optimizer and step size, and the log.
+        an adapter with the best optimizer and step size, around the first ``net``, and the log.
 
     Raises:
-        InputError: no data, too few images for one batch, or another recipe's checkpoint.
+        InputError: no adapter, no data, too few images for one batch, or another recipe's
+            checkpoint.
     """
     if not data or min(len(part) for part in data.values()) < recipe.batch_size:
         raise InputError("meta-training needs at least one batch of corrupted images")
+    nets = [net] if isinstance(net, Adapter) else list(net)
+    if not nets:
+        raise InputError("meta-training needs at least one classifier")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
-    device = net.backbone.device
+    device = nets[0].backbone.device
     slow = gradient_memory.init_slow(torch.Generator().manual_seed(recipe.seed))
     slow = {n: t.to(device).requires_grad_() for n, t in slow.items()}
     optimizer = torch.optim.Adam(slow.values(), lr=recipe.meta_lr)
-    config = replace(net.config, lr=recipe.alpha)
-    algorithm = net.with_tensors(config).algorithm(_named(slow))
-    source = algorithm.source
+    algorithms = [
+        each.with_tensors(replace(each.config, lr=recipe.alpha)).algorithm(_named(slow))
+        for each in nets
+    ]
 
-    def adapter(lr: float, weights: Mapping[str, Tensor]) -> Adapter:
-        return net.with_tensors(replace(net.config, lr=lr), _named(weights))
+    def adapter(each: Adapter, lr: float, weights: Mapping[str, Tensor]) -> Adapter:
+        return each.with_tensors(replace(each.config, lr=lr), _named(weights))
 
-    def validate(weights: Mapping[str, Tensor]) -> dict[float, float]:
+    def validate(weights: Mapping[str, Tensor]) -> dict[float, list[float]]:
+        """Step size -> accuracy of every classifier, averaged over the corruptions."""
         scores = {}
         for lr in recipe.grid:
-            trial = adapter(lr, weights)
-            scores[lr] = sum(stream_accuracy(trial, part) for part in data.values()) / len(data)
+            trials = [adapter(each, lr, weights) for each in nets]
+            scores[lr] = [
+                sum(stream_accuracy(trial, part) for part in data.values()) / len(data)
+                for trial in trials
+            ]
         return scores
 
     made_by = {
         "recipe": asdict(recipe),
-        "config": asdict(net.config),
-        "model": artifacts.fingerprint(net.backbone.source_state_dict()),
+        "configs": [asdict(each.config) for each in nets],
+        "models": [artifacts.fingerprint(each.backbone.source_state_dict()) for each in nets],
+        "objectives": [algorithm.objective.name for algorithm in algorithms],
     }
-    params, log, first, best = source, [], 0, None
+    params, log, first, best = [a.source for a in algorithms], [], 0, None
     if resume and (saved := load_checkpoint(checkpoint, made_by, device)):
         with torch.no_grad():
             for name, tensor in slow.items():
@@ -255,15 +267,19 @@ def train_mgg(
                 group["lr"] = recipe.meta_lr * (1 - epoch / recipe.epochs)
         losses: list[float] = []
         for _ in range(recipe.sequences):
-            start = source if recipe.restore else params
-            batches = _batches(recipe, data, generator)
-            params, seen = run_sequence(algorithm, start, batches, slow, optimizer, recipe)
-            losses += seen
+            for i, algorithm in enumerate(algorithms):
+                start = algorithm.source if recipe.restore else params[i]
+                batches = _batches(recipe, data, generator)
+                params[i], seen = run_sequence(algorithm, start, batches, slow, optimizer, recipe)
+                losses += seen
         entry = {"epoch": epoch + 1, "outer_loss": sum(losses) / max(1, len(losses))}
         if (epoch + 1) % recipe.validate_every == 0 or epoch + 1 == recipe.epochs:
             weights = {n: t.detach().clone() for n, t in slow.items()}
-            scores = validate(weights)
+            found = validate(weights)
+            scores = {lr: sum(parts) / len(parts) for lr, parts in found.items()}
             entry["accuracy"] = {f"{lr:g}": score for lr, score in scores.items()}
+            if len(nets) > 1:
+                entry["by_classifier"] = {f"{lr:g}": parts for lr, parts in found.items()}
             lr = max(scores, key=scores.get)
             if best is None or scores[lr] > best["accuracy"]:
                 best = {"accuracy": scores[lr], "lr": lr, "epoch": epoch + 1, "slow": weights}
@@ -282,4 +298,4 @@ def train_mgg(
         }
         save_checkpoint(checkpoint, saved)
     chosen = {k: best[k] for k in ("accuracy", "lr", "epoch")}
-    return adapter(best["lr"], best["slow"]), {"epochs": log, "chosen": chosen}
+    return adapter(nets[0], best["lr"], best["slow"]), {"epochs": log, "chosen": chosen}
