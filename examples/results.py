@@ -1,6 +1,11 @@
 """The README's main table: MGG against the unadapted model, Tent and SAR.
 
     python examples/results.py --data DIR --backbone resnet26 --out results/
+    python examples/results.py --data DIR --backbone runs/held-out/convnext
+
+A name stands for a bundled classifier and the optimizer trained on it. A folder is a classifier
+that no optimizer was trained on (`held_out.py`): it gets ``mgg-universal``, with source statistics
+of clean training images and without.
 
 Severity 5, the fifteen corruptions, reset per corruption, one shuffled stream a corruption and
 seed, the same streams for all methods, which take turns on each stream so that their times are
@@ -23,7 +28,7 @@ import torch
 import ttt_plugins as tp
 from ttt_plugins import artifacts, cards
 from ttt_plugins.benchmark import CORRUPTIONS, EXTRA_CORRUPTIONS, load_stream
-from ttt_plugins.data import LabelledImages, to_float
+from ttt_plugins.data import EXTRA_ROWS, LabelledImages, read_parquet, to_float
 from ttt_plugins.train.mgg import stream_accuracy
 
 GRIDS = {
@@ -59,6 +64,35 @@ def run_stream(net, stream: LabelledImages, batch_size: int, seed: int) -> dict:
     return {"n": len(stream), "right": right, "seconds": seconds}
 
 
+def adapters(backbone: str, data: Path, rates: dict) -> dict:
+    """Name of a row -> adapter of that backbone, rivals at their best rates."""
+    universal = Path(backbone).is_dir()
+    model = backbone if universal else f"bundled:source-{backbone}-cifar10"
+    nets = {"source": tp.wrap(model, "source")}
+    has_batch_norm = nets["source"].backbone.has_batch_norm
+    if has_batch_norm:
+        nets["batch statistics"] = tp.wrap(model, "source", statistics="batch")
+    nets |= {method: tp.wrap(model, method, lr=lr) for method, lr in rates.items()}
+
+    def mgg(**fields):
+        if universal:
+            return tp.wrap(model, "mgg", **fields)
+        return tp.from_pretrained(f"bundled:mgg-{backbone}-cifar10", **fields)
+
+    nets["mgg"] = mgg()
+    if universal and not has_batch_norm:
+        nets["mgg, entropy alone"] = mgg()
+        clean = read_parquet(data / "cifar10" / "train.parquet").images[:-EXTRA_ROWS][:4096]
+        nets["mgg"].fit_source_statistics([to_float(p) for p in clean.split(512)], progress=False)
+    if has_batch_norm:
+        # Part of MGG's advantage is its statistics; this says how much,
+        # on both sides.
+        used = nets["mgg"].config.statistics
+        nets[f"tent, {used}"] = tp.wrap(model, "tent", lr=rates["tent"], statistics=used)
+        nets["mgg, batch"] = mgg(statistics="batch")
+    return nets
+
+
 def measure(
     backbone: str,
     data: Path,
@@ -74,7 +108,7 @@ def measure(
     With ``resume`` the learning rates are those an earlier run wrote there, and so are the seeds
     it finished, if its streams were as long.
     """
-    model = f"bundled:source-{backbone}-cifar10"
+    model = backbone if Path(backbone).is_dir() else f"bundled:source-{backbone}-cifar10"
     stored = json.loads(path.read_text()) if resume and path.is_file() else None
     if stored is not None:
         tuning = {
@@ -84,23 +118,10 @@ def measure(
     else:
         tuning = {m: choose_rate(model, m, g, data, batch_size, tune_n) for m, g in GRIDS.items()}
     rates = {method: max(scores, key=scores.get) for method, scores in tuning.items()}
-    nets = {"source": tp.wrap(model, "source")}
-    if nets["source"].backbone.has_batch_norm:
-        nets["batch statistics"] = tp.wrap(model, "source", statistics="batch")
-    nets |= {method: tp.wrap(model, method, lr=lr) for method, lr in rates.items()}
-    nets["mgg"] = tp.from_pretrained(f"bundled:mgg-{backbone}-cifar10")
-    if nets["mgg"].backbone.has_batch_norm:
-        # Part of MGG's advantage is its statistics; this says how much,
-        # on both sides.
-        statistics_used = nets["mgg"].config.statistics
-        nets[f"tent, {statistics_used}"] = tp.wrap(
-            model, "tent", lr=rates["tent"], statistics=statistics_used
-        )
-        nets["mgg, batch"] = tp.from_pretrained(
-            f"bundled:mgg-{backbone}-cifar10", statistics="batch"
-        )
+    nets = adapters(backbone, data, rates)
     result = {
-        "backbone": backbone,
+        "backbone": Path(backbone).name,
+        "optimizer": "mgg-universal" if Path(backbone).is_dir() else f"mgg-{backbone}-cifar10",
         "batch_size": batch_size,
         "seeds": [],
         "n_examples": n,
@@ -182,13 +203,20 @@ def summary(results: list[dict]) -> str:
     """Markdown: one row a backbone."""
     lines = [
         "| backbone | images, seeds | source | batch statistics | Tent (lr) | SAR (lr) "
-        "| MGG (alpha) |",
-        "|---|---|---|---|---|---|---|",
+        "| MGG (alpha) | MGG, entropy alone |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         table, rates = averages(result), result["rates"]
         cells = [result["backbone"], f"{result['n_examples']}, {len(result['seeds'])}"]
-        for method in ("source", "batch statistics", "tent", "sar", "mgg"):
+        for method in (
+            "source",
+            "batch statistics",
+            "tent",
+            "sar",
+            "mgg",
+            "mgg, entropy alone",
+        ):
             if method not in table:
                 cells.append("–")
                 continue
@@ -239,8 +267,8 @@ def report(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def artifact_results(result: dict) -> dict:
-    """The measurement as an artifact's ``results.json`` (`ttt_plugins.results`)."""
+def artifact_run(result: dict) -> dict:
+    """The measurement as a run in an artifact's ``results.json`` (`ttt_plugins.results`)."""
     table, by_corruption = averages(result), {}
     for method in table:
         seeds = result["seeds"][:1] if method == "source" else result["seeds"]
@@ -249,7 +277,10 @@ def artifact_results(result: dict) -> dict:
             share = statistics.mean(f[corruption] for f in found) / 100
             by_corruption.setdefault(corruption, {})[method] = round(share, 6)
     rates = ", ".join(f"{method} {rate:g}" for method, rate in result["rates"].items())
-    run = {
+    universal = result.get("optimizer") == "mgg-universal"
+    classifier = f"Classifier: held-out {result['backbone']}. " if universal else ""
+    folder = "runs/held-out/" if universal else ""
+    return {
         "dataset": "CIFAR-10-C made from JPEG images",  # so these are no official figures
         "severities": [5],
         "corruptions": list(CORRUPTIONS),
@@ -260,25 +291,34 @@ def artifact_results(result: dict) -> dict:
         "accuracy": {m: round(mean / 100, 8) for m, (mean, _) in table.items()},
         "standard_error": {m: round(error / 100, 8) for m, (_, error) in table.items() if error},
         "by_corruption": by_corruption,
-        "note": f"Learning rates, chosen on four other corruptions: {rates}.",
-        "command": f"python examples/results.py --data DIR --backbone {result['backbone']}",
+        "note": f"{classifier}Learning rates, chosen on four other corruptions: {rates}.",
+        "command": f"python examples/results.py --data DIR --backbone {folder}{result['backbone']}",
         "versions": result["versions"],
     }
-    return {"format_version": 1, "runs": [run]}
 
 
 def into_cards(results: list[dict]) -> None:
-    """Put each backbone's measurement into the bundled artifacts it was made with."""
+    """Put measurements into the bundled artifacts they were made with."""
+    runs: dict[str, list] = {}
     for result in results:
-        for method in ("source", "mgg"):
-            folder = artifacts.bundled_folder(f"{method}-{result['backbone']}-cifar10")
-            cards.refresh(folder, measured=artifact_results(result))
+        own = f"source-{result['backbone']}-cifar10"
+        used = result.get("optimizer", f"mgg-{result['backbone']}-cifar10")
+        for name in {own, used} & set(artifacts.list_bundled()):
+            runs.setdefault(name, []).append(artifact_run(result))
+    for name, made in runs.items():
+        measured = {"format_version": 1, "runs": made}
+        cards.refresh(artifacts.bundled_folder(name), measured=measured)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder that holds cifar10 and cifar10c")
-    parser.add_argument("--backbone", nargs="+", default=["resnet26", "resnet26bn", "vit-tiny"])
+    parser.add_argument(
+        "--backbone",
+        nargs="+",
+        default=["resnet26", "resnet26bn", "vit-tiny"],
+        help="of the bundled ones, or folders of classifiers",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--n-examples", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -294,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         "--into-cards", action="store_true", help="put the figures of earlier runs into hub_cards/"
     )
     args = parser.parse_args(argv)
-    paths = [args.out / f"online-{backbone}.json" for backbone in args.backbone]
+    paths = [args.out / f"online-{Path(backbone).name}.json" for backbone in args.backbone]
     if not args.report and not args.into_cards:
         if args.data is None:
             parser.error("--data is needed to measure")

@@ -8,13 +8,14 @@ import ttt_plugins as tp
 
 SOURCES = ["source-resnet26-cifar10", "source-resnet26bn-cifar10", "source-vit-tiny-cifar10"]
 OPTIMIZERS = ["mgg-resnet26-cifar10", "mgg-resnet26bn-cifar10", "mgg-vit-tiny-cifar10"]
+UNIVERSAL = "mgg-universal"  # of no classifier's
 
 
-def test_all_six_ship():
-    assert set(SOURCES + OPTIMIZERS) <= set(tp.list_bundled())
+def test_all_ship():
+    assert {*SOURCES, *OPTIMIZERS, UNIVERSAL} <= set(tp.list_bundled())
 
 
-@pytest.mark.parametrize("name", sorted({*SOURCES, *OPTIMIZERS, *tp.list_bundled()}))
+@pytest.mark.parametrize("name", sorted({*SOURCES, *OPTIMIZERS, *tp.list_bundled()} - {UNIVERSAL}))
 def test_loads_and_predicts(name, images):
     net = tp.from_pretrained(f"bundled:{name}")
     logits = net(images(4))
@@ -49,10 +50,27 @@ def test_source_statistics_are_at_hand(name):
     assert net.config.discrepancy == 0 or "no source statistics" not in net.describe()
 
 
-def test_a_bare_mgg_takes_a_bundled_optimizer(kind, make_model, images, moved):
-    net = tp.wrap(make_model(kind), "mgg")
+def test_a_bare_mgg_takes_the_universal_optimizer(kind, make_model, images, moved, same_tensors):
+    model = make_model(kind)
+    net = tp.wrap(model, "mgg")
     assert torch.isfinite(net(images(8))).all()
     assert moved(net)
+    named = tp.from_pretrained(f"bundled:{UNIVERSAL}", backbone=model)
+    assert named.config == net.config
+    assert same_tensors(named.learned_tensors(), net.learned_tensors())
+    with pytest.raises(tp.ArtifactError, match="backbone="):
+        tp.from_pretrained(f"bundled:{UNIVERSAL}")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_bundled_model_takes_its_own_optimizer(name, same_tensors):
+    """By its weights, under whatever name or none."""
+    own = tp.from_pretrained(f"bundled:{name}")
+    source = name.replace("mgg-", "bundled:source-")
+    for model in (source, tp.wrap(source, "source").backbone.model):
+        net = tp.wrap(model, "mgg")
+        assert net.config == own.config
+        assert same_tensors(net.learned_tensors(), own.learned_tensors())
 
 
 def test_a_field_of_a_bundled_artifact_can_be_changed(images):

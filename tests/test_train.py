@@ -9,7 +9,8 @@ import torch
 
 import ttt_plugins as tp
 from ttt_plugins import gradient_memory, views
-from ttt_plugins.data import LabelledImages, to_float
+from ttt_plugins.cli import main
+from ttt_plugins.data import EXTRA_ROWS, LabelledImages, to_float
 from ttt_plugins.train import mgg as meta
 from ttt_plugins.train import source as supervised
 from ttt_plugins.train.common import rate
@@ -233,6 +234,64 @@ def test_meta_training_resumes_bit_for_bit(options, tmp_path, monkeypatch, make_
     assert resumed.config == unbroken.config
     assert tensors_equal(resumed.learned_tensors(), unbroken.learned_tensors())
     assert [entry["epoch"] for entry in log["epochs"]] == [1, 2, 3]
+
+
+def test_several_classifiers_share_an_optimizer(tmp_path, monkeypatch, make_model, corrupted):
+    """Sequence by sequence in turn, validated by their average; resumed as unbroken."""
+    nets = [untrained(make_model("groupnorm")), untrained(make_model("batchnorm"))]
+    turns, real = [], meta.run_sequence
+
+    def noted(algorithm, *args):
+        turns.append(next(i for i, n in enumerate(nets) if n.backbone is algorithm.backbone))
+        return real(algorithm, *args)
+
+    monkeypatch.setattr(meta, "run_sequence", noted)
+    recipe = replace(RECIPE, epochs=2, sequences=2)
+    net, log = meta.train_mgg(recipe, nets, corrupted, tmp_path / "whole", progress=False)
+    assert turns == [0, 1] * 4
+    assert net.backbone is nets[0].backbone
+    for entry in log["epochs"]:
+        for lr, parts in entry["by_classifier"].items():
+            assert entry["accuracy"][lr] == pytest.approx(sum(parts) / 2)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, meta, "run_sequence", 5)
+        with pytest.raises(Interrupted):
+            meta.train_mgg(recipe, nets, corrupted, tmp_path / "broken", progress=False)
+    resumed, again = meta.train_mgg(
+        recipe, nets, corrupted, tmp_path / "broken", resume=True, progress=False
+    )
+    assert again == log
+    assert tensors_equal(resumed.learned_tensors(), net.learned_tensors())
+    with pytest.raises(tp.InputError, match="another recipe, config or model"):
+        meta.train_mgg(
+            recipe, nets[::-1], corrupted, tmp_path / "broken", resume=True, progress=False
+        )
+    with pytest.raises(tp.InputError, match="at least one classifier"):
+        meta.train_mgg(recipe, [], corrupted, tmp_path / "none", progress=False)
+
+
+def test_the_command_makes_an_optimizer_of_no_classifiers(tmp_path, monkeypatch, corrupted):
+    """Two models, the GroupNorm one with its source statistics and without."""
+    monkeypatch.setattr("ttt_plugins.benchmark.load_stream", lambda *_: corrupted["noise"])
+    monkeypatch.setattr("ttt_plugins.data.read_parquet", lambda _: made_up(EXTRA_ROWS + 8))
+    seen, real = [], meta.train_mgg
+
+    def noted(recipe, nets, *args, **kwargs):
+        seen.extend(algorithm.objective.name for algorithm in (n.algorithm() for n in nets))
+        return real(recipe, nets, *args, progress=False, **kwargs)
+
+    monkeypatch.setattr(meta, "train_mgg", noted)
+    models = [f"bundled:source-{name}-cifar10" for name in ("resnet26", "resnet26bn")]
+    argv = ["train", "mgg", "--model", *models, "--entropy-alone", "--data-dir", str(tmp_path)]
+    argv += ["--out", str(tmp_path / "net"), "--epochs", "1", "--length", "2", "--grid", "1e-3"]
+    assert main(argv) == 0
+    assert ["alone" in name for name in seen] == [True, False, False]
+    net = tp.from_pretrained(tmp_path / "net", backbone=models[1])
+    assert net.config.lr == 1e-3
+    assert all(name.startswith("memory.") for name in net.learned_tensors())
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    assert config["training"]["classifiers"] == models
+    assert config["backbone"] == {"source": "module", "fits": "any"}
 
 
 def test_the_best_validation_is_kept(tmp_path, make_model, corrupted):

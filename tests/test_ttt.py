@@ -495,6 +495,44 @@ def test_a_head_on_a_frozen_model(make_model, same_tensors):
         fit_rotation_head(model, images[:3], recipe)
 
 
+def test_wrap_trains_a_head(make_model, same_tensors, tmp_path):
+    """From a tensor or a loader alike; what it saved serves the same model again."""
+    model, images = make_model("groupnorm"), torch.rand(24, 3, 32, 32)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    net = tp.wrap(model, "ttt", head="train", data=images, split=1, **FAST)
+    loader = [(images[:16], "labels"), (images[16:], "labels")]
+    again = tp.wrap(model, tp.TTT(split=1, **FAST), head="train", data=loader)
+    assert same_tensors(net.learned_tensors(), again.learned_tensors())
+    assert same_tensors(model.state_dict(), before)
+    assert net.config == again.config == tp.TTT(split=1, **FAST)
+    folder = net.save_pretrained(tmp_path / "head")
+    loaded = tp.wrap(model, "ttt", head=folder)
+    assert loaded.config == net.config
+    assert torch.equal(loaded(images[:2]), net(images[:2]))
+    with pytest.raises(tp.ArtifactError, match="was made for"):
+        tp.wrap("ttt_resnet26", "ttt", head=folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("ttt", {"head": "train"}, "belong together"),
+        ("ttt", {"data": torch.rand(8, 3, 32, 32)}, "belong together"),
+        ("ttt", {"head": "train", "data": torch.rand(8, 3, 32, 20)}, "square"),
+        ("ttt", {"head": "train", "data": []}, "no images"),
+        ("ttt", {"head": "train", "data": ["one"]}, "one tensor"),
+        ("ttt", {"head": "train", "data": 3}, "got int"),
+        ("ttt", {"head": "no such thing"}, "no artifact"),
+        ("ttt", {"head": "bundled:mgg-resnet26-cifar10"}, "made for mgg"),
+        ("ttt", {"head": "bundled:ttt-resnet26-cifar10", "tensors": {}}, "give one"),
+        ("tent", {"head": "train", "data": torch.rand(8, 3, 32, 32)}, "tent has no head"),
+    ],
+)
+def test_heads_that_cannot_be(method, options, said, make_model):
+    with pytest.raises(tp.TTTError, match=said):
+        tp.wrap(make_model("groupnorm"), method, **options)
+
+
 def test_the_head_belongs_to_the_returned_model(tmp_path):
     """A timm name stands for other random weights each time it is made."""
     images = torch.rand(16, 3, 32, 32)

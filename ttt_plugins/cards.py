@@ -93,6 +93,8 @@ def _classifier(backbone: Mapping[str, Any], name: str) -> str:
         "robustbench": f"{called} of RobustBench's corruptions model zoo",
         "timm": f"timm's {called}{revision}",
     }[backbone["source"]]
+    if "name" not in backbone:
+        where = "none of its own"
     if backbone["source"] == OWN_WEIGHTS and "/" not in name:
         where = where.split(";")[0]
     text = f"Classifier: {where}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .errors import DataError, MissingDependencyError
+from .errors import DataError, InputError, MissingDependencyError
 
-__all__ = ["CIFAR10_CLASSES", "EXTRA_ROWS", "LabelledImages", "read_parquet", "to_float"]
+__all__ = [
+    "CIFAR10_CLASSES",
+    "EXTRA_ROWS",
+    "LabelledImages",
+    "gather_images",
+    "read_parquet",
+    "to_float",
+]
 
 #: In CIFAR-10's own order.
 CIFAR10_CLASSES = (
@@ -50,6 +58,27 @@ class LabelledImages:
 def to_float(images: Tensor) -> Tensor:
     """uint8 images in 0..255 -> float32 images in [0, 1]; floating-point ones pass as they are."""
     return images if images.is_floating_point() else images.float().div_(255)
+
+
+def gather_images(data: Tensor | Iterable) -> Tensor:
+    """Images as one tensor (N, C, H, W): from a tensor, or a loader of batches or tuples.
+
+    Raises:
+        InputError: it yields nothing, or something else.
+    """
+    if isinstance(data, Tensor):
+        return data
+    if not isinstance(data, Iterable):
+        raise InputError(f"data must be images or a loader of them, got {type(data).__name__}")
+    parts = [part if isinstance(part, Tensor) else part[0] for part in data]
+    if not parts:
+        raise InputError("the loader yielded no images")
+    try:
+        return torch.cat(parts)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"the loader's batches do not make one tensor of images ({error})") from (
+            error
+        )
 
 
 def read_parquet(path: str | Path) -> LabelledImages:

@@ -37,7 +37,9 @@ def describe(name: str | Path, access: Access) -> str:
         "method": config["method"],
         "fields": ", ".join(f"{k}={v!r}" for k, v in sorted(config["fields"].items())),
         "learned": f"{learned:,} numbers in {len(artifact.tensors)} tensors",
-        "classifier": f"{backbone.get('name')} ({backbone['source']})",
+        "classifier": f"{backbone['name']} ({backbone['source']})"
+        if "name" in backbone
+        else "none",
         "revision": backbone.get("revision"),
         "fits": "any classifier" if backbone.get("fits") == "any" else None,
         "fingerprint": backbone.get("fingerprint"),

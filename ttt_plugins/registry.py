@@ -44,24 +44,28 @@ class Method:
             ``adapt(params, state, images)`` and ``describe()``, where ``source`` are the
             parameters that adapt; None for a method that does not adapt.
         citation: reference of the method's paper.
-        default_artifact: ``model -> bundled name`` whose learned tensors `wrap` takes when it is
-            given none; None where there is no such thing.
+        default_artifact: bundled artifact whose learned tensors `wrap` takes when it is given none
+            and there is none for the very model; None where there is no such thing.
         check: ``(config, backbone, tensors, where) -> tensors`` validates learned tensors by name,
             shape and value; None for methods that learn nothing beforehand.
         eligible: ``(config, backbone) -> names`` of the parameters that may adapt at all; None
             for no limits.
         fits_any: ``(config, tensors) -> bool``, whether what was learned serves any classifier;
             None for methods whose artifacts belong to the weights they were made for.
+        fit: ``(model, images, config, **options) -> adapter`` with what can be learned on clean
+            images while the model stays as it is, ``options`` as for `wrap`; None where nothing
+            can.
     """
 
     name: str
     config: type
     build: Callable[..., Any] | None
     citation: str = ""
-    default_artifact: Callable[..., str] | None = None
+    default_artifact: str | None = None
     check: Callable[..., dict[str, Tensor]] | None = None
     eligible: Callable[..., list[str]] | None = None
     fits_any: Callable[..., bool] | None = None
+    fit: Callable[..., Any] | None = None
 
 
 _METHODS: dict[str, Method] = {}

@@ -14,6 +14,7 @@ from . import artifacts, cards, hub, results, trust
 from .adapter import Adapter
 from .artifacts import OWN_WEIGHTS, Artifact
 from .backbone import Backbone
+from .data import gather_images
 from .errors import ArtifactError, InputError
 from .hub import Access
 from .methods import Source
@@ -68,6 +69,8 @@ def wrap(
     seed: int | None = None,
     model_dir: str | Path = "models",
     tensors: dict[str, Tensor] | None = None,
+    head: str | Path | None = None,
+    data: Any = None,
     **overrides: Any,
 ) -> Adapter:
     """Wrap an image classifier so that it adapts itself at inference.
@@ -90,6 +93,11 @@ def wrap(
         model_dir: where RobustBench keeps its checkpoints.
         tensors: what the method has learned beforehand (``"memory.<name>"`` for MGG), instead of
             a bundled artifact's.
+        head: where the self-supervised head comes from: an artifact made for these weights (as in
+            `from_pretrained`), or ``"train"``, which trains one on ``data`` while the model stays
+            as it is (TTT's rotation head; ``ttt-plugins train ttt --freeze-trunk`` keeps it).
+        data: clean images for ``head="train"``: (N, C, S, S), uint8 or in [0, 1], or a loader of
+            such batches or of tuples that begin with one. No labels are used.
         **overrides: fields of the method's config.
 
     Returns:
@@ -102,31 +110,40 @@ def wrap(
     record = get_method(method)
     if not isinstance(normalize, bool):
         raise InputError(f"normalize must be True or False, got {normalize!r}")
+    if head is not None and tensors is not None:
+        raise InputError("head and tensors both say what the method has learned: give one")
+    if (head == "train") != (data is not None):
+        raise InputError('head="train" and data=, the images to train it on, belong together')
+    if params is not None:
+        overrides["params"] = tuple(params) if isinstance(params, (list, set)) else params
+    if head == "train":
+        if record.fit is None:
+            raise InputError(f"{record.name} has no head that is trained on a finished model")
+        config = configure(record.config() if isinstance(method, str) else method, overrides)
+        return record.fit(
+            model,
+            gather_images(data),
+            config,
+            mean=mean,
+            std=std,
+            normalize=normalize,
+            pretrained=pretrained,
+            device=device,
+            seed=seed,
+            model_dir=model_dir,
+        )
     module, origin, artifact = load_model(model, pretrained, model_dir, seed)
     if origin["source"] == "robustbench":
         normalize = False
     config, where = record.config() if isinstance(method, str) else method, "tensors"
-    if tensors is None and artifact is not None and artifact.config["method"] == record.name:
-        tensors, where = artifact.tensors, str(model)
-        if isinstance(method, str):
-            config = _config_of(record, artifact.config, where)
-    elif tensors is None and record.default_artifact is not None:
-        # A learned optimizer and its step size belong together, so a bare name takes both.
-        where = record.default_artifact(module)
-        bundled = artifacts.read(artifacts.bundled_folder(where))
-        tensors = bundled.tensors
-        source = {n for n in tensors if n.startswith("source.")}
-        made_for = bundled.config["backbone"]
-        # Hashing the weights of a large network takes long; its classes alone may tell.
-        known = getattr(module, "num_classes", None) in (None, made_for.get("num_classes"))
-        same = source and known
-        if not same or artifacts.fingerprint(module.state_dict()) != made_for.get("fingerprint"):
-            # The optimizer fits any network, the source statistics only their own.
-            tensors = {n: t for n, t in tensors.items() if n not in source}
-        if isinstance(method, str):
-            config = _config_of(record, bundled.config, where)
-    if params is not None:
-        overrides["params"] = tuple(params) if isinstance(params, (list, set)) else params
+    learned = None
+    if tensors is None:
+        found = _learned(record, module, head, artifact, str(model))
+        if found is not None:
+            learned, tensors, where = found
+        if learned is not None and isinstance(method, str):
+            # What was learned and its step size belong together, so a bare name takes both.
+            config = _config_of(record, learned, where)
     config = configure(config, overrides)
     return _build(
         module,
@@ -141,6 +158,45 @@ def wrap(
         device=device,
         seed=seed,
     )
+
+
+def _learned(
+    record: Method, module: nn.Module, head: str | Path | None, model: Artifact | None, name: str
+) -> tuple[dict[str, Any], dict[str, Tensor], str] | None:
+    """Config, tensors and name of what a method has learned for a model; None if nothing is."""
+    if head is not None:
+        found = hub.find(head, Access())
+        if found is None:
+            raise ArtifactError(f"head={str(head)[:200]!r} is no artifact")
+        artifact = artifacts.read(found.folder, found.name)
+        if artifact.config["method"] != record.name:
+            raise InputError(f"{head} is made for {artifact.config['method']}, not {record.name}")
+        check_fingerprint(module, artifact.config["backbone"], found.name, True)
+        return artifact.config, artifact.tensors, found.name
+    if model is not None and model.config["method"] == record.name:
+        return model.config, model.tensors, name
+    if record.default_artifact is None:
+        return None
+    name = _made_for(record, module) or record.default_artifact
+    artifact = artifacts.read(artifacts.bundled_folder(name))
+    return artifact.config, artifact.tensors, name
+
+
+def _made_for(record: Method, module: nn.Module) -> str | None:
+    """The bundled artifact of a method that was made for a model's very weights."""
+    classes, mark = getattr(module, "num_classes", None), None
+    for name in artifacts.list_bundled():
+        config = artifacts.read_config(artifacts.bundled_folder(name))
+        made_for = config["backbone"]
+        if config["method"] != record.name or "fingerprint" not in made_for:
+            continue
+        # Hashing the weights of a large network takes long; its classes alone may tell.
+        if classes not in (None, made_for.get("num_classes")):
+            continue
+        mark = mark or artifacts.fingerprint(module.state_dict())
+        if mark == made_for["fingerprint"]:
+            return name
+    return None
 
 
 def _config_of(record: Method, config: dict[str, Any], name: str) -> Any:

@@ -30,7 +30,7 @@ from .. import gradient_memory
 from ..errors import ArtifactError, InputError
 from ..objectives import entropy, feature_discrepancy
 from ..registry import Method, check_choice, check_number, register
-from ..structure import batch_norms, channels, norm_modules
+from ..structure import channels
 from ..updates import GradientMemory
 from .online import Loss, Objective, Online
 
@@ -120,14 +120,6 @@ def check(config: MGG, backbone, tensors: dict[str, Tensor], where: str) -> dict
     return {f"memory.{n}": t for n, t in gradient_memory.check_slow(memory).items()} | rest
 
 
-def default_artifact(model: torch.nn.Module) -> str:
-    """The bundled optimizer trained on the network most like ``model``."""
-    if batch_norms(model):
-        return "mgg-resnet26bn-cifar10"
-    tokens = any(isinstance(m, torch.nn.LayerNorm) for m in norm_modules(model).values())
-    return "mgg-vit-tiny-cifar10" if tokens else "mgg-resnet26-cifar10"
-
-
 register(
     Method(
         "mgg",
@@ -135,7 +127,7 @@ register(
         build,
         "Deng et al., Learning to Generate Gradients for Test-Time Adaptation via Test-Time "
         "Training Layers, AAAI 2025, arXiv:2412.16901",
-        default_artifact=default_artifact,
+        default_artifact="mgg-universal",
         check=check,
         # Its input is a gradient, whatever network that came from; statistics have one source.
         fits_any=lambda config, tensors: "source.mean" not in tensors,

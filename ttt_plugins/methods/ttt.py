@@ -152,6 +152,7 @@ def check(config: TTT, backbone, tensors: dict[str, Tensor], where: str) -> dict
     if not tensors:
         raise InputError(
             "TTT needs a trained rotation head, and this model has none; train one with "
+            'wrap(model, "ttt", head="train", data=images), or keep one with '
             "`ttt-plugins train ttt --freeze-trunk --model MODEL --data-dir DIR --out FOLDER` "
             "(the model stays as it is) or jointly with a model, `ttt-plugins train ttt --arch "
             "ARCH …`, and load the folder with from_pretrained"
@@ -166,6 +167,14 @@ def eligible(config: TTT, backbone) -> list[str]:
     return trunk(backbone.model, config.split)[0]
 
 
+def fit(model, images: Tensor, config: TTT, **options):
+    """An adapter whose rotation head was trained on clean images; the model stays as it is."""
+    from ..train.ttt import HeadRecipe, fit_rotation_head  # trainings know methods, not the reverse
+
+    recipe = HeadRecipe(split=config.split, batch_size=max(1, min(128, len(images))))
+    return fit_rotation_head(model, images, recipe, config=config, **options)[0]
+
+
 register(
     Method(
         "ttt",
@@ -175,5 +184,6 @@ register(
         "Distribution Shifts, ICML 2020, arXiv:1909.13231",
         check=check,
         eligible=eligible,
+        fit=fit,
     )
 )
