@@ -239,8 +239,8 @@ def test_moves_and_copies(make, images):
 def test_mistakes(make, images, make_model):
     with pytest.raises(tp.InputError, match="no field 'optimizer_name'"):
         make("mt3", optimization_parameters={"optimizer_name": "adam"}).eval()(images(2))
-    with pytest.raises(tp.InputError, match="no field 'head'"):
-        make("mgg", head=1)
+    with pytest.raises(tp.InputError, match="no field 'colour'"):
+        make("mgg", colour=1)
     for method in NAMES:
         engine = make(method)
         for mode in (True, False):

@@ -523,6 +523,7 @@ def test_wrap_trains_a_head(make_model, same_tensors, tmp_path):
         ("ttt", {"head": "train", "data": ["one"]}, "one tensor"),
         ("ttt", {"head": "train", "data": 3}, "got int"),
         ("ttt", {"head": "no such thing"}, "no artifact"),
+        ("ttt", {"head": 1}, "got int"),
         ("ttt", {"head": "bundled:mgg-resnet26-cifar10"}, "made for mgg"),
         ("ttt", {"head": "bundled:ttt-resnet26-cifar10", "tensors": {}}, "give one"),
         ("tent", {"head": "train", "data": torch.rand(8, 3, 32, 32)}, "tent has no head"),

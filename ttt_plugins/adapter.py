@@ -28,6 +28,8 @@ __all__ = ["Adapter"]
 
 #: How far outside [0, 1] a pixel may lie before it is taken for a mistake (resampling overshoots).
 _RANGE_SLACK = 0.05
+#: Batches between two looks, on an accelerator, at whether updates were skipped.
+_LOOK_EVERY = 64
 
 
 class Adapter(nn.Module):
@@ -39,12 +41,13 @@ class Adapter(nn.Module):
     Attributes:
         method: the method's name.
         config: the method's fields, a frozen dataclass.
-        skipped_updates: updates that did not happen because the loss or its gradient was not
-            finite: batches, or images where each adapts on its own.
         forwards, backwards: images passed through the model so far, in either direction.
         batches: batches adapted to since the last reset.
         loss: the last batch's mean self-supervised loss in front of its last update, a scalar
             tensor; None where there was none.
+        checks_pixels: whether every batch is refused that has pixels outside [0, 1] or not finite.
+            On an accelerator that look waits for the device; False saves it where the images are
+            known to be good. Type, shape and device are always checked.
     """
 
     def __init__(
@@ -69,7 +72,10 @@ class Adapter(nn.Module):
         if method.build is not None:
             eligible = method.eligible(config, backbone) if method.eligible else None
             self.names = scope.select(backbone, config.params, eligible)
-        self.forwards = self.backwards = self.skipped_updates = self.batches = 0
+        self.forwards = self.backwards = self.batches = 0
+        self.checks_pixels = True
+        self._skipped: int | Tensor = 0
+        self._warned = False
         self.loss: Tensor | None = None
         self._params: dict[str, Tensor] | None = None
         self._state: dict[str, Tensor] | None = None
@@ -116,16 +122,28 @@ class Adapter(nn.Module):
         self.forwards += outcome.forwards
         self.backwards += outcome.backwards
         self.batches += 1
-        if outcome.skipped:
-            if not self.skipped_updates:
-                warnings.warn(
-                    "the loss or its gradient was not finite: this update is skipped, the "
-                    "prediction is returned; net.skipped_updates counts (warned once)",
-                    RuntimeWarning,
-                    stacklevel=5,
-                )
-            self.skipped_updates += outcome.skipped
+        self._skipped = self._skipped + outcome.skipped
+        if not self._warned and self._may_look() and self.skipped_updates:
+            self._warned = True
+            warnings.warn(
+                "the loss or its gradient was not finite: such updates are skipped, the "
+                "prediction is returned; net.skipped_updates counts (warned once)",
+                RuntimeWarning,
+                stacklevel=5,
+            )
         return outcome.logits
+
+    def _may_look(self) -> bool:
+        """Whether a look at a tensor's value is cheap now: an accelerator waits for it."""
+        return self.backbone.device.type == "cpu" or self.batches % _LOOK_EVERY == 0
+
+    @property
+    def skipped_updates(self) -> int:
+        """Updates that did not happen because the loss or its gradient was not finite.
+
+        Batches, or images where each adapts on its own.
+        """
+        return int(self._skipped)
 
     def _check(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):
@@ -149,6 +167,8 @@ class Adapter(nn.Module):
             raise InputError(
                 f"images are on {images.device}, the adapter on {self.backbone.device}; move one"
             )
+        if not self.checks_pixels:
+            return
         low, high = (bound.item() for bound in torch.aminmax(images.detach()))
         if low != low or high != high or max(abs(low), abs(high)) == float("inf"):
             raise InputError("images hold NaN or infinite pixels; nothing was adapted")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cosine_distance", "entropy", "feature_discrepancy", "is_finite", "reliable"]
+__all__ = ["all_finite", "cosine_distance", "entropy", "feature_discrepancy", "reliable"]
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -48,6 +48,6 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     return 2 - 2 * (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1)
 
 
-def is_finite(*tensors: Tensor) -> bool:
-    """Whether every value of every tensor is finite (one synchronisation with the device)."""
-    return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
+def all_finite(*tensors: Tensor) -> Tensor:
+    """Whether every value of every tensor is finite, a bool () on the device."""
+    return torch.stack([torch.isfinite(t).all() for t in tensors]).all()

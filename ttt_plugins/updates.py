@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from . import gradient_memory
-from .objectives import is_finite
+from .objectives import all_finite
 from .scope import flatten, unflatten
 
-__all__ = ["Adam", "Evaluation", "GradientMemory", "SGD", "SharpnessAware", "UpdateRule"]
+__all__ = ["Adam", "Evaluation", "GradientMemory", "SGD", "SharpnessAware", "UpdateRule", "choose"]
 
 Tensors = dict[str, Tensor]
 
@@ -38,9 +38,10 @@ class Evaluation(NamedTuple):
     kept: Tensor | None = None
 
     @property
-    def finite(self) -> bool:
+    def finite(self) -> Tensor:
+        """Whether there is anything to learn from, a bool () on the device."""
         # The squares too: the rules' second moments hold them.
-        return is_finite(self.loss, flatten(self.grads).square())
+        return all_finite(self.loss, flatten(self.grads).square())
 
 
 class Situation(NamedTuple):
@@ -53,6 +54,10 @@ class Situation(NamedTuple):
 class UpdateRule(Protocol):
     """See the module's docstring; ``step`` returns None to leave everything as it is.
 
+    So do parameters that are not finite, which lets a rule decide on the device: a look at a
+    tensor's value (``if``, ``item``) makes an accelerator wait. It is called for a first pass that
+    was not finite too, and what it makes of that is dropped.
+
     ``passes`` is the number of forward-backward passes over the batch that a step needs.
     """
 
@@ -63,6 +68,11 @@ class UpdateRule(Protocol):
     def step(
         self, params: Tensors, state: Tensors, first: Evaluation, situation: Situation
     ) -> tuple[Tensors, Tensors] | None: ...
+
+
+def choose(which: Tensor, these: Tensors, those: Tensors) -> Tensors:
+    """``these`` where a bool () on the device holds, else ``those``; nobody waits to know."""
+    return {name: torch.where(which, t, those[name]) for name, t in these.items()}
 
 
 def _move(params: Tensors, direction: Tensor, lr: float) -> Tensors:
@@ -145,21 +155,20 @@ class SharpnessAware:
         return {"velocity": torch.zeros_like(flat), "level": flat.new_full((), torch.nan)}
 
     def step(self, params, state, first, situation):
-        if not first.kept.any():
-            return params, state
         grad = flatten(first.grads)
         direction = grad / (grad.norm() + 1e-12)
         second = situation.evaluate(_move(params, direction, -self.radius), first)
-        if not second.finite:
-            return None
-        velocity, level = state["velocity"], state["level"]
-        if second.kept.any():
-            velocity = self.momentum * velocity + flatten(second.grads)
-            params = _move(params, velocity, self.lr)
-            level = torch.where(level.isnan(), second.loss, 0.9 * level + 0.1 * second.loss)
-        if level < self.recovery:
-            return dict(situation.source), self.init(situation.source)
-        return params, {"velocity": velocity, "level": level}
+        reliable, level = first.kept.any(), state["level"]
+        broken = reliable & ~second.finite
+        velocity = self.momentum * state["velocity"] + flatten(second.grads)
+        level = torch.where(level.isnan(), second.loss, 0.9 * level + 0.1 * second.loss)
+        moved = _move(params, velocity.masked_fill(broken, torch.nan), self.lr)
+        moves = (reliable & second.kept.any()) | broken
+        params = choose(moves, moved, params)
+        state = choose(moves, {"velocity": velocity, "level": level}, state)
+        collapsed = (state["level"] < self.recovery) & ~broken
+        params = choose(collapsed, situation.source, params)
+        return params, choose(collapsed, self.init(situation.source), state)
 
 
 @dataclass(frozen=True)

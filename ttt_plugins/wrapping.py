@@ -110,6 +110,8 @@ def wrap(
     record = get_method(method)
     if not isinstance(normalize, bool):
         raise InputError(f"normalize must be True or False, got {normalize!r}")
+    if not isinstance(head, (str, Path, type(None))):
+        raise InputError(f'head is "train" or an artifact, got {type(head).__name__}')
     if head is not None and tensors is not None:
         raise InputError("head and tensors both say what the method has learned: give one")
     if (head == "train") != (data is not None):

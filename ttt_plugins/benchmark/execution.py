@@ -63,9 +63,10 @@ class Execution:
 def to_unit(images: Tensor) -> Tensor:
     """uint8 images -> float32 in [0, 1], as exact as RobustBench's on the CPU.
 
-    CUDA multiplies by the reciprocal of a Python number; by a tensor it divides.
+    CUDA multiplies by the reciprocal of a Python number; by a tensor it divides. That tensor is
+    filled on the device: a copy from the host would wait.
     """
-    return images.float().div_(torch.tensor(255.0, device=images.device))
+    return images.float().div_(torch.full((), 255.0, device=images.device))
 
 
 def reset_peak_memory(device: torch.device) -> None:

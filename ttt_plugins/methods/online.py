@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..backbone import Backbone
-from ..objectives import is_finite
+from ..objectives import all_finite
 from ..scope import call, flatten
-from ..updates import Evaluation, Situation, Tensors, UpdateRule
+from ..updates import Evaluation, Situation, Tensors, UpdateRule, choose
 
 __all__ = ["Loss", "Online", "Outcome", "evaluate"]
 
@@ -43,7 +43,8 @@ class Objective:
 class Outcome(NamedTuple):
     """Result of adapting to one batch.
 
-    ``skipped`` counts updates that could not be made, ``forwards`` and ``backwards`` the images
+    ``skipped`` counts updates that could not be made (a number, or a tensor () that is not looked
+    at before someone asks), ``forwards`` and ``backwards`` the images
     that passed through the model; ``loss`` is the mean self-supervised loss in front of the last
     update, a scalar, where there was one to compute.
     """
@@ -51,7 +52,7 @@ class Outcome(NamedTuple):
     logits: Tensor
     params: Tensors
     state: Tensors
-    skipped: int
+    skipped: int | Tensor
     forwards: int
     backwards: int
     loss: Tensor | None = None
@@ -116,12 +117,12 @@ class Online:
             return evaluate(self.backbone, self.objective, at, images, first)
 
         first = again(params)
-        moved = None
-        if first.finite:
-            moved = self.rule.step(params, state, first, Situation(again, self.source))
-        if moved is not None and not is_finite(flatten(moved[0])):
-            moved = None
-        new_params, new_state = (params, state) if moved is None else moved
+        moved = self.rule.step(params, state, first, Situation(again, self.source))
+        skipped: int | Tensor = 1
+        if moved is not None:
+            fine = first.finite & all_finite(flatten(moved[0]))
+            params = choose(fine, moved[0], params)
+            state = choose(fine, moved[1], state)
+            skipped = (~fine).long()
         seen = passes * len(images)
-        skipped = int(moved is None)
-        return Outcome(first.logits, new_params, new_state, skipped, seen, seen, first.loss)
+        return Outcome(first.logits, params, state, skipped, seen, seen, first.loss)
