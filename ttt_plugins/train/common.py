@@ -1,18 +1,76 @@
-"""What all trainings share: checkpoints, the rate's schedule, accuracy, normalisation."""
+"""What all trainings share: the start, draws, checkpoints, schedule, accuracy, normalisation."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from ..artifacts import Artifact
 from ..data import LabelledImages, to_float
 from ..errors import InputError
+from ..hub import read_named
 
-__all__ = ["Normalise", "accuracy", "load_checkpoint", "rate", "save_checkpoint"]
+__all__ = [
+    "Normalise",
+    "accuracy",
+    "create_model",
+    "epoch_generator",
+    "load_checkpoint",
+    "rate",
+    "read_start",
+    "save_checkpoint",
+    "write_entry",
+]
+
+
+def read_start(name: str) -> Artifact:
+    """The artifact whose model a training starts from.
+
+    Raises:
+        InputError: it carries none.
+    """
+    found = read_named(name)
+    if found.weights is None:
+        raise InputError(f"{name} carries no model to start from")
+    return found
+
+
+def create_model(
+    arch: str, classes: int, arguments: Mapping, weights: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A timm model, fresh from torch's global generator or with weights.
+
+    Raises:
+        InputError: timm cannot create it, or the weights are another architecture's.
+    """
+    try:
+        model = timm.create_model(arch, num_classes=classes, **arguments)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"timm could not create {arch!r} with {arguments} ({error})") from error
+    if weights is not None:
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise InputError(f"the weights to start from do not fit {arch}: {error}") from error
+    return model
+
+
+def epoch_generator(seed: int, epoch: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """For all that an epoch draws: a resumed run draws what an unbroken one would have drawn."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+
+
+def write_entry(entry: Mapping[str, float]) -> None:
+    """A line above the progress bar."""
+    shown = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in entry.items() if k != "epoch")
+    tqdm.write(f"epoch {entry['epoch']:3d}  {shown}")
 
 
 class Normalise(nn.Module):

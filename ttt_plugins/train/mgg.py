@@ -31,7 +31,7 @@ from ..methods.online import Loss, Objective, Online, evaluate
 from ..registry import check_number
 from ..updates import Situation
 from ..wrapping import wrap
-from .common import load_checkpoint, save_checkpoint
+from .common import epoch_generator, load_checkpoint, save_checkpoint
 
 __all__ = ["MGGRecipe", "stream_accuracy", "train_mgg", "untrained"]
 
@@ -260,8 +260,7 @@ def train_mgg(
         params, log, first, best = saved["params"], saved["log"], saved["epoch"], saved["best"]
     bar = tqdm(range(first, recipe.epochs), "meta-training", disable=not progress)
     for epoch in bar:
-        # Seeded by epoch, so a resumed run draws what an unbroken one would have drawn.
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch + 1)
+        generator = epoch_generator(recipe.seed, epoch + 1)
         if recipe.decay:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.meta_lr * (1 - epoch / recipe.epochs)

@@ -17,7 +17,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,13 +29,20 @@ from ..backbone import Backbone
 from ..data import LabelledImages, to_float
 from ..errors import InputError
 from ..heads import init_byol
-from ..hub import read_named
 from ..methods.mt3 import byol_loss
 from ..methods.per_image import descend, loss_and_gradient
 from ..registry import check_choice, check_integer, check_number
 from ..scope import call
 from ..views import BYOL_NUMBERS, SHARED_NUMBERS, byol_view, random_crop, shared_augmentation
-from .common import load_checkpoint, rate, save_checkpoint
+from .common import (
+    create_model,
+    epoch_generator,
+    load_checkpoint,
+    rate,
+    read_start,
+    save_checkpoint,
+    write_entry,
+)
 
 #: Meta-steps from one look at the accuracy before the inner step to the next.
 _LOOK_EVERY = 20
@@ -306,20 +312,12 @@ def _start(recipe: MT3Recipe, classes: int) -> tuple[nn.Module, str, dict, dict[
     """The model to start from, its architecture and arguments, and its heads."""
     arch, model_args, tensors, weights = recipe.arch, recipe.model_args, {}, None
     if recipe.init:
-        artifact = read_named(recipe.init)
+        artifact = read_start(recipe.init)
         weights = artifact.weights
-        if weights is None:
-            raise InputError(f"{recipe.init} carries no model to start from")
         arch, model_args = artifact.config["architecture"], artifact.config["model_args"]
         tensors = {n: t for n, t in artifact.tensors.items() if n.startswith(("proj", "pred"))}
     torch.manual_seed(recipe.seed)
-    try:
-        model = timm.create_model(arch, num_classes=classes, **model_args)
-        if weights is not None:
-            model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"{arch!r} cannot be made ({error})") from error
-    return model, arch, model_args, tensors
+    return create_model(arch, classes, model_args, weights), arch, model_args, tensors
 
 
 def train_mt3(
@@ -374,8 +372,7 @@ def train_mt3(
     workers.agree(first, checkpoint)
     images, labels = train.images.to(device), train.labels.to(device)
     for epoch in range(first, recipe.epochs):
-        # Seeded by epoch, so a resumed run draws what an unbroken one would have drawn.
-        generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + epoch)
+        generator = epoch_generator(recipe.seed, epoch, device)
         orders = [
             torch.randperm(len(train), generator=generator, device=device)
             for _ in range(-(-per_epoch * per_batch // len(train)))
@@ -415,8 +412,7 @@ def train_mt3(
         log.append(entry)
         if workers.first:
             if progress:
-                shown = "  ".join(f"{k} {v:.4f}" for k, v in entry.items() if k != "epoch")
-                tqdm.write(f"epoch {entry['epoch']:3d}  {shown}")
+                write_entry(entry)
             saved = {"meta": meta, "velocity": velocity, "recipe": asdict(recipe), "log": log}
             save_checkpoint(checkpoint, saved | {"epoch": epoch + 1})
     with torch.no_grad():

@@ -20,9 +20,18 @@ from tqdm.auto import tqdm
 
 from ..data import LabelledImages, to_float
 from ..errors import InputError
-from ..hub import read_named
 from ..views import cutmix_, cutout_, random_crop, random_flip
-from .common import Normalise, accuracy, load_checkpoint, rate, save_checkpoint
+from .common import (
+    Normalise,
+    accuracy,
+    create_model,
+    epoch_generator,
+    load_checkpoint,
+    rate,
+    read_start,
+    save_checkpoint,
+    write_entry,
+)
 
 __all__ = ["SourceRecipe", "train_source"]
 
@@ -152,18 +161,8 @@ def train_source(
     kwargs = dict(recipe.model_args)
     if recipe.patch_drop:
         kwargs["patch_drop_rate"] = recipe.patch_drop
-    try:
-        model = timm.create_model(recipe.arch, num_classes=classes, **kwargs).to(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(
-            f"timm could not create {recipe.arch!r} with {kwargs} ({error})"
-        ) from error
-    if recipe.init:
-        start = read_named(recipe.init)
-        try:
-            model.load_state_dict(start.weights or {})
-        except RuntimeError as error:
-            raise InputError(f"{recipe.init} does not fit {recipe.arch}: {error}") from error
+    weights = read_start(recipe.init).weights if recipe.init else None
+    model = create_model(recipe.arch, classes, kwargs, weights).to(device)
     if train.images.shape[2] >= 32 and not recipe.patch_drop:
         model = model.to(memory_format=torch.channels_last)
     settings = timm.data.resolve_model_data_config(model)
@@ -188,9 +187,8 @@ def train_source(
         log, first = saved["log"], saved["epoch"]
     images, labels = train.images.to(device), train.labels.to(device)
     for epoch in range(first, recipe.epochs):
-        # Seeded by epoch, so a resumed run draws what an unbroken one would have drawn.
-        generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + epoch)
-        torch.manual_seed(recipe.seed * 1_000_003 + epoch)
+        generator = epoch_generator(recipe.seed, epoch, device)
+        torch.manual_seed(generator.initial_seed())  # dropped patches are drawn from torch's own
         if recipe.patch_drop:
             dropping = epoch < recipe.patch_drop_until * recipe.epochs
             model.patch_drop.prob = recipe.patch_drop if dropping else 0.0
@@ -219,10 +217,7 @@ def train_source(
         }
         log.append(entry)
         if progress:
-            tqdm.write(
-                f"epoch {entry['epoch']:3d}  loss {entry['loss']:.4f}  "
-                f"test accuracy {entry['test_accuracy']:.4f}"
-            )
+            write_entry(entry)
         saved = {name: part.state_dict() for name, part in state.items()}
         saved |= {"recipe": asdict(recipe), "log": log, "epoch": epoch + 1}
         save_checkpoint(checkpoint, saved)

@@ -25,13 +25,22 @@ from ..adapter import Adapter
 from ..data import LabelledImages, to_float
 from ..errors import InputError
 from ..heads import ROTATIONS, init_linear, init_rotation, rotation_logits
-from ..hub import read_named
 from ..methods.ttt import TTT
 from ..registry import check_choice, check_integer, check_number, get_method
 from ..structure import feature_width, pooled_features, trunk
 from ..views import quarter_turns, random_crop, random_flip
 from ..wrapping import wrap
-from .common import Normalise, accuracy, load_checkpoint, rate, save_checkpoint
+from .common import (
+    Normalise,
+    accuracy,
+    create_model,
+    epoch_generator,
+    load_checkpoint,
+    rate,
+    read_start,
+    save_checkpoint,
+    write_entry,
+)
 
 __all__ = ["HeadRecipe", "JointRecipe", "fit_rotation_head", "train_joint"]
 
@@ -177,15 +186,8 @@ def train_joint(
     checkpoint = out / "checkpoint.pt"
     torch.manual_seed(recipe.seed)
     classes = int(train.labels.max()) + 1
-    try:
-        model = timm.create_model(recipe.arch, num_classes=classes, **recipe.model_args)
-        if recipe.init:
-            weights = read_named(recipe.init).weights
-            if weights is None:
-                raise InputError(f"{recipe.init} carries no model to start from")
-            model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"{recipe.arch!r} cannot be made ({error})") from error
+    weights = read_start(recipe.init).weights if recipe.init else None
+    model = create_model(recipe.arch, classes, recipe.model_args, weights)
     # Moved before it is twinned: a move gives each module new buffers, and the trunk's are shared.
     model = model.to(device, memory_format=torch.channels_last)
     joint = JointModel(model, recipe.split).to(device)
@@ -210,8 +212,7 @@ def train_joint(
         log, first = saved["log"], saved["epoch"]
     images, labels = train.images.to(device), train.labels.to(device)
     for epoch in range(first, recipe.epochs):
-        # Seeded by epoch, so a resumed run draws what an unbroken one would have drawn.
-        generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + epoch)
+        generator = epoch_generator(recipe.seed, epoch, device)
         joint.train()
         totals = torch.zeros(2, device=device)
         order = torch.randperm(len(train), generator=generator, device=device)
@@ -241,8 +242,7 @@ def train_joint(
         }
         log.append(entry)
         if progress:
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in entry.items() if k != "epoch")
-            tqdm.write(f"epoch {entry['epoch']:3d}  {shown}")
+            write_entry(entry)
         saved = {name: part.state_dict() for name, part in state.items()}
         save_checkpoint(
             checkpoint, saved | {"recipe": asdict(recipe), "log": log, "epoch": epoch + 1}
