@@ -520,7 +520,7 @@ def test_wrap_trains_a_head(make_model, same_tensors, tmp_path):
         ("ttt", {"data": torch.rand(8, 3, 32, 32)}, "belong together"),
         ("ttt", {"head": "train", "data": torch.rand(8, 3, 32, 20)}, "square"),
         ("ttt", {"head": "train", "data": []}, "no images"),
-        ("ttt", {"head": "train", "data": ["one"]}, "one tensor"),
+        ("ttt", {"head": "train", "data": ["one"]}, "got str"),
         ("ttt", {"head": "train", "data": 3}, "got int"),
         ("ttt", {"head": "no such thing"}, "no artifact"),
         ("ttt", {"head": 1}, "got int"),

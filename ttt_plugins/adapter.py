@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from . import scope
 from .backbone import Backbone
+from .data import batch_images
 from .errors import InputError, TTTError
-from .registry import Method
+from .registry import Method, get_method
 from .structure import describe_split
 
 __all__ = ["Adapter"]
@@ -89,8 +90,8 @@ class Adapter(nn.Module):
         Raises:
             InputError: images of another type, shape or range; the adapter stays as it was.
         """
-        self._check(images)
-        with torch.inference_mode(False):
+        self.check_images(images)
+        with self.backbone.lock, torch.inference_mode(False):
             # Tensors born in inference mode cannot be part of a graph; a copy can.
             images = images.clone() if images.is_inference() else images.detach()
             images = images.to(self.backbone.dtype)
@@ -145,7 +146,12 @@ class Adapter(nn.Module):
         """
         return int(self._skipped)
 
-    def _check(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
+        """What every batch is checked for.
+
+        Raises:
+            InputError: no images (B, C, H, W) on the adapter's device, floating point in [0, 1].
+        """
         if not isinstance(images, Tensor):
             raise InputError(f"images must be a torch.Tensor, got {type(images).__name__}")
         if images.ndim != 4:
@@ -220,11 +226,22 @@ class Adapter(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)
-        for held in (self._tensors, self._params, self._state):
+        for held in (self._tensors, self._params):
             if held is not None:
                 held.update({name: fn(t) for name, t in held.items()})
         self._algorithm = None  # it holds the tensors from before the move
+        if self._state is not None:
+            # A rule chooses its own precision, whatever the model's is.
+            start = self._algorithm_now().init()
+            self._state = {n: t.to(start[n].device, start[n].dtype) for n, t in self._state.items()}
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Methods hold functions, which may be nobody's by name: a method is found by its own.
+        return self.__dict__ | {"_algorithm": None, "_record": self.method}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"_record": get_method(state["_record"])})
 
     def train(self, mode: bool = True) -> Adapter:
         """Accepted and without effect: an adapter behaves the same in both modes."""
@@ -257,7 +274,8 @@ class Adapter(nn.Module):
         """Go on where `adaptation_state` was taken.
 
         Raises:
-            InputError: made by another method, model or parameter choice; nothing is loaded.
+            InputError: made by another method, model or parameter choice, or its parameters are
+                not finite; nothing is loaded.
         """
         expected = self.adaptation_state()
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
@@ -274,6 +292,10 @@ class Adapter(nn.Module):
                     f"this adaptation state belongs to another adapter: {name!r} is "
                     f"{given.dtype} {tuple(given.shape)}, expected {own.dtype} {tuple(own.shape)}"
                 )
+            if name.startswith("params.") and not torch.isfinite(given).all():
+                raise InputError(f"this adaptation state is damaged: {name!r} is not finite")
+        if state["batches"] < 0:
+            raise InputError("this adaptation state is damaged: a negative number of batches")
         with torch.inference_mode(False):
             # In our own order: a rule's flat tensors follow the order of the parameters, and a
             # file may have sorted the names.
@@ -298,15 +320,17 @@ class Adapter(nn.Module):
         starts anew afterwards.
 
         Raises:
-            InputError: the loader yields nothing, or the method compares no statistics.
+            InputError: the loader yields nothing or something else, or the method compares no
+                statistics.
         """
         if not hasattr(self.config, "discrepancy"):
             raise InputError(f"{self.method} compares no feature statistics; only mgg does")
         totals: tuple[Tensor, ...] | None = None
+        if not isinstance(loader, Iterable):
+            raise InputError(f"a loader of clean images is needed, got {type(loader).__name__}")
         for batch in tqdm(loader, "source statistics", disable=not progress, leave=False):
-            images = batch if isinstance(batch, Tensor) else batch[0]
-            images = images.to(self.backbone.device)
-            self._check(images)
+            images = batch_images(batch).to(self.backbone.device)
+            self.check_images(images)
             with torch.no_grad(), self.backbone.recording() as record:
                 self.backbone(images.to(self.backbone.dtype))
             sums = self.backbone.feature_sums(record)
@@ -399,11 +423,14 @@ class Adapter(nn.Module):
             the commit that holds it now.
 
         Raises:
+            InputError: the repository's name is no text.
             HubError: the Hub refuses or cannot be reached; nothing is published then.
             ArtifactError: the classifier is in a local folder that is gone.
         """
         from .publish import publish
 
+        if not isinstance(repository, str):
+            raise InputError(f'repository is "org/name", got {type(repository).__name__}')
         with tempfile.TemporaryDirectory(prefix="ttt-plugins-") as work:
             folder = self.save_pretrained(Path(work) / repository.split("/")[-1], **records)
             return publish(folder, repository, private=private, token=token)[0]

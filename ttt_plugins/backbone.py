@@ -9,10 +9,12 @@ model.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import timm
 import torch
@@ -206,7 +208,9 @@ class Backbone(nn.Module):
         #: Parameter -> the other modules' parameters that are the same one (tied weights).
         self.tied = tied_parameters(self)
         self._batch_size = 0
-        self._use(statistics)
+        #: Held during a forward pass: what it records and which statistics it uses are this
+        #: module's, so that threads have to take turns.
+        self.lock = threading.RLock()
 
     @staticmethod
     def _check_double_normalisation(model: nn.Module) -> None:
@@ -253,9 +257,9 @@ class Backbone(nn.Module):
         With ``pooled`` the features (B, D) in front of the classifier instead.
         """
         self._batch_size = len(images)
-        if self.statistics == "batch":
-            # One image has no batch statistics to speak of: it is seen with the source's.
-            self._use("source" if len(images) == 1 else "batch")
+        # One image has no batch statistics to speak of: it is seen with the source's.
+        if self.statistics == "batch" and len(images) > 1:
+            self._use("batch")
         x = (images - self.mean) / self.std if self.normalize else images
         # Attention's fused inference path rounds otherwise than the one with a graph, and an
         # adapter that does not move has to be the plain model bit for bit.
@@ -265,6 +269,8 @@ class Backbone(nn.Module):
             out = pooled_features(self.model, x) if pooled else self.model(x)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
+            if self.statistics != "source":
+                self._use("source")  # what anybody finds who looks at the module
             for cache in self._caches:  # the next call comes with other parameters
                 cache.clear()
         if self._distilled and isinstance(out, (tuple, list)) and len({o.shape for o in out}) == 1:
@@ -273,6 +279,8 @@ class Backbone(nn.Module):
             what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             wanted = "features (B, D)" if pooled else "logits (B, classes)"
             raise InputError(f"the model must return {wanted}, it returned {what}")
+        if not out.is_floating_point():
+            raise InputError(f"the model must return floating-point numbers, not {out.dtype}")
         if not pooled:
             self.num_classes = out.shape[1]
         return out
@@ -336,11 +344,14 @@ class Backbone(nn.Module):
         module.running_var = share * module.source_var + (1 - share) * var
 
     def source_state_dict(self) -> dict[str, Tensor]:
-        """The wrapped model's ``state_dict``, running statistics included in every mode."""
-        self._use("source")
-        state = self.model.state_dict()
-        self._use(self.statistics)
-        return state
+        """The wrapped model's ``state_dict``."""
+        return self.model.state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"lock": threading.RLock()})
 
     # -- features and their statistics ---------------------------------------------------
 

@@ -18,6 +18,7 @@ __all__ = [
     "CIFAR10_CLASSES",
     "EXTRA_ROWS",
     "LabelledImages",
+    "batch_images",
     "gather_images",
     "read_parquet",
     "to_float",
@@ -60,25 +61,39 @@ def to_float(images: Tensor) -> Tensor:
     return images if images.is_floating_point() else images.float().div_(255)
 
 
+def batch_images(batch: object) -> Tensor:
+    """The images of a loader's batch, which is them or a tuple or list that begins with them.
+
+    Raises:
+        InputError: it is anything else.
+    """
+    found = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(found, Tensor):
+        raise InputError(
+            "a loader must yield tensors of images, or tuples that begin with one; got "
+            f"{type(batch).__name__}"
+        )
+    return found
+
+
 def gather_images(data: Tensor | Iterable) -> Tensor:
     """Images as one tensor (N, C, H, W): from a tensor, or a loader of batches or tuples.
 
     Raises:
-        InputError: it yields nothing, or something else.
+        InputError: it yields nothing, something else, or batches of different types or sizes.
     """
     if isinstance(data, Tensor):
         return data
     if not isinstance(data, Iterable):
         raise InputError(f"data must be images or a loader of them, got {type(data).__name__}")
-    parts = [part if isinstance(part, Tensor) else part[0] for part in data]
+    parts = [batch_images(part) for part in data]
     if not parts:
         raise InputError("the loader yielded no images")
-    try:
-        return torch.cat(parts)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"the loader's batches do not make one tensor of images ({error})") from (
-            error
-        )
+    kinds = {(part.dtype, part.device, part.shape[1:]) for part in parts}
+    if len(kinds) > 1:
+        a, b, *_ = (f"{dtype} {tuple(shape)} on {where}" for dtype, where, shape in kinds)
+        raise InputError(f"the loader's batches do not make one tensor of images: {a} and {b}")
+    return torch.cat(parts)
 
 
 def read_parquet(path: str | Path) -> LabelledImages:

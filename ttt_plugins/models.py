@@ -23,7 +23,7 @@ from .artifacts import MODEL, OWN_WEIGHTS, Artifact
 from .errors import ArtifactError, HubError, InputError
 from .hub import Access
 
-__all__ = ["carried_model", "check_fingerprint", "described_model", "load_model"]
+__all__ = ["carried_model", "check_fingerprint", "described_model", "load_model", "refuse_random"]
 
 #: What timm's own loaders call the weights of a repository, in the order they look.
 _TIMM_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
@@ -174,7 +174,11 @@ def _timm_repository(folder: Path, where: str) -> nn.Module:
 
 
 def check_fingerprint(
-    model: nn.Module, backbone: dict[str, Any], name: str, strict: bool = True
+    model: nn.Module,
+    backbone: dict[str, Any],
+    name: str,
+    strict: bool = True,
+    remedy: str = "pass strict_backbone=False to use it all the same",
 ) -> None:
     """Compare a classifier with the one an adapter was made for.
 
@@ -189,8 +193,24 @@ def check_fingerprint(
         f"but this {type(model).__name__} has {found}"
     )
     if strict:
-        raise ArtifactError(message + "; pass strict_backbone=False to use it all the same")
+        raise ArtifactError(f"{message}; {remedy}")
     warnings.warn(message, stacklevel=4)
+
+
+def refuse_random(model: str | nn.Module, pretrained: bool) -> None:
+    """Nothing is trained on top of a network with random weights by mistake.
+
+    Raises:
+        InputError: the name of a timm architecture alone.
+    """
+    if not isinstance(model, str) or pretrained or Path(model).is_dir():
+        return
+    if ":" not in model and timm.is_model(model.split(".")[0]):
+        raise InputError(
+            f"{model} alone would be a network with random weights: ask for timm's "
+            "(pretrained=True, --pretrained), or name an artifact, a Hub repository or a "
+            "RobustBench model, or give a module"
+        )
 
 
 # -- by name ---------------------------------------------------------------------------------

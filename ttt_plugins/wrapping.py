@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from .data import gather_images
 from .errors import ArtifactError, InputError
 from .hub import Access
 from .methods import Source
-from .models import carried_model, check_fingerprint, described_model, load_model
+from .models import (
+    carried_model,
+    check_fingerprint,
+    described_model,
+    load_model,
+    refuse_random,
+)
 from .registry import Method, configure, get_method
 
 __all__ = ["from_pretrained", "save_pretrained", "save_with_model", "wrap"]
@@ -110,6 +117,10 @@ def wrap(
     record = get_method(method)
     if not isinstance(normalize, bool):
         raise InputError(f"normalize must be True or False, got {normalize!r}")
+    _check_place(device, seed)
+    learned_by_hand = tensors is None or isinstance(tensors, Mapping)
+    if not learned_by_hand or not all(isinstance(t, Tensor) for t in (tensors or {}).values()):
+        raise InputError("tensors must be a dict of tensors by name")
     if not isinstance(head, (str, Path, type(None))):
         raise InputError(f'head is "train" or an artifact, got {type(head).__name__}')
     if head is not None and tensors is not None:
@@ -121,6 +132,7 @@ def wrap(
     if head == "train":
         if record.fit is None:
             raise InputError(f"{record.name} has no head that is trained on a finished model")
+        refuse_random(model, pretrained)
         config = configure(record.config() if isinstance(method, str) else method, overrides)
         return record.fit(
             model,
@@ -162,6 +174,19 @@ def wrap(
     )
 
 
+def _check_place(device: str | torch.device | None, seed: int | None) -> None:
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 63):
+        raise InputError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
+    if device is None:
+        return
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{device!r} is no device ({error})") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"{found}: there are {torch.cuda.device_count()} GPUs here")
+
+
 def _learned(
     record: Method, module: nn.Module, head: str | Path | None, model: Artifact | None, name: str
 ) -> tuple[dict[str, Any], dict[str, Tensor], str] | None:
@@ -173,7 +198,8 @@ def _learned(
         artifact = artifacts.read(found.folder, found.name)
         if artifact.config["method"] != record.name:
             raise InputError(f"{head} is made for {artifact.config['method']}, not {record.name}")
-        check_fingerprint(module, artifact.config["backbone"], found.name, True)
+        remedy = 'train a head for this model with head="train"'
+        check_fingerprint(module, artifact.config["backbone"], found.name, True, remedy)
         return artifact.config, artifact.tensors, found.name
     if model is not None and model.config["method"] == record.name:
         return model.config, model.tensors, name
@@ -247,6 +273,7 @@ def from_pretrained(
         HubError: (an `ArtifactError`) no such repository or revision, no access, no connection.
         InputError: an unknown field, or a revision of something that is not on the Hub.
     """
+    _check_place(device, seed)
     access = Access(revision, cache_dir, local_files_only, token)
     found = hub.find(name, access)
     if found is None:
@@ -409,10 +436,16 @@ def _write(
     measured: str | Path | Mapping[str, Any] | None,
     card: Mapping[str, Any] | None,
 ) -> Path:
-    if training is not None:
-        config["training"] = training
-    if card is not None:
-        config["card"] = dict(card)
+    for tensor_name, tensor in (tensors | (weights or {})).items():
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{tensor_name} is not finite: such an artifact would not load")
+    for key, value in (("training", training), ("card", card)):
+        if value is None:
+            continue
+        try:
+            config[key] = json.loads(json.dumps(dict(value), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{key} must be a dict that JSON can hold ({error})") from error
     found = None if measured is None else results.load(measured)
     artifact = Artifact(config, tensors, weights, "", found)
     name = Path(folder).resolve().name

@@ -120,6 +120,11 @@ def check(config: MGG, backbone, tensors: dict[str, Tensor], where: str) -> dict
     return {f"memory.{n}": t for n, t in gradient_memory.check_slow(memory).items()} | rest
 
 
+def fits_any(config: MGG, tensors: dict[str, Tensor]) -> bool:
+    """Its input is a gradient, whatever network that came from; statistics have one source."""
+    return "source.mean" not in tensors
+
+
 register(
     Method(
         "mgg",
@@ -129,7 +134,6 @@ register(
         "Training Layers, AAAI 2025, arXiv:2412.16901",
         default_artifact="mgg-universal",
         check=check,
-        # Its input is a gradient, whatever network that came from; statistics have one source.
-        fits_any=lambda config, tensors: "source.mean" not in tensors,
+        fits_any=fits_any,
     )
 )

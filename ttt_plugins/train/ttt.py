@@ -11,7 +11,7 @@ what a user needs who has a classifier and wants to adapt it.
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import timm
@@ -24,8 +24,10 @@ from tqdm.auto import tqdm
 from ..adapter import Adapter
 from ..data import LabelledImages, to_float
 from ..errors import InputError
+from ..flags import check_seed
 from ..heads import ROTATIONS, init_linear, init_rotation, rotation_logits
 from ..methods.ttt import TTT
+from ..objectives import all_finite
 from ..registry import check_choice, check_integer, check_number, get_method
 from ..structure import feature_width, pooled_features, trunk
 from ..views import quarter_turns, random_crop, random_flip
@@ -33,9 +35,12 @@ from ..wrapping import wrap
 from .common import (
     Normalise,
     accuracy,
+    check_outcome,
+    checkpoint_file,
     create_model,
     epoch_generator,
     load_checkpoint,
+    make_folder,
     rate,
     read_start,
     save_checkpoint,
@@ -91,6 +96,7 @@ class JointRecipe:
         check_choice(self, "schedule", ("step", "cosine"))
         check_choice(self, "rotations", ("all", "random"))
         check_number(self, "ema", 0, 1)
+        check_seed(self.seed, "JointRecipe.seed")
 
 
 class JointModel(nn.Module):
@@ -163,6 +169,7 @@ def train_joint(
     test: LabelledImages,
     out: str | Path,
     *,
+    config: TTT | None = None,
     device: str | torch.device = "cpu",
     resume: bool = False,
     progress: bool = True,
@@ -172,22 +179,27 @@ def train_joint(
     After every epoch ``out/checkpoint.pt`` holds all that is needed to go on; with ``resume`` the
     run continues there and ends as an unbroken one would.
 
+    Args:
+        config: of the adapter to make of it, but for its split, which is the recipe's; checked
+            against the model before anything is trained.
+
     Returns:
         the model (eval mode), the rotation head's tensors, and the log.
 
     Raises:
-        InputError: an unknown architecture, a bad split, images that are not square, or a
-            checkpoint made by another recipe.
+        InputError: an unknown architecture, a bad split, images that are not square, too few of
+            them, a config that selects nothing, or a checkpoint made by another recipe.
+        DataError: the disk refuses a checkpoint.
     """
     if train.images.shape[2] != train.images.shape[3]:
         raise InputError(f"rotation needs square images, got {tuple(train.images.shape[2:])}")
-    out, device = Path(out), torch.device(device)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.pt"
+    checkpoint, device = checkpoint_file(out), torch.device(device)
     torch.manual_seed(recipe.seed)
     classes = int(train.labels.max()) + 1
     weights = read_start(recipe.init).weights if recipe.init else None
     model = create_model(recipe.arch, classes, recipe.model_args, weights)
+    config = replace(config or TTT(), split=recipe.split)
+    check_outcome(config, model, recipe.arch, recipe.model_args)
     # Moved before it is twinned: a move gives each module new buffers, and the trunk's are shared.
     model = model.to(device, memory_format=torch.channels_last)
     joint = JointModel(model, recipe.split).to(device)
@@ -210,6 +222,7 @@ def train_joint(
         for name, part in state.items():
             part.load_state_dict(saved[name])
         log, first = saved["log"], saved["epoch"]
+    make_folder(checkpoint)
     images, labels = train.images.to(device), train.labels.to(device)
     for epoch in range(first, recipe.epochs):
         generator = epoch_generator(recipe.seed, epoch, device)
@@ -249,6 +262,10 @@ def train_joint(
         )
     final = (average.module if recipe.ema else joint).eval()
     return final.model, final.head_tensors(), {"epochs": log}
+
+
+#: Images whose pixels are checked at once.
+_LOOKED_AT = 1024
 
 
 @dataclass(frozen=True)
@@ -299,18 +316,49 @@ def fit_rotation_head(
         a TTT adapter with the trained head, and the log.
 
     Raises:
-        InputError: images that are not square, too few of them, or a bad split.
+        InputError: images that are not square, of another type or range than `Adapter` takes, too
+            few of them, a bad split, or a loss that is not finite.
     """
     recipe = recipe or HeadRecipe()
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[2] != images.shape[3]:
         raise InputError("images must be a tensor of square images (N, C, S, S)")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise InputError(f"images must be uint8 or floating point in [0, 1], got {images.dtype}")
     if len(images) < recipe.batch_size:
         raise InputError(f"{len(images)} images do not fill one batch of {recipe.batch_size}")
+    with torch.inference_mode(False), torch.enable_grad():
+        # Tensors born in inference mode cannot be part of a graph; a copy can.
+        images = images.clone() if images.is_inference() else images.detach()
+        return _fit_head(model, images, recipe, config or TTT(), progress, options)
+
+
+def _fit_head(
+    model: str | nn.Module,
+    images: Tensor,
+    recipe: HeadRecipe,
+    config: TTT,
+    progress: bool,
+    options: dict,
+) -> tuple[Adapter, dict]:
     plain = wrap(model, "source", **options)
     backbone = plain.backbone
+    for part in images.split(_LOOKED_AT):
+        plain.check_images(to_float(part).to(backbone.device, backbone.dtype))
     generator = torch.Generator().manual_seed(recipe.seed)
-    head = init_rotation(backbone.model, recipe.split, generator)
-    head = {n: t.to(backbone.device, backbone.dtype) for n, t in head.items()}
+    config = replace(config, split=recipe.split)
+    start = init_rotation(backbone.model, recipe.split, generator)
+
+    def adapter(head: dict[str, Tensor]) -> Adapter:
+        # On the very module the head is trained on: a name may stand for random weights.
+        tensors = {n: t.detach().to(backbone.device, backbone.dtype) for n, t in head.items()}
+        record = get_method("ttt")
+        origin, seed = plain.origin, plain.seed
+        return Adapter(backbone, record, config, tensors=tensors, origin=origin, seed=seed)
+
+    adapter(start).algorithm()  # a config that does not fit the model fails before the work
+    # In single precision at least, whatever the model's: Adam's steps are below half's resolution.
+    precision = torch.promote_types(backbone.dtype, torch.float32)
+    head = {n: t.to(backbone.device, precision) for n, t in start.items()}
     learned = {n: t.requires_grad_() for n, t in head.items() if "running_" not in n}
     optimizer = torch.optim.Adam(learned.values(), lr=recipe.lr)
     per_epoch = len(images) // recipe.batch_size
@@ -325,7 +373,8 @@ def fit_rotation_head(
             x = random_flip(random_crop(images[rows], recipe.padding, generator), generator)
             x = to_float(x).to(backbone.device, backbone.dtype)
             x, quarters = _turned(x, "random", generator)
-            logits = rotation_logits(backbone, {}, head, x)
+            cast = {n: t.to(backbone.dtype) for n, t in head.items()}
+            logits = rotation_logits(backbone, {}, cast, x).to(precision)
             loss = F.cross_entropy(logits, quarters)
             loss.backward()
             optimizer.step()
@@ -339,13 +388,11 @@ def fit_rotation_head(
             "rotation_accuracy": right / (per_epoch * recipe.batch_size),
         }
         log.append(entry)
+        if not all_finite(*learned.values()):
+            raise InputError(
+                f"the rotation head diverged in epoch {epoch + 1} (a loss of {loss_sum}): lower "
+                "lr, or give the model in a wider type than " + str(backbone.dtype)
+            )
         if progress:
-            tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in entry.items()))
-    fields = asdict(config or TTT()) | {"split": recipe.split}
-    tensors = {n: t.detach() for n, t in head.items()}
-    # On the very module the head was trained on: a name may stand for random weights.
-    record = get_method("ttt")
-    net = Adapter(
-        backbone, record, TTT(**fields), tensors=tensors, origin=plain.origin, seed=plain.seed
-    )
-    return net, {"epochs": log}
+            write_entry(entry)
+    return adapter(head), {"epochs": log}
