@@ -133,7 +133,7 @@ def test_source_training_refuses_another_recipe(tmp_path):
 def test_source_training_says_what_it_cannot_do(tmp_path):
     with pytest.raises(tp.InputError, match="one batch"):
         supervised.train_source(RECIPES["sgd"], made_up(8), made_up(8), tmp_path, progress=False)
-    with pytest.raises(tp.InputError, match="sgd, adamw or muon"):
+    with pytest.raises(tp.InputError, match="optimizer must be one of"):
         supervised.train_source(
             replace(RECIPES["sgd"], optimizer="lion"),
             made_up(32),

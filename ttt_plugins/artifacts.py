@@ -7,6 +7,7 @@ was there before.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -31,10 +32,12 @@ from .version import __version__
 __all__ = [
     "Artifact",
     "bundled_folder",
+    "check_target",
     "fingerprint",
     "is_bundled",
     "list_bundled",
     "named_folder",
+    "nearest",
     "read",
     "rewrite_text",
     "write",
@@ -201,17 +204,52 @@ def read_tensors(file: Path, limit: int = trust.MAX_WEIGHTS) -> dict[str, Tensor
     return tensors
 
 
+def nearest(path: Path) -> Path:
+    """The path itself, or the nearest above it that is there.
+
+    Raises:
+        OSError, ValueError: the system takes no such name: too long, or with a zero byte.
+    """
+    for place in (path.absolute(), *path.absolute().parents):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(place)
+            return place
+    return path.absolute()
+
+
+def check_target(folder: str | Path) -> Path:
+    """Whether `write` could write an artifact here; trainings ask before they begin.
+
+    Raises:
+        ArtifactError: the folder is something else or has no name, or the disk would refuse.
+    """
+    folder = Path(folder)
+    if folder.name in ("", ".."):
+        raise ArtifactError(f"{str(folder)!r} is no name for an artifact's folder; give one")
+    try:
+        nearest(folder.with_name(f".{folder.name}-{'x' * 8}-old"))  # the longest `write` makes
+        above = nearest(folder.parent)
+        taken = os.path.lexists(folder)
+        ours = folder.is_dir() and {p.name for p in folder.iterdir()} <= set(FILES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"cannot write {str(folder)[:200]!r}: {reason}") from error
+    if taken and not ours:
+        raise ArtifactError(f"{folder} is not empty and not an artifact; choose another folder")
+    if not above.is_dir():
+        raise ArtifactError(f"cannot write {folder}: {above} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ArtifactError(f"cannot write {folder}: no permission to write in {above}")
+    return folder
+
+
 def write(folder: str | Path, artifact: Artifact) -> Path:
     """Write an artifact folder, replacing an earlier artifact there, all or nothing.
 
     Raises:
         ArtifactError: the folder holds something else, or the disk refuses.
     """
-    folder = Path(folder)
-    if folder.exists():
-        ours = folder.is_dir() and {p.name for p in folder.iterdir()} <= set(FILES)
-        if not ours:
-            raise ArtifactError(f"{folder} is not empty and not an artifact; choose another folder")
+    folder = check_target(folder)
     config = {k: v for k, v in artifact.config.items() if k != "learned"}
     if artifact.tensors:
         config["learned"] = fingerprint(artifact.tensors)

@@ -1,18 +1,25 @@
-"""Flags of the command line: made from dataclasses, and values of a ``KEY=VALUE`` list."""
+"""Flags of the command line: made from dataclasses, and what their values may be."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import json
 import re
 import typing
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
-__all__ = ["PROGRAM", "Parser", "add_dataclass_flags", "dataclass_from_args", "key_value"]
+from .errors import InputError
+
+__all__ = ["PROGRAM", "Parser", "add_dataclass_flags", "check_seed", "dataclass_from_args"]
+__all__ += ["fields_from_pairs", "key_value"]
 
 PROGRAM = "ttt-plugins"
+#: One more than the largest seed that every generator takes: numpy's RandomState has 32 bits.
+_SEEDS = 1 << 32
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,3 +109,32 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value  # a plain word
+
+
+def fields_from_pairs(pairs: Iterable[tuple[str, Any]], config: type) -> dict[str, Any]:
+    """Pairs of `key_value` as fields of a method's config.
+
+    Raises:
+        InputError: one is given twice, or the config has no such field.
+    """
+    fields, found = [field.name for field in dataclasses.fields(config)], {}
+    for name, value in pairs:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise InputError(
+                f"--set {name}=…: {config.__name__} has no field {name!r}; its fields are "
+                f"{', '.join(sorted(fields))}.{hint}"
+            )
+        if name in found:
+            raise InputError(f"{name} is given twice: {found[name]!r} and {value!r}")
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise InputError(f"--set {name}=…: the number has more than 64 bits")
+        found[name] = value
+    return found
+
+
+def check_seed(seed: Any, name: str = "seed") -> None:
+    """Raise `InputError` unless the seed is one that every generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
+        raise InputError(f"{name} must be an integer from 0 to {_SEEDS - 1}, got {seed!r}")

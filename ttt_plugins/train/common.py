@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .. import artifacts, scope
 from ..artifacts import Artifact
+from ..backbone import Backbone
 from ..data import LabelledImages, to_float
-from ..errors import InputError
+from ..errors import DataError, InputError
 from ..hub import read_named
+from ..registry import get_method
 
 __all__ = [
     "Normalise",
     "accuracy",
+    "check_outcome",
+    "checkpoint_file",
     "create_model",
     "epoch_generator",
     "load_checkpoint",
+    "make_folder",
     "rate",
     "read_start",
     "save_checkpoint",
@@ -52,14 +61,39 @@ def create_model(
     """
     try:
         model = timm.create_model(arch, num_classes=classes, **arguments)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"timm could not create {arch!r} with {arguments} ({error})") from error
+    except Exception as error:  # whatever a constructor does with arguments that it cannot take
+        reason = str(error) or type(error).__name__
+        raise InputError(f"timm could not create {arch!r} with {arguments} ({reason})") from error
     if weights is not None:
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            raise InputError(f"the weights to start from do not fit {arch}: {error}") from error
+            # A line on top, then one for every tensor: the first of them says enough.
+            reason = "".join(str(error).splitlines()[1:2]).strip() or error
+            raise InputError(f"the weights to start from do not fit {arch}: {reason}") from error
     return model
+
+
+def check_outcome(config: Any, model: nn.Module, arch: str, arguments: Mapping) -> None:
+    """What would keep the adapter of a trained model from being made, written or loaded again.
+
+    Args:
+        config: the method's.
+        model: the model to train, made by timm of ``arch`` and ``arguments``; it stays as it is.
+
+    Raises:
+        InputError: the config's ``params`` select nothing in the model.
+        ArtifactError: an artifact may not hold such fields or arguments.
+    """
+    record = get_method(config)
+    if record.build is not None:
+        backbone = Backbone(model, statistics=config.statistics, prior=config.prior)
+        eligible = record.eligible(config, backbone) if record.eligible else None
+        scope.select(backbone, config.params, eligible)
+    described = {"source": artifacts.OWN_WEIGHTS, "name": arch}
+    written = artifacts.common_config(record.name, config, described)
+    written |= artifacts.timm_config(model, arch, dict(arguments))
+    artifacts.checked_text(written, Path("the artifact"))
 
 
 def epoch_generator(seed: int, epoch: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -104,21 +138,77 @@ def accuracy(model: nn.Module, normalise: nn.Module, data: LabelledImages, devic
     return right / len(data)
 
 
+def checkpoint_file(folder: str | Path) -> Path:
+    """``checkpoint.pt`` in a training's folder, which need not be there yet.
+
+    Raises:
+        InputError: something else is in the place of either.
+    """
+    file = Path(folder) / "checkpoint.pt"
+    try:
+        if file.parent.exists() and not file.parent.is_dir():
+            raise InputError(
+                f"{folder} is to hold the training's checkpoints and is no folder; move it away or "
+                "train into another place"
+            )
+        if file.exists() and not file.is_file():
+            raise InputError(f"{file} is no file; move it away or train into another place")
+    except OSError as error:
+        raise InputError(f"{file} cannot be looked at ({error.strerror})") from error
+    return file
+
+
+def make_folder(checkpoint: Path) -> None:
+    """Make the folder of a checkpoint, once nothing is left that could be refused.
+
+    Raises:
+        DataError: the disk refuses.
+    """
+    try:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{checkpoint.parent} cannot be made ({error})") from error
+
+
 def save_checkpoint(file: Path, saved: dict) -> None:
-    """Write all or nothing: an interrupted save leaves the last checkpoint."""
-    torch.save(saved, file.with_suffix(".tmp"))
-    os.replace(file.with_suffix(".tmp"), file)
+    """Write all or nothing: an interrupted save leaves the last checkpoint.
+
+    Raises:
+        DataError: the disk refuses.
+    """
+    aside = file.with_suffix(".tmp")
+    try:
+        torch.save(saved, aside)
+        os.replace(aside, file)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"{file} cannot be written ({reason}); the last one stays") from error
+    finally:
+        # On a full disk even this may fail; the first error is the one to tell.
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def load_checkpoint(file: Path, made_by: object, device, key: str = "made_by") -> dict | None:
     """The checkpoint to go on from, None when there is none yet.
 
     Raises:
-        InputError: it was made by something else than ``made_by``.
+        InputError: it is damaged, or was made by something else than ``made_by``.
     """
     if not file.is_file():
         return None
-    saved = torch.load(file, map_location=device, weights_only=True)
+    damage = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch guesses about a file that is none
+            saved = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # of the archive, the unpickler or the system
+        saved, damage = None, error
+    if not isinstance(saved, dict):
+        raise InputError(
+            f"{file} is damaged or no checkpoint of a training; delete it, or leave --resume out, "
+            "to begin anew"
+        ) from damage
     if saved.get(key) != made_by:
         raise InputError(f"{file} was made by another recipe, config or model: {saved.get(key)}")
     return saved

@@ -14,6 +14,7 @@ classifiers that share one optimizer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,11 +28,18 @@ from .. import artifacts, gradient_memory
 from ..adapter import Adapter
 from ..data import LabelledImages, to_float
 from ..errors import InputError
+from ..flags import check_seed
 from ..methods.online import Loss, Objective, Online, evaluate
-from ..registry import check_number
+from ..registry import check_integer, check_number
 from ..updates import Situation
 from ..wrapping import wrap
-from .common import epoch_generator, load_checkpoint, save_checkpoint
+from .common import (
+    checkpoint_file,
+    epoch_generator,
+    load_checkpoint,
+    make_folder,
+    save_checkpoint,
+)
 
 __all__ = ["MGGRecipe", "stream_accuracy", "train_mgg", "untrained"]
 
@@ -80,10 +88,16 @@ class MGGRecipe:
 
     def __post_init__(self):
         for name in ("epochs", "sequences", "length", "batch_size", "truncation"):
-            check_number(self, name, 1)
-        check_number(self, "validate_every", 1)
+            check_integer(self, name, 1)
+        check_integer(self, "validate_every", 1)
+        for name in ("alpha", "meta_lr", "clip"):
+            check_number(self, name, 0)
         if not self.grid:
             raise InputError("MGGRecipe.grid must hold at least one step size")
+        for lr in self.grid:
+            if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 <= lr < math.inf:
+                raise InputError(f"MGGRecipe.grid holds step sizes of at least 0, got {lr!r}")
+        check_seed(self.seed, "MGGRecipe.seed")
 
 
 def stream_accuracy(
@@ -213,15 +227,14 @@ def train_mgg(
     Raises:
         InputError: no adapter, no data, too few images for one batch, or another recipe's
             checkpoint.
+        DataError: the disk refuses a checkpoint.
     """
+    checkpoint = checkpoint_file(out)
     if not data or min(len(part) for part in data.values()) < recipe.batch_size:
         raise InputError("meta-training needs at least one batch of corrupted images")
     nets = [net] if isinstance(net, Adapter) else list(net)
     if not nets:
         raise InputError("meta-training needs at least one classifier")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.pt"
     device = nets[0].backbone.device
     slow = gradient_memory.init_slow(torch.Generator().manual_seed(recipe.seed))
     slow = {n: t.to(device).requires_grad_() for n, t in slow.items()}
@@ -258,6 +271,7 @@ def train_mgg(
                 tensor.copy_(saved["slow"][name])
         optimizer.load_state_dict(saved["optimizer"])
         params, log, first, best = saved["params"], saved["log"], saved["epoch"], saved["best"]
+    make_folder(checkpoint)
     bar = tqdm(range(first, recipe.epochs), "meta-training", disable=not progress)
     for epoch in bar:
         generator = epoch_generator(recipe.seed, epoch + 1)

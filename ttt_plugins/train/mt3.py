@@ -28,16 +28,20 @@ from tqdm.auto import tqdm
 from ..backbone import Backbone
 from ..data import LabelledImages, to_float
 from ..errors import InputError
+from ..flags import check_seed
 from ..heads import init_byol
-from ..methods.mt3 import byol_loss
+from ..methods.mt3 import MT3, byol_loss
 from ..methods.per_image import descend, loss_and_gradient
 from ..registry import check_choice, check_integer, check_number
 from ..scope import call
 from ..views import BYOL_NUMBERS, SHARED_NUMBERS, byol_view, random_crop, shared_augmentation
 from .common import (
+    check_outcome,
+    checkpoint_file,
     create_model,
     epoch_generator,
     load_checkpoint,
+    make_folder,
     rate,
     read_start,
     save_checkpoint,
@@ -109,6 +113,7 @@ class MT3Recipe:
         for name in ("inner_lr", "lr", "self_supervised", "clip"):
             check_number(self, name, 0)
         check_choice(self, "schedule", ("constant", "cosine"))
+        check_seed(self.seed, "MT3Recipe.seed")
 
 
 def clip_each(grads: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
@@ -325,6 +330,7 @@ def train_mt3(
     train: LabelledImages,
     out: str | Path,
     *,
+    config: MT3 | None = None,
     device: str | torch.device = "cpu",
     resume: bool = False,
     progress: bool = True,
@@ -334,22 +340,27 @@ def train_mt3(
     After every epoch ``out/checkpoint.pt`` holds all that is needed to go on; with ``resume`` the
     run continues there and ends as an unbroken one would.
 
+    Args:
+        config: of the adapter to make of it; checked against the model before anything is trained.
+
     Returns:
         the model (eval mode), the heads' tensors, and the log; ``log["architecture"]`` and
         ``log["model_args"]`` say what the model is.
 
     Raises:
         InputError: an unknown architecture, images that are not square, a BatchNorm model without
-            ``init`` (its statistics would be nobody's), or another recipe's checkpoint.
+            ``init`` (its statistics would be nobody's), too few of them, a config that selects
+            nothing, or another recipe's checkpoint.
+        DataError: the disk refuses a checkpoint.
     """
     if train.images.shape[2] != train.images.shape[3]:
         raise InputError(f"MT3 needs square images, got {tuple(train.images.shape[2:])}")
-    out, device = Path(out), torch.device(device)
+    checkpoint, device = checkpoint_file(out), torch.device(device)
     if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint, workers = out / "checkpoint.pt", _Workers(device)
+    workers = _Workers(device)
     model, arch, model_args, head = _start(recipe, int(train.labels.max()) + 1)
+    check_outcome(config or MT3(), model, arch, model_args)
     backbone = Backbone(model.to(device, memory_format=torch.channels_last))
     if backbone.has_batch_norm and not recipe.init:
         raise InputError(
@@ -370,6 +381,8 @@ def train_mt3(
         meta, velocity = saved["meta"], saved["velocity"]
         log, first = saved["log"], saved["epoch"]
     workers.agree(first, checkpoint)
+    if workers.first:
+        make_folder(checkpoint)
     images, labels = train.images.to(device), train.labels.to(device)
     for epoch in range(first, recipe.epochs):
         generator = epoch_generator(recipe.seed, epoch, device)

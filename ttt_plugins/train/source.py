@@ -20,13 +20,19 @@ from tqdm.auto import tqdm
 
 from ..data import LabelledImages, to_float
 from ..errors import InputError
+from ..flags import check_seed
+from ..methods import Source
+from ..registry import check_choice, check_integer, check_number
 from ..views import cutmix_, cutout_, random_crop, random_flip
 from .common import (
     Normalise,
     accuracy,
+    check_outcome,
+    checkpoint_file,
     create_model,
     epoch_generator,
     load_checkpoint,
+    make_folder,
     rate,
     read_start,
     save_checkpoint,
@@ -83,6 +89,21 @@ class SourceRecipe:
     init: str = ""
     seed: int = 0
 
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            check_integer(self, name, 1)
+        for name in ("padding", "cutout"):
+            check_integer(self, name, 0)
+        for name in ("lr", "weight_decay"):
+            check_number(self, name, 0)
+        for name in ("warmup", "label_smoothing", "cutmix", "patch_drop", "patch_drop_until"):
+            check_number(self, name, 0, 1)
+        check_number(self, "ema", 0, 1)
+        if self.patch_drop == 1:
+            raise InputError("SourceRecipe.patch_drop must be below 1, got 1: no patch would stay")
+        check_choice(self, "optimizer", ("sgd", "adamw", "muon"))
+        check_seed(self.seed, "SourceRecipe.seed")
+
 
 def _optimizers(model: nn.Module, recipe: SourceRecipe) -> list[torch.optim.Optimizer]:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -93,8 +114,6 @@ def _optimizers(model: nn.Module, recipe: SourceRecipe) -> list[torch.optim.Opti
             {"params": plain, "weight_decay": 0.0},
         ]
         return [torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)]
-    if recipe.optimizer not in ("adamw", "muon"):
-        raise InputError(f"optimizer must be sgd, adamw or muon, got {recipe.optimizer!r}")
     muon = recipe.optimizer == "muon"
     hidden = [p for name, p in named if muon and p.ndim == 2 and "block" in name]
     taken = {id(p) for p in hidden}
@@ -150,11 +169,10 @@ def train_source(
     the run continues there and ends as an unbroken one would.
 
     Raises:
-        InputError: an unknown architecture or optimizer, or a checkpoint made by another recipe.
+        InputError: an unknown architecture, too few images, or a checkpoint made by another recipe.
+        DataError: the disk refuses a checkpoint.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.pt"
+    checkpoint = checkpoint_file(out)
     device = torch.device(device)
     classes = int(train.labels.max()) + 1
     torch.manual_seed(recipe.seed)
@@ -162,7 +180,9 @@ def train_source(
     if recipe.patch_drop:
         kwargs["patch_drop_rate"] = recipe.patch_drop
     weights = read_start(recipe.init).weights if recipe.init else None
-    model = create_model(recipe.arch, classes, kwargs, weights).to(device)
+    model = create_model(recipe.arch, classes, kwargs, weights)
+    check_outcome(Source(), model, recipe.arch, recipe.model_args)
+    model = model.to(device)
     if train.images.shape[2] >= 32 and not recipe.patch_drop:
         model = model.to(memory_format=torch.channels_last)
     settings = timm.data.resolve_model_data_config(model)
@@ -185,6 +205,7 @@ def train_source(
         for name, part in state.items():
             part.load_state_dict(saved[name])
         log, first = saved["log"], saved["epoch"]
+    make_folder(checkpoint)
     images, labels = train.images.to(device), train.labels.to(device)
     for epoch in range(first, recipe.epochs):
         generator = epoch_generator(recipe.seed, epoch, device)
