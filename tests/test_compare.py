@@ -175,7 +175,7 @@ def test_compare_mistakes(folders, tmp_path, capsys):
     assert "results.json: no such file" in refused(tmp_path)
     bad = tmp_path / "bad"
     bad.mkdir()
-    for content in ("{", "[]", '{"format_version": 1}', '{"format_version": 2}'):
+    for content in ("{", "[]", '"results"', "3", '{"format_version": 1}', '{"format_version": 2}'):
         (bad / "results.json").write_text(content)
         assert "not the results of this program" in refused(folders["fast"], bad)
     stored = Results.from_json((folders["fast"] / "results.json").read_text())
@@ -194,6 +194,44 @@ def test_compare_mistakes(folders, tmp_path, capsys):
         compare([folders["fast"]], tmp_path / "none" / "x.html")
     with pytest.raises(InputError):
         read_entries([folders["fast"], bad])
+
+
+def test_a_page_replaces_nothing_but_a_page(folders, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(folders["fast"], run)
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    (tmp_path / "thesis.html").write_text("<!doctype html><html><body>mine</body></html>")
+    (tmp_path / "link.json").symlink_to(run / "results.json")
+    (tmp_path / "empty.html").touch()
+
+    def refused(file):
+        assert main(["compare", str(run), str(folders["slow"]), "--html", str(file)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    for file in (run / "results.json", run / "../run/results.json", tmp_path / "link.json"):
+        assert "one of the results to compare" in refused(file)
+    for file in (run / "plot.png", folders["<one>"] / "results.json", tmp_path / "thesis.html"):
+        assert "no page of compare; it stays" in refused(file)
+    assert "no page of compare; it stays" in refused(tmp_path / "empty.html")
+    assert "no page of compare; it stays" in refused("/dev/null")
+    for folder in (tmp_path, ".", "", "..", "/"):
+        assert "is a folder; name a file" in refused(folder)
+    for file in (tmp_path / "none" / "x.html", "/dev/null/x.html", "a\0b", "x" * 300):
+        assert "cannot be written" in refused(file)
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "empty.html",
+        "link.json",
+        "run",
+        "thesis.html",
+    ]
+    # An earlier page is replaced, whatever the runs are called.
+    for names in (("<one>",), ("fast", "slow")):
+        paths = [str(folders[name]) for name in names]
+        assert main(["compare", *paths, "--html", str(tmp_path / "page.html")]) == 0
+    assert html.escape("<one>") not in (tmp_path / "page.html").read_text()
 
 
 def test_what_is_not_finite_survives_the_file():

@@ -65,5 +65,5 @@ def read_results(file: Path) -> Results:
     """
     try:
         return Results.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not a results.json of this version ({error})") from error

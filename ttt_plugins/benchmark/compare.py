@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +16,10 @@ from .output import write_file
 from .records import MethodRecord
 from .results import Results, align
 
-__all__ = ["Entry", "compare", "comparison_table", "differences", "read_entries"]
+__all__ = ["PAGE_MARK", "Entry", "compare", "comparison_table", "differences", "read_entries"]
 
+#: By which a page of ours is known again; near its beginning.
+PAGE_MARK = '<meta name="generator" content="ttt-plugins compare">'
 #: Settings that a reader must know to differ before comparing figures.
 _COMPARED = ("model", "protocol", "concentration", "batch_size", "seeds", "layout", "device")
 
@@ -44,7 +48,7 @@ def _read(folder: Path) -> Results:
         raise DataError(f"{file}: no such file; {folder} is not the OUT of a finished benchmark")
     try:
         return Results.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not the results of this program ({error})") from error
 
 
@@ -140,14 +144,38 @@ def comparison_table(entries: Sequence[Entry]) -> str:
     return "\n".join([align(rows(entries)), *differences(entries)])
 
 
+def _check_page(file: Path, folders: Sequence[str | Path]) -> None:
+    """Raise unless the page would be a new file, or replace an earlier page."""
+    try:
+        results = [(Path(folder) / "results.json").resolve() for folder in folders]
+        given = file.resolve() in results
+        there, folder, place = os.path.lexists(file), file.is_dir(), file.parent.is_dir()
+        with file.open("rb") if file.is_file() else io.BytesIO() as opened:
+            ours = PAGE_MARK.encode() in opened.read(1000)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(file)[:200]!r}: cannot be written ({error})") from error
+    if given:
+        raise InputError(f"{file} is one of the results to compare; name another file")
+    if folder:
+        raise InputError(f"{file} is a folder; name a file for the page")
+    if not place:
+        raise DataError(f"{file}: cannot be written ({file.parent} is no folder)")
+    if there and not ours:
+        raise InputError(f"{file} is there and no page of compare; it stays, name another file")
+
+
 def compare(folders: Sequence[str | Path], html: str | Path | None = None) -> str:
     """The table of several results folders; the page is written to ``html``.
 
+    What is there under that name is replaced only if it is an earlier page.
+
     Raises:
         DataError: a folder holds no results, or the page cannot be written.
-        InputError: runs that cannot be compared.
+        InputError: runs that cannot be compared, or something else than a page under its name.
         MissingDependencyError: a page is wanted, and matplotlib is not installed.
     """
+    if html is not None:
+        _check_page(Path(html), folders)
     entries = read_entries(folders)
     if html is not None:
         from .report import page

@@ -23,6 +23,9 @@ class Execution:
             weights are moved there; their values stay.
         autocast: ``"bfloat16"`` or ``"float16"``: run the model under ``torch.autocast``.
         compile: backend of ``torch.compile`` for the model, such as ``"inductor"``.
+
+    Raises:
+        InputError: no such type or compile backend.
     """
 
     channels_last: bool = False
@@ -32,19 +35,16 @@ class Execution:
     def __post_init__(self):
         if self.autocast not in (None, "bfloat16", "float16"):
             raise InputError(f"autocast is bfloat16 or float16, got {self.autocast!r}")
-
-    def prepare(self, net: nn.Module) -> None:
-        """Bring an adapter into this form, in place.
-
-        Raises:
-            InputError: there is no such compile backend.
-        """
-        if self.channels_last:
-            net.to(memory_format=torch.channels_last)
         if self.compile is not None:
             known = torch.compiler.list_backends(exclude_tags=())
             if self.compile not in known:
                 raise InputError(f"no compile backend {self.compile!r}; there are {known}")
+
+    def prepare(self, net: nn.Module) -> None:
+        """Bring an adapter into this form, in place."""
+        if self.channels_last:
+            net.to(memory_format=torch.channels_last)
+        if self.compile is not None:
             # In place, so that the parameters keep the names by which they adapt.
             net.backbone.model.compile(backend=self.compile)
 

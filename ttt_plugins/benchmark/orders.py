@@ -33,10 +33,10 @@ def correlated(labels: Tensor, concentration: float, seed: int | None) -> Tensor
         seed: of ``numpy.random.RandomState``, whose draws no numpy version changes; None is 0.
 
     Raises:
-        InputError: a concentration that is not positive.
+        InputError: a concentration that is not positive and finite.
     """
-    if not concentration > 0:
-        raise InputError(f"concentration must be above 0, got {concentration}")
+    if not 0 < concentration < float("inf"):
+        raise InputError(f"concentration must be a finite number above 0, got {concentration}")
     random = np.random.RandomState(0 if seed is None else seed)
     classes = np.unique(labels.numpy())
     slots: list[list[np.ndarray]] = [[] for _ in classes]

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from ..artifacts import CONFIG, nearest
 from ..errors import DataError, InputError
 from ..robustbench_bridge import version
 from ..version import __version__
 from .results import finite
 
-__all__ = ["check_folder", "locked", "machine", "versions", "write_file", "write_files"]
+__all__ = ["check_folder", "check_out", "locked", "machine", "versions"]
+__all__ += ["write_file", "write_files"]
 
 
 def versions() -> dict[str, str | None]:
@@ -37,6 +39,29 @@ def machine(device: torch.device) -> dict[str, Any]:
         processor = names[0] if names else processor
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"cpu": processor, "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def check_out(out: str | Path) -> Path:
+    """Whether a run may write into this folder at all, which need not be there yet.
+
+    Raises:
+        InputError: it is an artifact, whose own ``results.json`` has another form, or no folder.
+    """
+    out = Path(out)
+    try:
+        there, taken = nearest(out), (out / CONFIG).exists()
+        good = there.is_dir()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{str(out)[:200]!r}: cannot make this folder ({reason})") from error
+    if not good:
+        raise InputError(f"{out}: cannot make this folder ({there} is no folder)")
+    if taken:
+        raise InputError(
+            f"{out} holds a {CONFIG}: it is an artifact or a model, which a benchmark's files "
+            "would spoil; choose another folder"
+        )
+    return out
 
 
 def check_folder(file: Path, settings: Mapping[str, Any]) -> None:

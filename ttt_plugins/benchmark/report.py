@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..version import __version__
 from . import plots
-from .compare import Entry, differences, rows
+from .compare import PAGE_MARK, Entry, differences, rows
 from .records import CellRecord, MethodRecord
 
 __all__ = ["accuracy_along", "page"]
@@ -139,7 +139,7 @@ def page(entries: Sequence[Entry]) -> str:
     notes = "".join(f"<li>{html.escape(text)}</li>" for text in differences(entries))
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>ttt-plugins: {dataset}</title><style>{_STYLE}</style></head><body>",
+        f"{PAGE_MARK}<title>ttt-plugins: {dataset}</title><style>{_STYLE}</style></head><body>",
         f"<h1>Adaptation on corrupted {dataset}</h1>",
         _table(rows(entries)),
         f"<p>Not the same in all runs:</p><ul>{notes}</ul>" if notes else "",

@@ -13,13 +13,14 @@ from torch import nn
 from .. import artifacts
 from .. import robustbench_bridge as bridge
 from ..errors import InputError
+from ..flags import check_seed
 from . import plots
 from .beginning import begin_run, join_run, read_results
 from .cells import DATASETS, CorruptionData
 from .evaluate import device_of
 from .execution import Execution
 from .leaderboard import leaderboard_files
-from .output import locked, write_files
+from .output import check_out, locked, write_files
 from .progress import UNFINISHED, Progress
 from .protocols import CONCENTRATION
 from .results import Results
@@ -79,7 +80,8 @@ def run_benchmark(
     data has clean images; of the first seed's order.
 
     Raises:
-        InputError: settings that do not fit each other, the model, or what ``out`` holds.
+        InputError: settings that do not fit each other, the model, or what ``out`` holds, such as
+            an artifact.
         DataError: the data cannot be read, or ``out`` cannot be written.
         DistributedError: the processes lost each other.
     """
@@ -90,10 +92,15 @@ def run_benchmark(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if worker is not None and out is None:
         raise InputError("several processes need a folder that they share: give out")
+    if out is not None:
+        out = check_out(out)
     execution = execution or Execution()
     device = device_of(net)
     nets = [net] if baseline is None else [net, baseline]
     seeds = [seed] if seed is None or isinstance(seed, int) else list(dict.fromkeys(seed))
+    for each in seeds:
+        if each is not None:
+            check_seed(each)
     several = len(seeds) > 1
     settings = {
         "model": model_name,
@@ -123,7 +130,6 @@ def run_benchmark(
             execution.prepare(each)
         return work.alone(Progress(None), progress)
     plots.figure(1, 1)  # a missing matplotlib is found now, not after hours
-    out = Path(out)
     kept = Progress(out / UNFINISHED)
 
     def finish() -> None:
