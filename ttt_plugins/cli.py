@@ -16,10 +16,18 @@ import torch
 from torch import nn
 
 from . import hub
-from .artifacts import read_config
-from .errors import InputError, TTTError
-from .flags import PROGRAM, Parser, add_dataclass_flags, dataclass_from_args, key_value
-from .registry import configure
+from .artifacts import check_target, read_config
+from .errors import DataError, InputError, TTTError
+from .flags import (
+    PROGRAM,
+    Parser,
+    add_dataclass_flags,
+    check_seed,
+    dataclass_from_args,
+    fields_from_pairs,
+    key_value,
+)
+from .registry import configure, get_method
 
 __all__ = ["main"]
 
@@ -37,15 +45,22 @@ def _adapter(args: argparse.Namespace) -> nn.Module:
     """The adapter of MODEL and --method: an artifact of that method, or a model to wrap."""
     from . import from_pretrained, wrap
 
-    overrides = dict(args.set)
-    if args.lr is not None:
-        overrides["lr"] = args.lr
-    common = {"device": _device(args.device), "seed": args.seed, **overrides}
-    stored = None if args.method is None else hub.find(args.model)
-    if args.method is None or (stored and read_config(stored.folder)["method"] == args.method):
-        return from_pretrained(args.model, **common)
+    common = {"device": _device(args.device), "seed": args.seed}
+    pairs = args.set if args.lr is None else [*args.set, ("lr", args.lr)]
+    found = hub.find(args.model)
+    stored = None if found is None else read_config(found.folder, found.name)["method"]
+    method = stored if args.method is None else args.method
+    # Only fields of the config: whatever else wrap takes has a flag of its own.
+    fields = {} if method is None else fields_from_pairs(pairs, get_method(method).config)
+    if method == stored:
+        return from_pretrained(args.model, **common, **fields)
     return wrap(
-        args.model, args.method, pretrained=args.pretrained, model_dir=args.model_dir, **common
+        args.model,
+        method,
+        pretrained=args.pretrained,
+        model_dir=args.model_dir,
+        **common,
+        **fields,
     )
 
 
@@ -68,7 +83,11 @@ def _unadapted(net: nn.Module, model_dir: Path) -> nn.Module:
 
 def _benchmark(args: argparse.Namespace) -> None:
     from .benchmark import worker_from_environment
+    from .benchmark.output import check_out
 
+    check_out(args.out)
+    for seed in args.seed or ():
+        check_seed(seed, "--seed")
     if args.threads is not None:
         if args.threads < 1:
             raise InputError(f"--threads must be at least 1, got {args.threads}")
@@ -166,18 +185,50 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"\nthe picture is {Path(args.out) / 'demo.png'}")
 
 
-def _train_source(args: argparse.Namespace) -> None:
+def _training_images(args: argparse.Namespace):
+    """Those of ``train.parquet`` but the last rows, which belong to MGG's meta-training.
+
+    MGG's results are compared with those of whatever is trained here.
+    """
     from .data import EXTRA_ROWS, read_parquet
+
+    file = args.data_dir / "train.parquet"
+    found = read_parquet(file)[:-EXTRA_ROWS]
+    if not len(found):
+        raise DataError(f"{file}: no images beside the last {EXTRA_ROWS}, which are held out")
+    return found
+
+
+def _test_images(args: argparse.Namespace):
+    from .data import read_parquet
+
+    found = read_parquet(args.data_dir / "test.parquet")
+    if not len(found):
+        raise DataError(f"{args.data_dir / 'test.parquet'}: no images")
+    return found
+
+
+def _work_folder(args: argparse.Namespace) -> Path:
+    """Where the training's checkpoints go, beside the artifact, which is written in one piece.
+
+    Looked at before anything is read or trained, as is the artifact's own folder.
+    """
+    from .train.common import checkpoint_file
+
+    check_target(args.out)
+    work = args.out.with_name(f"{args.out.name}-training")
+    checkpoint_file(work)
+    return work
+
+
+def _train_source(args: argparse.Namespace) -> None:
     from .train.source import SourceRecipe, train_source
     from .wrapping import save_with_model
 
+    work = _work_folder(args)
     recipe = dataclass_from_args(args, SourceRecipe)
     device = _device(args.device)
-    # The last rows belong to MGG's meta-training.
-    train = read_parquet(args.data_dir / "train.parquet")[:-EXTRA_ROWS]
-    test = read_parquet(args.data_dir / "test.parquet")
-    # Beside the artifact, whose folder is written in one piece.
-    work = args.out.with_name(f"{args.out.name}-training")
+    train, test = _training_images(args), _test_images(args)
     model, log = train_source(recipe, train, test, work, device=device, resume=args.resume)
     training = _training_record(args, recipe, device) | {"images": len(train), **log}
     save_with_model(model, recipe.arch, recipe.model_args, args.out, training=training)
@@ -185,19 +236,18 @@ def _train_source(args: argparse.Namespace) -> None:
 
 
 def _train_ttt(args: argparse.Namespace) -> None:
-    from .data import EXTRA_ROWS, read_parquet
     from .methods import TTT
     from .train.ttt import HeadRecipe, JointRecipe, fit_rotation_head, train_joint
     from .wrapping import save_with_model
 
+    check_target(args.out)
     device = _device(args.device)
-    # The last rows belong to MGG's meta-training, with whose results TTT's are compared.
-    train = read_parquet(args.data_dir / "train.parquet")[:-EXTRA_ROWS]
     if "split" in dict(args.set):
         raise InputError("the split belongs to training: use --split")
-    config = configure(TTT(), dict(args.set))
+    config = configure(TTT(), fields_from_pairs(args.set, TTT))
     if args.freeze_trunk:
         recipe = _recipe_of(args, HeadRecipe, JointRecipe, "--freeze-trunk")
+        check_seed(recipe.seed, "--seed")
         if not args.model:
             raise InputError("--freeze-trunk needs --model, the classifier that stays as it is")
         if args.resume:
@@ -208,6 +258,7 @@ def _train_ttt(args: argparse.Namespace) -> None:
                 f"--model {args.model} would be a network with random weights; add --pretrained "
                 "for timm's, or name an artifact, a Hub repository or a RobustBench model"
             )
+        train = _training_images(args)
         net, log = fit_rotation_head(
             args.model,
             train.images,
@@ -223,17 +274,20 @@ def _train_ttt(args: argparse.Namespace) -> None:
         return
     if args.model:
         raise InputError("--model belongs to --freeze-trunk; joint training takes --arch or --init")
+    work = _work_folder(args)
     recipe = dataclass_from_args(args, JointRecipe)
-    test = read_parquet(args.data_dir / "test.parquet")
-    work = args.out.with_name(f"{args.out.name}-training")
-    model, head, log = train_joint(recipe, train, test, work, device=device, resume=args.resume)
+    config = dataclasses.replace(config, split=recipe.split)
+    train, test = _training_images(args), _test_images(args)
+    model, head, log = train_joint(
+        recipe, train, test, work, config=config, device=device, resume=args.resume
+    )
     training = _training_record(args, recipe, device) | {"images": len(train), **log}
     save_with_model(
         model,
         recipe.arch,
         recipe.model_args,
         args.out,
-        config=dataclasses.replace(config, split=recipe.split),
+        config=config,
         tensors=head,
         training=training,
     )
@@ -241,13 +295,11 @@ def _train_ttt(args: argparse.Namespace) -> None:
 
 
 def _train_mt3(args: argparse.Namespace) -> None:
-    import os
-
-    from .data import EXTRA_ROWS, read_parquet
     from .methods import MT3
     from .train.mt3 import MT3Recipe, train_mt3
     from .wrapping import save_with_model
 
+    work = _work_folder(args)
     recipe = dataclass_from_args(args, MT3Recipe)
     device = args.device
     if device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -257,11 +309,9 @@ def _train_mt3(args: argparse.Namespace) -> None:
         raise InputError("--init brings its own architecture; leave --arch and --model-args out")
     # Set by torchrun when it starts the processes again.
     resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    # The last rows belong to MGG's meta-training, with whose results MT3's are compared.
-    train = read_parquet(args.data_dir / "train.parquet")[:-EXTRA_ROWS]
-    config = configure(MT3(lr=recipe.inner_lr), dict(args.set))
-    work = args.out.with_name(f"{args.out.name}-training")
-    model, head, log = train_mt3(recipe, train, work, device=device, resume=resume)
+    config = configure(MT3(lr=recipe.inner_lr), fields_from_pairs(args.set, MT3))
+    train = _training_images(args)
+    model, head, log = train_mt3(recipe, train, work, config=config, device=device, resume=resume)
     if os.environ.get("RANK", "0") != "0":
         return
     training = _training_record(args, recipe, device) | {"images": len(train), **log}
@@ -299,15 +349,21 @@ def _training_record(args: argparse.Namespace, recipe: object, device: str) -> d
 def _train_mgg(args: argparse.Namespace) -> None:
     from .benchmark import EXTRA_CORRUPTIONS, load_stream
     from .data import EXTRA_ROWS, read_parquet, to_float
+    from .methods import MGG
     from .train.mgg import MGGRecipe, train_mgg, untrained
     from .wrapping import save_learned
 
+    work = _work_folder(args)
     recipe = dataclass_from_args(args, MGGRecipe)
+    fields = fields_from_pairs(args.set, MGG)
+    configure(MGG(), fields)  # a bad value is found before anything is read
+    if args.statistics_images < 1:
+        raise InputError(f"--statistics-images must be at least 1, got {args.statistics_images}")
     device = _device(args.device)
     data = {name: load_stream(args.data_dir, name) for name in EXTRA_CORRUPTIONS}
     nets, fitted = [], 0
     for model in args.model:
-        net = untrained(model, device=device, model_dir=args.model_dir, **dict(args.set))
+        net = untrained(model, device=device, model_dir=args.model_dir, **fields)
         if not net.backbone.has_batch_norm:
             # BatchNorm models carry their source statistics; for others clean images are measured.
             if args.entropy_alone:
@@ -318,7 +374,6 @@ def _train_mgg(args: argparse.Namespace) -> None:
             fitted = len(images)
             net.fit_source_statistics(to_float(part) for part in images.split(500))
         nets.append(net)
-    work = args.out.with_name(f"{args.out.name}-training")
     trained, log = train_mgg(recipe, nets, data, work, resume=args.resume)
     training = _training_record(args, recipe, device) | {
         "corruptions": list(data),
@@ -593,6 +648,10 @@ def main(argv: list[str] | None = None) -> int:
             args.run(args)
         except TTTError as error:
             print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except OSError as error:  # a file or the network, in a way that nobody foresaw
+            said = " ".join(str(error).split()) or type(error).__name__
+            print(f"{PROGRAM}: error: {said}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 130
