@@ -64,6 +64,14 @@ def images(monkeypatch):
 
 
 @pytest.fixture
+def some_data(monkeypatch):
+    """Four images to measure on, wherever the command says that they are."""
+    monkeypatch.setattr(
+        "ttt_plugins.benchmark.open_dataset", lambda *_, **__: memory_data({("fog", 5): 4})
+    )
+
+
+@pytest.fixture
 def no_work(monkeypatch):
     """Reading images is an error: what is refused is refused before."""
 
@@ -147,14 +155,13 @@ def test_seeds_of_a_benchmark(seeds, no_work, refused):
         run_benchmark(FakeAdapter(), memory_data({("fog", 5): 4}), seed=[int(s) for s in seeds])
 
 
+@pytest.mark.parametrize("flag", ["--threads", "--batch-size"])
+@pytest.mark.parametrize("value", [HUGE, "0", "-1"])
+def test_numbers_out_of_range(flag, value, some_data, refused):
+    assert "must" in refused(*benchmark("--method", "tent", flag, value))
+
+
 # -- --set -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def some_data(monkeypatch):
-    monkeypatch.setattr(
-        "ttt_plugins.benchmark.open_dataset", lambda *_, **__: memory_data({("fog", 5): 4})
-    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
 
@@ -27,9 +26,13 @@ from .flags import (
     fields_from_pairs,
     key_value,
 )
+from .models import refuse_random
 from .registry import configure, get_method
 
 __all__ = ["main"]
+
+#: At most; with very many the system refuses in the middle of a run, and not by an exception.
+_THREADS = 1024
 
 
 def _device(name: str | None) -> str | None:
@@ -91,6 +94,8 @@ def _benchmark(args: argparse.Namespace) -> None:
     if args.threads is not None:
         if args.threads < 1:
             raise InputError(f"--threads must be at least 1, got {args.threads}")
+        if args.threads > _THREADS:
+            raise InputError(f"--threads must be at most {_THREADS}, got {args.threads}")
         torch.set_num_threads(args.threads)
     worker = worker_from_environment(args.lease)
     if worker is None:
@@ -252,12 +257,7 @@ def _train_ttt(args: argparse.Namespace) -> None:
             raise InputError("--freeze-trunk needs --model, the classifier that stays as it is")
         if args.resume:
             raise InputError("--freeze-trunk writes no checkpoint to resume from")
-        plain_name = timm.is_model(args.model.split(".")[0]) and not Path(args.model).is_dir()
-        if plain_name and not args.pretrained:
-            raise InputError(
-                f"--model {args.model} would be a network with random weights; add --pretrained "
-                "for timm's, or name an artifact, a Hub repository or a RobustBench model"
-            )
+        refuse_random(args.model, args.pretrained)
         train = _training_images(args)
         net, log = fit_rotation_head(
             args.model,

@@ -90,6 +90,8 @@ def run_benchmark(
         raise InputError(f"{data.dataset} has {classes} classes, the model {net.num_classes}")
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size >= 1 << 31:
+        raise InputError(f"batch_size must have 31 bits at most, got {batch_size}")
     if worker is not None and out is None:
         raise InputError("several processes need a folder that they share: give out")
     if out is not None:
