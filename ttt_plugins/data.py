@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ __all__ = [
     "LabelledImages",
     "batch_images",
     "gather_images",
+    "read_labels",
     "read_parquet",
     "to_float",
 ]
@@ -103,8 +106,32 @@ def read_parquet(path: str | Path) -> LabelledImages:
         DataError: the file is missing, has other columns, or images of different sizes.
         MissingDependencyError: pyarrow is not installed.
     """
-    path = Path(path)
-    if not path.is_file():
+    with _reading(path) as parquet:
+        table = parquet.read_table(path, columns=["image", "label"])
+        rows = [row["bytes"] for row in table["image"].to_pylist()]
+        decoded = [np.asarray(Image.open(io.BytesIO(row)).convert("RGB")) for row in rows]
+        images = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
+        return LabelledImages(images, _labels(table))
+
+
+def read_labels(path: str | Path) -> Tensor:
+    """The labels (N,) alone of such a file; to decode its images takes many times as long.
+
+    Raises:
+        DataError, MissingDependencyError: as `read_parquet`, but for what its images may lack.
+    """
+    with _reading(path) as parquet:
+        return _labels(parquet.read_table(path, columns=["label"]))
+
+
+def _labels(table) -> Tensor:
+    return torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
+
+
+@contextlib.contextmanager
+def _reading(path: str | Path) -> Iterator[ModuleType]:
+    """pyarrow's parquet module, for a file that is there; what goes wrong becomes one error."""
+    if not Path(path).is_file():
         raise DataError(f"{path}: no such file; expected CIFAR-10 in the Hub's parquet layout")
     try:
         import pyarrow.parquet as parquet
@@ -113,13 +140,8 @@ def read_parquet(path: str | Path) -> LabelledImages:
             'reading parquet files needs pyarrow: pip install "ttt-plugins[train]"'
         ) from error
     try:
-        table = parquet.read_table(path, columns=["image", "label"])
-        rows = [row["bytes"] for row in table["image"].to_pylist()]
-        decoded = [np.asarray(Image.open(io.BytesIO(row)).convert("RGB")) for row in rows]
-        images = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
-        labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
+        yield parquet
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: not a parquet file with columns image{{bytes, path}} and label ({error})"
         ) from error
-    return LabelledImages(images, labels)

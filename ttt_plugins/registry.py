@@ -182,12 +182,14 @@ def check_number(owner: object, name: str, low: float, high: float = float("inf"
 
 
 def check_integer(owner: object, name: str, low: int) -> None:
-    """Raise `InputError` unless the field is an integer of at least ``low``."""
+    """Raise `InputError` unless the field is an integer from ``low`` to a billion."""
     value = getattr(owner, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise InputError(
             f"{type(owner).__name__}.{name} must be an integer of at least {low}, got {value!r}"
         )
+    if value > 10**9:
+        raise InputError(f"{type(owner).__name__}.{name} is beyond measure: {value}")
 
 
 def check_choice(owner: object, name: str, choices: tuple[str, ...]) -> None:

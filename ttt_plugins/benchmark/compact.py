@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data import LabelledImages, read_parquet
+from ..data import LabelledImages, read_labels
 from ..errors import DataError
 from .cells import EXTRA_CORRUPTIONS, Cell, CorruptionData
 from .checks import check_labels, enough, find_test_parquet, read_clean
@@ -62,14 +62,14 @@ def open_compact(
             f"{folder}: no test.parquet with the labels here, beside it or in cifar10/; "
             "name it with --labels"
         )
-    read = functools.cache(read_parquet)
+    read = functools.cache(read_labels)
     cells: dict[Cell, LabelledImages] = {}
     for name in names:
         path = folder / f"{name}.npz"
         for severity, images in _read_npz(path, severities).items():
             extra = name in EXTRA_CORRUPTIONS
             source = file.with_name("train.parquet") if extra else file
-            known = read(source).labels
+            known = read(source)
             if not 1 <= len(images) <= len(known):
                 raise DataError(
                     f"{path}: severity_{severity} has {len(images)} images, but {source} has "
