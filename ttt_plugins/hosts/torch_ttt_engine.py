@@ -93,7 +93,7 @@ class Engine(BaseEngine):
         # Weights that an optimizer wrote need no new adapter here: it shares or is given them.
         places = [place for place, _ in _marks(self)]
         net = self._hold(self._training, places, settings)
-        net._check(inputs)
+        net.check_images(inputs)
         self.number += 1
         return self.step(net, inputs)
 
