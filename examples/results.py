@@ -145,6 +145,8 @@ def measure(
                 if method == "source" and seed != seeds[0]:
                     continue  # order means nothing to it
                 key = f"{method}/{corruption}/{seed}"
+                if key in streams:
+                    continue
                 streams[key] = run_stream(net, stream, batch_size, seed)
         result["seeds"].append(seed)
         path.write_text(json.dumps(result) + "\n")

@@ -634,3 +634,40 @@ def test_meta_gradient_on_a_real_network(labelled, slow, make_model, make_net, i
 
     slopes = finite_differences(fixed, outcome)
     agree_where_it_counts(slopes, grads)
+
+
+# -- the step size where entropy is alone --------------------------------------------------
+
+
+def test_entropy_alone_takes_smaller_steps(make_model, images, same_tensors):
+    """Without source statistics as with that step size, with them as without the bound."""
+    model = make_model("groupnorm")
+
+    def after(fitted=False, **fields):
+        net = tp.wrap(model, "mgg", **fields)
+        if fitted:
+            net.fit_source_statistics([images(8, 5)], progress=False)
+        for seed in range(2):
+            net(images(4, seed))
+        return {n: t for n, t in net.adaptation_state().items() if n.startswith("params.")}
+
+    assert same_tensors(after(lr=1e-2, lr_alone=1e-3), after(lr=1e-3, lr_alone=None))
+    assert same_tensors(after(lr=1e-4, lr_alone=1e-3), after(lr=1e-4, lr_alone=None))
+    fitted = after(True, lr=1e-2, lr_alone=1e-3)
+    assert same_tensors(fitted, after(True, lr=1e-2, lr_alone=None))
+    assert not same_tensors(fitted, after(lr=1e-2, lr_alone=1e-3))
+    source = {f"params.{n}": p for n, p in model.named_parameters()}
+    plain = {n.replace("params.model.", "params."): t for n, t in after(lr=0.0).items()}
+    assert all(torch.equal(t, source[n]) for n, t in plain.items())
+    assert "step size is 0.001" in tp.wrap(model, "mgg", lr=1e-2, lr_alone=1e-3).describe()
+
+
+def test_a_batchnorm_model_is_never_on_entropy_alone(make_model):
+    net = tp.wrap(make_model("batchnorm"), "mgg")
+    assert net.config.lr_alone is not None
+    assert "alone" not in net.describe().split("objective")[1]
+
+
+def test_the_bound_is_a_number():
+    with pytest.raises(tp.InputError, match="lr_alone"):
+        tp.MGG(lr_alone=-1.0)

@@ -44,6 +44,9 @@ class MGG:
     Attributes:
         lr: step size alpha; an update moves a scalar by at most this much. The paper: 1e-3 at
             batch 64.
+        lr_alone: an upper bound on the step size while entropy is alone, since there are no source
+            statistics to compare: nothing then holds an optimizer back that was trained with them.
+            None for no other bound than ``lr``.
         discrepancy: weight lambda of the feature statistics' distance from the source's (the
             paper: 0.4; 0.2 on ImageNet-R). Without source statistics the term is left out.
         statistics: BatchNorm statistics, ``"batch"``, ``"source"`` or ``"mix"``.
@@ -52,6 +55,7 @@ class MGG:
     """
 
     lr: float = 1e-3
+    lr_alone: float | None = None
     discrepancy: float = 0.4
     statistics: str = "batch"
     prior: float = 16.0
@@ -59,6 +63,8 @@ class MGG:
 
     def __post_init__(self):
         check_number(self, "lr", 0)
+        if self.lr_alone is not None:
+            check_number(self, "lr_alone", 0)
         check_number(self, "discrepancy", 0)
         check_choice(self, "statistics", ("source", "batch", "mix"))
         check_number(self, "prior", 0)
@@ -83,9 +89,18 @@ def unlabelled_loss(config: MGG, backbone, source_statistics) -> Objective:
     if compares:
         name += " + distance of the feature statistics"
     elif config.discrepancy:
-        name += " alone: no source statistics, so discrepancy is without effect; call "
-        name += "fit_source_statistics"
+        name += " alone: no source statistics, so discrepancy is without effect"
+        if (bound := step_size(config, source_statistics)) < config.lr:
+            name += f" and the step size is {bound:g}"
+        name += "; call fit_source_statistics"
     return Objective(name, loss, compares)
+
+
+def step_size(config: MGG, source_statistics) -> float:
+    """Alpha, which depends on whether there is more than entropy to go by."""
+    if source_statistics is not None or config.lr_alone is None:
+        return config.lr
+    return min(config.lr, config.lr_alone)
 
 
 def build(config: MGG, backbone, source, tensors, seed) -> Online:
@@ -108,7 +123,8 @@ def build(config: MGG, backbone, source, tensors, seed) -> Online:
         zero = torch.zeros((), dtype=backbone.dtype, device=backbone.device)
         statistics = zero, zero + 1
     objective = unlabelled_loss(config, backbone, statistics)
-    return Online(backbone, objective, GradientMemory(config.lr, slow), source)
+    rule = GradientMemory(step_size(config, statistics), slow)
+    return Online(backbone, objective, rule, source)
 
 
 def check(config: MGG, backbone, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
