@@ -212,16 +212,20 @@ def _learned(
 
 def _made_for(record: Method, module: nn.Module) -> str | None:
     """The bundled artifact of a method that was made for a model's very weights."""
-    classes, mark = getattr(module, "num_classes", None), None
+    state, mark = module.state_dict(), None
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in artifacts.list_bundled():
         config = artifacts.read_config(artifacts.bundled_folder(name))
         made_for = config["backbone"]
         if config["method"] != record.name or "fingerprint" not in made_for:
             continue
-        # Hashing the weights of a large network takes long; its classes alone may tell.
-        if classes not in (None, made_for.get("num_classes")):
-            continue
-        mark = mark or artifacts.fingerprint(module.state_dict())
+        # Hashing the weights of a large network takes long; their shapes alone may tell.
+        carried = artifacts.named_folder(str(made_for.get("name")))
+        if carried is not None:
+            header = trust.tensor_header(carried / artifacts.MODEL)
+            if shapes != {n: tensor.shape for n, tensor in header.items()}:
+                continue
+        mark = mark or artifacts.fingerprint(state)
         if mark == made_for["fingerprint"]:
             return name
     return None
