@@ -92,20 +92,26 @@ def measure(
     return result
 
 
+def paired(these: list[int], those: list[int]) -> tuple[float, float]:
+    """Mean difference of right answers to the same images, and its standard error, in points."""
+    gaps = [a - b for a, b in zip(these, those, strict=True)]
+    n, mean = len(gaps), sum(gaps) / len(gaps)
+    error = math.sqrt(sum((g - mean) ** 2 for g in gaps) / max(1, n - 1) / n)
+    return 100 * mean, 100 * error
+
+
 def figures(result: dict) -> dict[str, float]:
     """Accuracies in %, their paired difference with its standard error, and images a second."""
     cells = result["cells"].values()
     adapted = [r for c in cells for r in c["adapted_right"]]
     source = [r for c in cells for r in c["source_right"]]
     n = len(adapted)
-    gaps = [a - b for a, b in zip(adapted, source, strict=True)]
-    mean = sum(gaps) / n
-    error = math.sqrt(sum((g - mean) ** 2 for g in gaps) / max(1, n - 1) / n)
+    gain, error = paired(adapted, source)
     return {
         "source": 100 * sum(source) / n,
         "adapted": 100 * sum(adapted) / n,
-        "gain": 100 * mean,
-        "error": 100 * error,
+        "gain": gain,
+        "error": error,
         "images_per_second": n / sum(c["seconds"] for c in cells),
         "passes": sum(c["forwards"] + c["backwards"] for c in cells) / n,
     }
@@ -116,8 +122,21 @@ def line(result: dict) -> str:
     return f"{f['source']:.1f} -> {f['adapted']:.1f} ({f['gain']:+.1f} ± {f['error']:.1f})"
 
 
+def comparison(result: dict, first: dict) -> list[str]:
+    """A line on two measurements of the same images; none if they are of different ones."""
+    same = all(result["settings"][k] == first["settings"][k] for k in ("n_examples", "seed"))
+    if not same or result["cells"].keys() != first["cells"].keys():
+        return []
+    both = [
+        [a for c in first["cells"] for a in r["cells"][c]["adapted_right"]] for r in (result, first)
+    ]
+    mean, error = paired(*both)
+    names = (result["settings"]["measurement"], first["settings"]["measurement"])
+    return ["", f"{names[0]} against {names[1]} on the same images: {mean:+.2f} ± {error:.2f}"]
+
+
 def report(results: list[dict]) -> str:
-    """Markdown: one row a measurement, then accuracies by corruption."""
+    """Markdown: one row a measurement, each against the first, accuracies by corruption."""
     lines = [
         "| | images a corruption | without adaptation | adapted | gain ± s.e. | passes an image "
         "| images/s |",
@@ -131,6 +150,8 @@ def report(results: list[dict]) -> str:
             f"| {name} | {n} | {f['source']:.2f} | {f['adapted']:.2f} | {f['gain']:+.2f} ± "
             f"{f['error']:.2f} | {f['passes']:.0f} | {f['images_per_second']:.2f} |"
         )
+    for other in results[1:]:
+        lines += comparison(other, results[0])
     lines += ["", "| | " + " | ".join(r["settings"]["measurement"] for r in results) + " |"]
     lines.append("|---" * (len(results) + 1) + "|")
     for corruption in CORRUPTIONS:

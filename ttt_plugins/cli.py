@@ -21,6 +21,7 @@ from .flags import (
     PROGRAM,
     Parser,
     add_dataclass_flags,
+    check_device,
     check_seed,
     dataclass_from_args,
     fields_from_pairs,
@@ -36,11 +37,7 @@ _THREADS = 1024
 
 
 def _device(name: str | None) -> str | None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used here ({reason})") from error
+    check_device(name)
     return name
 
 

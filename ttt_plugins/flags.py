@@ -12,10 +12,12 @@ import typing
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+import torch
+
 from .errors import InputError
 
-__all__ = ["PROGRAM", "Parser", "add_dataclass_flags", "check_seed", "dataclass_from_args"]
-__all__ += ["fields_from_pairs", "key_value"]
+__all__ = ["PROGRAM", "Parser", "add_dataclass_flags", "check_device", "check_seed"]
+__all__ += ["dataclass_from_args", "fields_from_pairs", "key_value"]
 
 PROGRAM = "ttt-plugins"
 #: One more than the largest seed that every generator takes: numpy's RandomState has 32 bits.
@@ -132,6 +134,15 @@ def fields_from_pairs(pairs: Iterable[tuple[str, Any]], config: type) -> dict[st
             raise InputError(f"--set {name}=…: the number has more than 64 bits")
         found[name] = value
     return found
+
+
+def check_device(device: Any) -> None:
+    """Raise `InputError` unless tensors can be made on the device; None is torch's own."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used here ({reason})") from error
 
 
 def check_seed(seed: Any, name: str = "seed") -> None:

@@ -17,6 +17,7 @@ from .artifacts import OWN_WEIGHTS, Artifact
 from .backbone import Backbone
 from .data import gather_images
 from .errors import ArtifactError, InputError
+from .flags import check_device, check_seed
 from .hub import Access
 from .methods import Source
 from .models import (
@@ -175,16 +176,9 @@ def wrap(
 
 
 def _check_place(device: str | torch.device | None, seed: int | None) -> None:
-    if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 63):
-        raise InputError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
-    if device is None:
-        return
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"{device!r} is no device ({error})") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"{found}: there are {torch.cuda.device_count()} GPUs here")
+    if seed is not None:
+        check_seed(seed)
+    check_device(device)
 
 
 def _learned(
