@@ -54,9 +54,9 @@ def _mean_and_squares(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]
         count *= x.shape[axis]
     if x.ndim == 4 and axes == (0, 2, 3) and x.is_contiguous():
         rows = x.flatten(2)
-        sums, squares = rows.sum(2), torch.linalg.vecdot(rows, rows)
+        sums, norms = rows.sum(2), torch.linalg.vector_norm(rows, dim=2)
         mean = sums.double().sum(0) / count
-        squares = (squares.double().sum(0) - count * mean.square()).clamp_min(0)
+        squares = (norms.double().square().sum(0) - count * mean.square()).clamp_min(0)
         return mean.to(x.dtype), squares.to(x.dtype)
     mean = x.mean(axes, keepdim=True)
     return mean.flatten(), (x - mean).square().sum(axes)
@@ -84,7 +84,8 @@ class _Moments(torch.autograd.Function):
         count, free = ctx.counts
         slope = grad_var * (2 / free)
         level = grad_mean / count - slope * mean
-        return torch.addcmul(level.view(ctx.shape), slope.view(ctx.shape), x), None, None
+        # In two steps: ``addcmul`` is not vectorised where it broadcasts.
+        return (x * slope.view(ctx.shape)).add_(level.view(ctx.shape)), None, None
 
 
 def _names_or_none(model: nn.Module) -> list[str]:
