@@ -30,10 +30,13 @@ TTT, MT3 = "bundled:ttt-resnet26-cifar10", "bundled:mt3-resnet26-cifar10"
 #: Name of a measurement -> artifact and the fields it changes.
 MEASUREMENTS = {
     "ttt-standard": (TTT, {}),
+    "ttt-standard-0.003": (TTT, {"lr": 0.003}),
+    "ttt-standard-0.01": (TTT, {"lr": 0.01}),
     "ttt-one-step": (TTT, {"steps": 1, "lr": 0.01}),
     "ttt-online": (TTT, {"mode": "online"}),
     # The rate was chosen among 1e-3, 3e-3 and this on the four extra corruptions (--corruption).
     "ttt-online-0.01": (TTT, {"mode": "online", "lr": 0.01}),
+    "ttt-online-0.03": (TTT, {"mode": "online", "lr": 0.03}),
     "ttt-skip-0.9": (TTT, {"steps": 1, "lr": 0.01, "threshold": 0.9}),
     "ttt-skip-0.8": (TTT, {"steps": 1, "lr": 0.01, "threshold": 0.8}),
     "ttt-skip-0.6": (TTT, {"steps": 1, "lr": 0.01, "threshold": 0.6}),

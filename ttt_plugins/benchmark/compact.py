@@ -9,6 +9,7 @@ import functools
 import zipfile
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +65,11 @@ def open_compact(
         )
     read = functools.cache(read_labels)
     cells: dict[Cell, LabelledImages] = {}
-    for name in names:
-        path = folder / f"{name}.npz"
-        for severity, images in _read_npz(path, severities).items():
+    paths = [folder / f"{name}.npz" for name in names]
+    with ThreadPoolExecutor() as threads:  # decompression lets other threads run
+        arrays = list(threads.map(functools.partial(_read_npz, severities=severities), paths))
+    for name, path, found in zip(names, paths, arrays, strict=True):
+        for severity, images in found.items():
             extra = name in EXTRA_CORRUPTIONS
             source = file.with_name("train.parquet") if extra else file
             known = read(source)
