@@ -161,6 +161,16 @@ def test_numbers_out_of_range(flag, value, some_data, refused):
     assert "must" in refused(*benchmark("--method", "tent", flag, value))
 
 
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_demo_into_no_folder(out, here, monkeypatch, refused):
+    def work(*_, **__):
+        raise AssertionError("the demo ran")
+
+    monkeypatch.setattr("ttt_plugins.demo.compare", work)
+    (here / "file").write_text("mine")
+    assert "cannot make this folder" in refused("demo", "--out", out)
+
+
 # -- --set -------------------------------------------------------------------------------------
 
 
@@ -180,6 +190,11 @@ def test_set_takes_fields_alone(pair, some_data, refused):
         assert f"{config.__name__} has no field {name!r}" in said
         assert all(field.name in said for field in fields(config))
         assert ("Did you mean 'lr'?" in said) == (name == "lrr" and config is not tp.Source)
+
+
+def test_the_step_size_of_mgg_comes_from_its_grid(no_work, refused):
+    assert "give --grid 0.5" in refused(*train("mgg", "--set", "lr=0.5"))
+    assert "give --grid nan" in refused(*train("mgg", "--set", "lr=nan"))
 
 
 @pytest.mark.parametrize(
@@ -373,3 +388,12 @@ def test_a_short_training_still_ends_in_an_artifact(here, images, capsys):
     assert listing(here / "out-training") == ["checkpoint.pt"]
     recipe = json.loads((here / "out" / "config.json").read_text())["training"]["recipe"]
     assert recipe["batch_size"] == 8
+
+
+@pytest.mark.parametrize("kind", ["source", "ttt"])
+def test_a_classifier_that_diverges_is_told_at_once(kind, here, images, monkeypatch, capsys):
+    module = f"ttt_plugins.train.{kind}"
+    monkeypatch.setattr(f"{module}.save_checkpoint", lambda *_: pytest.fail("it was saved"))
+    assert main(train(kind, *SMALL, "--batch-size", "8", "--lr", "1e30")) == 2
+    assert "training diverged in epoch 1" in capsys.readouterr().err
+    assert not list(here.rglob("checkpoint.pt"))

@@ -353,6 +353,11 @@ def _train_mgg(args: argparse.Namespace) -> None:
     work = _work_folder(args)
     recipe = dataclass_from_args(args, MGGRecipe)
     fields = fields_from_pairs(args.set, MGG)
+    if "lr" in fields:
+        raise InputError(
+            f"--set lr: the step size is chosen among those of --grid; for this one only, give "
+            f"--grid {fields['lr']}"
+        )
     configure(MGG(), fields)  # a bad value is found before anything is read
     if args.statistics_images < 1:
         raise InputError(f"--statistics-images must be at least 1, got {args.statistics_images}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .benchmark.evaluate import classify
-from .benchmark.output import write_files
+from .benchmark.output import check_out, write_files
 from .benchmark.plots import COLOURS, figure, to_png
 from .benchmark.results import align
 from .data import CIFAR10_CLASSES, LabelledImages
@@ -252,12 +252,12 @@ def run_demo(
     Returns:
         the methods that adapt batch by batch, and those that adapt to each image on its own.
     """
+    out = check_out(out)  # before the work, as is a missing matplotlib
+    figure(1, 1)
     sample = load_sample(n=n)
     few = load_sample(n=min(PER_IMAGE, len(sample.labels)))
-    figure(1, 1)  # a missing matplotlib is found before the work
     result = compare(build_adapters(), sample, progress=progress)
     per_image = compare(build_per_image_adapters(), few, progress=progress)
-    out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

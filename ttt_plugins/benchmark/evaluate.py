@@ -102,21 +102,22 @@ def classify(
     labels = gather(parts, rows, "labels")
     highest = int(labels.max())
     answers = labels.to(device).split(batch_size)
-    for images, answer in zip(batches(parts, rows, batch_size, device), answers, strict=True):
-        with torch.no_grad(), execution.context(device), _trusting(net):
-            logits = net(execution.unit(images))
-        logits = logits.float()
-        if highest >= logits.shape[1]:
-            raise InputError(
-                f"label {highest} in the data, but the model has only classes "
-                f"0 to {logits.shape[1] - 1}"
-            )
-        confidence = (logits.amax(1) - logits.logsumexp(1)).exp()
-        loss = F.cross_entropy(logits, answer, reduction="none")
-        # Ties go where robustbench's clean_accuracy puts them.
-        predicted = logits.max(1)[1]
-        kept.append((predicted, predicted == answer, loss, confidence))
-        advance()
+    with _trusting(net):
+        for images, answer in zip(batches(parts, rows, batch_size, device), answers, strict=True):
+            with torch.no_grad(), execution.context(device):
+                logits = net(execution.unit(images))
+            logits = logits.float()
+            if highest >= logits.shape[1]:
+                raise InputError(
+                    f"label {highest} in the data, but the model has only classes "
+                    f"0 to {logits.shape[1] - 1}"
+                )
+            confidence = (logits.amax(1) - logits.logsumexp(1)).exp()
+            loss = F.cross_entropy(logits, answer, reduction="none")
+            # Ties go where robustbench's clean_accuracy puts them.
+            predicted = logits.max(1)[1]
+            kept.append((predicted, predicted == answer, loss, confidence))
+            advance()
     # Moving to the CPU waits for the device, so it belongs to the time.
     tensors = [torch.cat(column).cpu() for column in zip(*kept, strict=True)]
     seconds = time.perf_counter() - start

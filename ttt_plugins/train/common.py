@@ -26,6 +26,7 @@ from ..registry import get_method
 __all__ = [
     "Normalise",
     "accuracy",
+    "check_convergence",
     "check_outcome",
     "checkpoint_file",
     "create_model",
@@ -49,6 +50,18 @@ def read_start(name: str) -> Artifact:
     if found.weights is None:
         raise InputError(f"{name} carries no model to start from")
     return found
+
+
+def check_convergence(sums: Tensor, epoch: int, remedy: str) -> None:
+    """Raise `InputError` if an epoch's sums (of losses, say) are not all finite.
+
+    To be called before the epoch's checkpoint is written: the last good one stays.
+    """
+    if not torch.isfinite(sums).all():
+        raise InputError(
+            f"training diverged in epoch {epoch}; go on from the last checkpoint, if there is one, "
+            f"with {remedy}"
+        )
 
 
 def create_model(

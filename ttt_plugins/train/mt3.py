@@ -36,6 +36,7 @@ from ..registry import check_choice, check_integer, check_number
 from ..scope import call
 from ..views import BYOL_NUMBERS, SHARED_NUMBERS, byol_view, random_crop, shared_augmentation
 from .common import (
+    check_convergence,
     check_outcome,
     checkpoint_file,
     create_model,
@@ -414,12 +415,7 @@ def train_mt3(
             if progress and number % _LOOK_EVERY == 0:
                 shown = _means(totals, recipe.tasks * (number + 1), recipe.task_images)
                 bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
-        if not torch.isfinite(totals).all():
-            # Before the checkpoint is written: the last good one stays.
-            raise InputError(
-                f"meta-training diverged in epoch {epoch + 1}; go on from the last checkpoint with "
-                "a smaller lr or inner_lr"
-            )
+        check_convergence(totals, epoch + 1, "a smaller lr or inner_lr")
         entry = {"epoch": epoch + 1}
         entry |= _means(totals, recipe.tasks * per_epoch, recipe.task_images)
         log.append(entry)

@@ -27,6 +27,7 @@ from ..views import cutmix_, cutout_, random_crop, random_flip
 from .common import (
     Normalise,
     accuracy,
+    check_convergence,
     check_outcome,
     checkpoint_file,
     create_model,
@@ -231,6 +232,7 @@ def train_source(
                 schedule.step()
             average.update_parameters(model)
             total += loss.detach()
+        check_convergence(total, epoch + 1, "a smaller lr")
         entry = {
             "epoch": epoch + 1,
             "loss": total.item() / per_epoch,

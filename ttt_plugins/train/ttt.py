@@ -35,6 +35,7 @@ from ..wrapping import wrap
 from .common import (
     Normalise,
     accuracy,
+    check_convergence,
     check_outcome,
     checkpoint_file,
     create_model,
@@ -245,6 +246,7 @@ def train_joint(
             if recipe.ema:
                 average.update_parameters(joint)
             totals += torch.stack([main.detach(), rotation.detach()])
+        check_convergence(totals, epoch + 1, "a smaller lr")
         final = average.module if recipe.ema else joint
         entry = {
             "epoch": epoch + 1,
