@@ -97,13 +97,19 @@ def classify(
     device = device_of(net)
     reset_peak_memory(device)
     before = (net.forwards, net.backwards, net.skipped_updates)
-    kept: list[tuple[Tensor, ...]] = []
     start = time.perf_counter()
     labels = gather(parts, rows, "labels")
     highest = int(labels.max())
     answers = labels.to(device).split(batch_size)
+    # Made once: small tensors that stay from every batch would scatter over the allocator's memory.
+    predictions = torch.empty_like(labels, device=device)
+    right = torch.empty_like(predictions, dtype=torch.bool)
+    losses = torch.empty_like(predictions, dtype=torch.float32)
+    kept = (predictions, right, losses, torch.empty_like(losses))
+    places = zip(*(column.split(batch_size) for column in kept), strict=True)
+    seen = zip(batches(parts, rows, batch_size, device), answers, places, strict=True)
     with _trusting(net):
-        for images, answer in zip(batches(parts, rows, batch_size, device), answers, strict=True):
+        for images, answer, place in seen:
             with torch.no_grad(), execution.context(device):
                 logits = net(execution.unit(images))
             logits = logits.float()
@@ -112,14 +118,19 @@ def classify(
                     f"label {highest} in the data, but the model has only classes "
                     f"0 to {logits.shape[1] - 1}"
                 )
-            confidence = (logits.amax(1) - logits.logsumexp(1)).exp()
-            loss = F.cross_entropy(logits, answer, reduction="none")
             # Ties go where robustbench's clean_accuracy puts them.
             predicted = logits.max(1)[1]
-            kept.append((predicted, predicted == answer, loss, confidence))
+            found = (
+                predicted,
+                predicted == answer,
+                F.cross_entropy(logits, answer, reduction="none"),
+                (logits.amax(1) - logits.logsumexp(1)).exp(),
+            )
+            for column, values in zip(place, found, strict=True):
+                column.copy_(values)
             advance()
     # Moving to the CPU waits for the device, so it belongs to the time.
-    tensors = [torch.cat(column).cpu() for column in zip(*kept, strict=True)]
+    tensors = [column.cpu() for column in kept]
     seconds = time.perf_counter() - start
     after = (net.forwards, net.backwards, net.skipped_updates)
     counts = [b - a for a, b in zip(before, after, strict=True)]
