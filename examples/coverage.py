@@ -5,7 +5,8 @@
 For each timm module its smallest entrypoint, for each architecture of RobustBench's corruptions
 zoo its own constructor, both with random weights: whether it wraps, one step moves what it says
 and nothing else, logits are finite, a step size of zero is the plain model and reset is exact.
-``--resume`` goes on where a run stopped; ``--models``, ``--methods`` and ``--limit`` choose.
+``--resume`` goes on where a run stopped; ``--models``, ``--modules``, ``--methods`` and ``--limit``
+choose. Of a newer timm than RobustBench's, COVERAGE-NEWEST-TIMM.md has the modules it adds.
 """
 
 from __future__ import annotations
@@ -76,13 +77,13 @@ def _without_memory(build) -> nn.Module:
 # -- which models ------------------------------------------------------------------------------
 
 
-def smallest_entrypoints() -> dict[str, str]:
+def smallest_entrypoints(modules: list[str] | None = None) -> dict[str, str]:
     """timm module -> its entrypoint with the fewest parameters, the smallest first.
 
-    They are counted without building them in memory.
+    They are counted without building them in memory. All modules, or those named.
     """
     found, least = {}, {}
-    for module in tqdm(timm.list_modules(), "smallest entrypoints"):
+    for module in tqdm(modules or timm.list_modules(), "smallest entrypoints"):
         sizes = {}
         for name in timm.list_models(module=module):
             if timm.model_entrypoint(name).__module__.startswith("timm."):
@@ -430,8 +431,9 @@ def run(
     limit: int | None = None,
     resume: bool = False,
     isolated: bool = False,
+    modules: list[str] | None = None,
 ) -> dict:
-    """Fill ``out`` with the results of all models, or of those named.
+    """Fill ``out`` with the results of all models, or of those or the timm modules named.
 
     ``isolated`` gives every model a process of its own, whose memory the next one gets back.
     """
@@ -441,9 +443,9 @@ def run(
         raise tp.InputError(f"{out} holds results of timm {results['versions']['timm']}")
     results = {"versions": versions, "models": {}, "alike": {}, "modules": {}} | results
     if models is None:
-        results["modules"] = results["modules"] or smallest_entrypoints()
+        results["modules"] = results["modules"] or smallest_entrypoints(modules)
         models = list(results["modules"].values())
-        if version("robustbench") is not None:
+        if modules is None and version("robustbench") is not None:
             results["alike"] = results["alike"] or architectures()
             models += dict.fromkeys(results["alike"].values())
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -537,12 +539,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("coverage.json"))
     parser.add_argument("--report", type=Path, help="write the results as Markdown")
     parser.add_argument("--models", nargs="+", help="timm names or robustbench:<dataset>/<name>")
+    parser.add_argument("--modules", nargs="+", help="timm modules, none of RobustBench's zoo")
     parser.add_argument("--methods", nargs="+", choices=tp.list_methods())
     parser.add_argument("--limit", type=int, help="stop after this many models")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args(argv)
     methods = args.methods or tp.list_methods()
-    results = run(args.out, methods, args.models, args.limit, args.resume, isolated=True)
+    results = run(args.out, methods, args.models, args.limit, args.resume, True, args.modules)
     if args.report is not None:
         args.report.write_text(report(results))
 
