@@ -111,6 +111,7 @@ def measure(
     model = backbone if Path(backbone).is_dir() else f"bundled:source-{backbone}-cifar10"
     stored = json.loads(path.read_text()) if resume and path.is_file() else None
     if stored is not None:
+        tune_n = stored["tune_examples"]
         tuning = {
             m: {float(lr): score for lr, score in scores.items()}
             for m, scores in stored["tuning"].items()
