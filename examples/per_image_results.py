@@ -41,6 +41,9 @@ MEASUREMENTS = {
     "ttt-skip-0.8": (TTT, {"steps": 1, "lr": 0.01, "threshold": 0.8}),
     "ttt-skip-0.6": (TTT, {"steps": 1, "lr": 0.01, "threshold": 0.6}),
     "mt3": (MT3, {}),
+    "mt3-0.05": (MT3, {"lr": 0.05}),
+    "mt3-0.2": (MT3, {"lr": 0.2}),
+    "mt3-two-steps": (MT3, {"steps": 2}),
     "mt3-vote": (MT3, {"vote": True}),
 }
 
