@@ -30,7 +30,6 @@ from unittest import mock
 import timm
 import torch
 from torch import Tensor, nn
-from torch.func import grad
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
@@ -283,8 +282,11 @@ def _moved(net: tp.Adapter, fresh: dict[str, Tensor], images: Tensor) -> dict:
         views = algorithm.task.draw(images, image_keys(images, net.seed), 0)
         changed = dict.fromkeys(algorithm.source, False)
         for i in range(len(images)):
-            grads = grad(algorithm.task.loss)(algorithm.source, *(v[i] for v in views))
-            changed = {n: moved or bool(grads[n].any()) for n, moved in changed.items()}
+            leaves = {n: t.detach().requires_grad_() for n, t in algorithm.source.items()}
+            loss = algorithm.task.loss(leaves, *(v[i] for v in views))
+            grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+            moves = dict(zip(leaves, (bool(g.any()) for g in grads), strict=True))
+            changed = {n: moved or moves[n] for n, moved in changed.items()}
     else:
         state = net.adaptation_state()
         changed = {

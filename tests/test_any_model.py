@@ -561,3 +561,45 @@ def test_a_zoo_architecture(coverage):
     assert images.shape == (2, 3, 32, 32)
     row = coverage.check(model, True, images, "tent")
     assert row["moved"][0] == row["moved"][1]
+
+
+# -- layers that torch.func cannot transform -----------------------------------------------------
+
+
+class _OldSwish(torch.autograd.Function):
+    """Without ``setup_context``, as in RobustBench's WideResNets with Swish."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return grad * s * (1 + x * (1 - s))
+
+
+class _Old(nn.Module):
+    def forward(self, x):
+        return _OldSwish.apply(x)
+
+
+@pytest.mark.parametrize("method", ["ttt", "mt3"])
+def test_functions_of_the_old_form_adapt_image_by_image(method, coverage):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2),
+        nn.GroupNorm(2, 8),
+        _Old(),
+        nn.Conv2d(8, 16, 3, 2),
+        nn.GroupNorm(2, 16),
+    )
+    model = nn.Sequential(model, _Old(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    images = torch.rand(3, 3, 16, 16)
+    fields = coverage.FIELDS.get(method, {}) | {"normalize": False}
+    fields["tensors"] = coverage._heads(method, model, True, images)
+    nets = [tp.wrap(model, method, **fields | {"chunk_size": n}) for n in (3, 1)]
+    assert torch.equal(nets[0](images), nets[1](images))
+    assert nets[0].backbone.one_by_one

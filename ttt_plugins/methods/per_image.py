@@ -195,6 +195,19 @@ class PerImage:
         if len(images) == 1:
             params, fine, loss = self._steps(params, images, keys)
             return self._predict(params, images, keys), fine[None], loss[None]
+        try:
+            return self._episode_of_many(params, images, keys)
+        except RuntimeError as error:
+            if "setup_context" not in str(error):
+                raise
+            # A layer is an autograd.Function of the old form, which torch.func cannot transform.
+            self.backbone.one_by_one = True
+        each = zip(images.split(1), keys.split(1), strict=True)
+        parts = [self._episode(params, image, key) for image, key in each]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+    def _episode_of_many(self, params: Tensors, images: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        """`_episode` of several images, by ``vmap``."""
         own = None  # whether each image has parameters of its own yet
         fine = torch.ones(len(images), dtype=torch.bool, device=images.device)
         # Attention's fused kernels have no rule for a batch of weights.

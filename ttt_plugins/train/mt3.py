@@ -235,7 +235,9 @@ def meta_gradient(
 
     outer = vmap(grad(loss, has_aux=True), (None, 0, 0, 0, 0))
     count = len(tasks[0])
-    together = recipe.together or (1 if tasks[0].device.type == "cpu" else count)
+    together = recipe.together or (
+        1 if tasks[0].device.type == "cpu" or backbone.one_by_one else count
+    )
     total, record = None, tasks[0].new_zeros(6)
     if not count:  # more processes than tasks
         return {n: torch.zeros_like(p) for n, p in meta.items()}, record
