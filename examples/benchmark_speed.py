@@ -5,10 +5,10 @@
     python examples/benchmark_speed.py full --device cuda [--autocast bfloat16] [--trace FILE]
 
 ``overhead``: the whole benchmark (reading, counting, writing) against a bare loop over the same
-images in memory, in turns, and against the
-adapter's own share of its time. ``processes``: the command in one process held to one core against
-torchrun with two. ``full``: 75 cells of 10,000 images (repeats of the package's sample) against
-the plain model on the same images, and a profile of how much of the time the GPU works.
+images in memory, in turns, and against the adapter's own share of its time. ``processes``: the
+command in one process held to one core against torchrun with two. ``full``: 75 cells of 10,000
+images (repeats of the package's sample) against the plain model on the same images, and a profile
+of how much of the time the GPU works.
 """
 
 from __future__ import annotations
