@@ -36,7 +36,6 @@ MEASUREMENTS = {
     "ttt-online": (TTT, {"mode": "online"}),
     # The rate was chosen among 1e-3, 3e-3 and this on the four extra corruptions (--corruption).
     "ttt-online-0.01": (TTT, {"mode": "online", "lr": 0.01}),
-    "ttt-online-0.03": (TTT, {"mode": "online", "lr": 0.03}),
     "ttt-skip-0.9": (TTT, {"steps": 1, "lr": 0.01, "threshold": 0.9}),
     "ttt-skip-0.8": (TTT, {"steps": 1, "lr": 0.01, "threshold": 0.8}),
     "ttt-skip-0.6": (TTT, {"steps": 1, "lr": 0.01, "threshold": 0.6}),

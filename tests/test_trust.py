@@ -436,12 +436,17 @@ def test_the_budget_lets_ordinary_models_through():
     import timm
 
     for name in ("resnet18", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"):
-        with torch.device("meta"):
-            pass
         state = timm.create_model(name).state_dict()
         elements = sum(t.numel() for t in state.values())
         with trust.BuildBudget(elements, len(state)):
-            timm.create_model(name)
+            built = timm.create_model(name)
+        shapes = {n: t.shape for n, t in built.state_dict().items()}
+        assert shapes == {n: t.shape for n, t in state.items()}
+
+
+def test_the_budget_stops_models_of_another_size():
+    with pytest.raises(tp.ArtifactError, match="far larger"), trust.BuildBudget(1_000, 10):
+        torch.nn.Linear(10_000, 10_000)
 
 
 # -- which classifiers fit ---------------------------------------------------------------------
