@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,12 @@ from timm import layers
 from timm.models import metaformer, mlp_mixer
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ttt_plugins as tp
 from ttt_plugins import scope, structure
 from ttt_plugins.backbone import Backbone
+from ttt_plugins.methods import per_image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 F64 = torch.float64
@@ -586,20 +589,148 @@ class _Old(nn.Module):
         return _OldSwish.apply(x)
 
 
-@pytest.mark.parametrize("method", ["ttt", "mt3"])
-def test_functions_of_the_old_form_adapt_image_by_image(method, coverage):
+class _Branching(nn.Module):
+    def forward(self, x):
+        return x.relu() if x.max() > 0 else x
+
+
+class _Looking(nn.Module):
+    def forward(self, x):
+        return x / max(x.detach().abs().max().item(), 1.0)
+
+
+class _Assigning(nn.Module):
+    def forward(self, x):
+        out = torch.zeros(x.shape)
+        out[:, 1:] = x[:, 1:]
+        return out.relu()
+
+
+class _Recomputing(nn.Module):
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.norm, self.reentrant = nn.GroupNorm(2, 8), reentrant
+
+    def forward(self, x):
+        return checkpoint(self.again, x, use_reentrant=self.reentrant)
+
+    def again(self, x):
+        return self.norm(x).relu()
+
+
+def _small_network(layer: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2),
-        nn.GroupNorm(2, 8),
-        _Old(),
-        nn.Conv2d(8, 16, 3, 2),
-        nn.GroupNorm(2, 16),
+    first = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.GroupNorm(2, 8), layer)
+    second = nn.Sequential(nn.Conv2d(8, 16, 3, 2), nn.GroupNorm(2, 16))
+    return nn.Sequential(
+        nn.Sequential(first, second), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
     )
-    model = nn.Sequential(model, _Old(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
-    images = torch.rand(3, 3, 16, 16)
-    fields = coverage.FIELDS.get(method, {}) | {"normalize": False}
-    fields["tensors"] = coverage._heads(method, model, True, images)
-    nets = [tp.wrap(model, method, **fields | {"chunk_size": n}) for n in (3, 1)]
-    assert torch.equal(nets[0](images), nets[1](images))
-    assert nets[0].backbone.one_by_one
+
+
+def _adapter(coverage, method: str, model: nn.Module, images, **fields):
+    fields = coverage.FIELDS.get(method, {}) | {"normalize": False} | fields
+    return tp.wrap(model, method, tensors=coverage._heads(method, model, True, images), **fields)
+
+
+@pytest.mark.parametrize("method", ["ttt", "mt3"])
+@pytest.mark.parametrize("layer", [_Old, _Branching, _Looking, _Assigning])
+def test_what_torch_func_cannot_transform_adapts_image_by_image(layer, method, coverage):
+    model, images = _small_network(layer()), torch.rand(3, 3, 16, 16)
+    nets = [_adapter(coverage, method, model, images, chunk_size=n) for n in (3, 1)]
+    with pytest.warns(RuntimeWarning, match="one at a time"):
+        logits = nets[0](images)
+    assert torch.equal(logits, nets[1](images))
+    assert nets[0].backbone.one_by_one and not nets[1].backbone.one_by_one
+
+
+@pytest.mark.parametrize("method", ["ttt", "mt3"])
+def test_a_chunk_that_does_not_fit_is_halved(method, coverage, monkeypatch):
+    model, images = _small_network(nn.ReLU()), torch.rand(5, 3, 16, 16)
+    net = _adapter(coverage, method, model, images, chunk_size=5)
+    expected, sizes = net(images), []
+    of_many = per_image.PerImage._episode_of_many
+
+    def short_of_memory(self, params, part, keys):
+        sizes.append(len(part))
+        if len(part) > 2:
+            raise torch.OutOfMemoryError("no")
+        return of_many(self, params, part, keys)
+
+    monkeypatch.setattr(per_image.PerImage, "_episode_of_many", short_of_memory)
+    net.reset()
+    assert torch.allclose(net(images), expected, atol=1e-5)
+    assert sizes == [5, 3, 2, 2] and not net.backbone.one_by_one
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method, chunk_size", [("tent", 0), ("ttt", 1), ("ttt", 2), ("mt3", 1)])
+def test_recomputed_activations_are_refused(method, chunk_size, reentrant, coverage):
+    images = torch.rand(2, 3, 16, 16)
+    fields = {"chunk_size": chunk_size} if chunk_size else {}
+    net = _adapter(coverage, method, _small_network(_Recomputing(reentrant)), images, **fields)
+    with pytest.raises(tp.InputError, match="checkpoint.*switch that off"):
+        net(images)
+    assert net.batches == 0
+
+
+@pytest.mark.parametrize("method", ["tent", "ttt", "mt3"])
+def test_a_callers_hooks_on_saved_tensors_are_no_recomputation(method, coverage):
+    images = torch.rand(2, 3, 16, 16)
+    fields = {} if method == "tent" else {"chunk_size": 1}
+    net = _adapter(coverage, method, _small_network(nn.ReLU()), images, **fields)
+    expected = net(images)
+    net.reset()
+    with torch.autograd.graph.save_on_cpu():
+        assert torch.equal(net(images), expected)
+
+
+@pytest.mark.parametrize("method", ["tent", "ttt", "mt3"])
+def test_timms_checkpointing_is_switched_off_inside(method, coverage):
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    images = torch.rand(2, 3, 32, 32)
+    expected = _adapter(coverage, method, model, images, normalize=True)(images)
+    model.set_grad_checkpointing(True)
+    assert torch.equal(_adapter(coverage, method, model, images, normalize=True)(images), expected)
+    assert model.grad_checkpointing
+
+
+@pytest.mark.parametrize("method", ["tent", "ttt", "mt3"])
+def test_compiled_models_and_compiled_adapters(method, coverage):
+    model, images = _small_network(nn.ReLU()), torch.rand(3, 3, 16, 16)
+    expected = _adapter(coverage, method, model, images)(images)
+    heads = {"tensors": coverage._heads(method, model, True, images), "normalize": False}
+    fields = coverage.FIELDS.get(method, {}) | heads
+    inside = tp.wrap(torch.compile(model, backend="eager"), method, **fields)
+    assert torch.equal(inside(images), expected)
+    around = torch.compile(_adapter(coverage, method, model, images), backend="eager")
+    assert torch.equal(around(images), expected)
+
+
+def test_torchscript_is_refused():
+    script = torch.jit.trace(_small_network(nn.ReLU()).eval(), torch.rand(1, 3, 16, 16))
+    with pytest.raises(tp.InputError, match="TorchScript"):
+        tp.wrap(script, "tent", normalize=False)
+
+
+@pytest.mark.parametrize("method", ["ttt", "mt3"])
+def test_sizes_that_a_model_without_a_size_refuses(method, coverage):
+    torch.manual_seed(0)
+    stages = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3))
+    model = nn.Sequential(stages, nn.Flatten(), nn.Linear(4 * 12 * 12, 8), nn.Linear(8, 5))
+    images = torch.rand(2, 3, 16, 16)
+    net = _adapter(coverage, method, model, images)
+    before = net(images)
+    with pytest.raises(tp.InputError, match=r"cannot take images of shape \(3, 8, 8\)"):
+        net(torch.rand(2, 3, 8, 8))
+    with pytest.raises(tp.InputError, match="at least 2 x 2"):
+        net(torch.rand(2, 3, 1, 1))
+    assert torch.equal(net(images), before)
+
+
+@pytest.mark.parametrize("method", ["ttt", "mt3"])
+def test_the_memory_of_a_model_without_a_size_is_known_after_the_first_image(method, coverage):
+    images = torch.rand(2, 3, 16, 16)
+    net = _adapter(coverage, method, _small_network(nn.ReLU()), images)
+    assert "memory: unknown before the first image" in net.describe()
+    net(images)
+    assert re.search(r"memory: about [\d.]+ MB an image", net.describe())

@@ -8,14 +8,15 @@ import ttt_plugins as tp
 
 SOURCES = ["source-resnet26-cifar10", "source-resnet26bn-cifar10", "source-vit-tiny-cifar10"]
 OPTIMIZERS = ["mgg-resnet26-cifar10", "mgg-resnet26bn-cifar10", "mgg-vit-tiny-cifar10"]
+SELF_SUPERVISED = ["ttt-resnet26-cifar10", "mt3-resnet26-cifar10"]
 UNIVERSAL = "mgg-universal"  # of no classifier's
 
 
 def test_all_ship():
-    assert {*SOURCES, *OPTIMIZERS, UNIVERSAL} <= set(tp.list_bundled())
+    assert {*SOURCES, *OPTIMIZERS, *SELF_SUPERVISED, UNIVERSAL} <= set(tp.list_bundled())
 
 
-@pytest.mark.parametrize("name", sorted({*SOURCES, *OPTIMIZERS, *tp.list_bundled()} - {UNIVERSAL}))
+@pytest.mark.parametrize("name", sorted({*tp.list_bundled()} - {UNIVERSAL}))
 def test_loads_and_predicts(name, images):
     net = tp.from_pretrained(f"bundled:{name}")
     logits = net(images(4))

@@ -1,5 +1,7 @@
 """Checkpoints with the released names and shapes, made here, become artifacts that adapt."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -93,6 +95,11 @@ def test_mgg_files_that_are_something_else(released, tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
     file.write_bytes(b"no checkpoint")
     assert main(["convert", "mgg", str(file), "--out", str(out)]) == 2
+    torch.save({"model_state_dict": Path("code")}, file)
+    capsys.readouterr()
+    assert main(["convert", "mgg", str(file), "--out", str(out)]) == 2
+    assert "more than tensors" in (said := capsys.readouterr().err)
+    assert "weights_only" not in said  # no advice to load it all the same
     torch.save(released, file)
     for content in ((torch.ones(3),), (torch.ones(3), torch.ones(4)), ("a", "b"), {"a": 1}):
         torch.save(content, tmp_path / "info.pt")

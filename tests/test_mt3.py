@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import random_heads
@@ -20,7 +21,14 @@ from ttt_plugins.data import LabelledImages
 from ttt_plugins.heads import init_byol
 from ttt_plugins.methods.mt3 import _views, byol_loss
 from ttt_plugins.train import mt3
-from ttt_plugins.train.mt3 import MT3Recipe, clip_each, draw_tasks, meta_gradient, train_mt3
+from ttt_plugins.train.mt3 import (
+    MT3Recipe,
+    clip_each,
+    draw_tasks,
+    meta_gradient,
+    task_loss,
+    train_mt3,
+)
 from ttt_plugins.views import image_keys
 
 TINY = {"width": 8, "depth": 8, "groups": 4}
@@ -326,6 +334,77 @@ def test_each_tensor_is_clipped_on_its_own():
     sum(g.square().sum() for g in clipped.values()).backward()
     assert all(torch.isfinite(g.grad).all() for g in grads.values())
     assert all(clip_each(grads, 0.0)[n] is g for n, g in grads.items())
+
+
+def test_the_outer_step_by_hand(data, tmp_path):
+    """The tasks' mean gradient, each tensor clipped, under SGD with momentum 0.9."""
+    recipe = recipe_of(epochs=1, lr=0.5, clip=0.05, seed=3)
+    model, head, _ = train_mt3(recipe, data, tmp_path, progress=False)
+    torch.manual_seed(3)
+    start = timm.create_model("ttt_resnet26", num_classes=10, **TINY)
+    meta = {f"model.{n}": p.detach().clone() for n, p in start.named_parameters()}
+    meta |= init_byol(start, torch.Generator().manual_seed(3))
+    velocity = {n: torch.zeros_like(p) for n, p in meta.items()}
+    generator = torch.Generator().manual_seed(3 * 1_000_003)  # epoch_generator's, of epoch 0
+    order, lengths = torch.randperm(40, generator=generator), []
+    for rows in order[:12].split(6):
+        tasks = draw_tasks(data.images[rows], data.labels[rows], recipe, generator)
+        one, two = (
+            meta_gradient(meta, tuple(t[i : i + 1] for t in tasks), Backbone(start), recipe)[0]
+            for i in (0, 1)
+        )
+        for name in meta:
+            g = (one[name] + two[name]) / 2
+            lengths.append(g.norm().item())
+            velocity[name] = 0.9 * velocity[name] + g * min(1, 0.05 / max(lengths[-1], 1e-30))
+            meta[name] = meta[name] - 0.5 * velocity[name]
+    assert 5 < sum(length > 0.05 for length in lengths) < len(lengths) - 5
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, meta[f"model.{name}"], atol=1e-5), name
+    assert all(torch.allclose(t, meta[n], atol=1e-5) for n, t in head.items())
+
+
+def test_classified_images_are_cut_from_two_pixels_of_padding(monkeypatch):
+    monkeypatch.setattr(mt3, "shared_augmentation", lambda part, *_: part)
+    whole = torch.rand(32, 3, 32, 32)
+    recipe, places = MT3Recipe(tasks=4, task_images=8), set()
+    _, _, x, _ = draw_tasks(whole, torch.arange(32), recipe, torch.Generator().manual_seed(0))
+    padded = F.pad(whole, (2, 2, 2, 2))
+    for one, image in zip(x.flatten(0, 1), padded, strict=True):
+        windows = image.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 5, 5, 32, 32)
+        same = (windows == one[:, None, None]).all(-1).all(-1).all(0)
+        assert same.sum() == 1
+        places.add(tuple(same.nonzero()[0].tolist()))
+    assert {row for row, _ in places} == {col for _, col in places} == set(range(5))
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_autocast_computes_in_bfloat16(together, make_model, data):
+    backbone, seen, found = Backbone(make_model("groupnorm")), set(), {}
+    backbone.model.stages[0][0].conv1.register_forward_hook(lambda *a: seen.add(a[-1].dtype))
+    meta = meta_of(backbone.model, torch.float32)
+    for autocast, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        recipe = recipe_of(autocast=autocast, together=together)
+        tasks = tasks_of(data, recipe, torch.float32)
+        seen.clear()
+        found[autocast] = grads, record = meta_gradient(meta, tasks, backbone, recipe)
+        assert seen == {dtype}
+        assert {g.dtype for g in grads.values()} == {torch.float32}
+        leaves = {n: p.clone().requires_grad_() for n, p in meta.items()}
+        task = (t[0] for t in tasks)
+        loss, _ = task_loss(leaves, *task, backbone=backbone, recipe=recipe, transforms=False)
+        assert loss.dtype == record.dtype == torch.float32
+    exact, rounded = found[False][1], found[True][1]
+    assert torch.allclose(rounded[:3], exact[:3], rtol=0.1)
+    assert not torch.equal(rounded[:3], exact[:3])
+
+
+def test_the_logged_accuracies_are_of_the_same_images(data, tmp_path):
+    """An inner step of length 0 changes nothing, while the outer ones do."""
+    recipe = recipe_of(epochs=1, lr=0.5, inner_lr=0.0, steps_per_epoch=4)
+    *_, log = train_mt3(recipe, data, tmp_path, progress=False)
+    (entry,) = log["epochs"]
+    assert entry["accuracy_before"] == entry["accuracy_after"] > 0
 
 
 def same_model(a, b):

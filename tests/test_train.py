@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 
 import ttt_plugins as tp
@@ -14,6 +15,9 @@ from ttt_plugins.data import EXTRA_ROWS, LabelledImages, to_float
 from ttt_plugins.train import mgg as meta
 from ttt_plugins.train import source as supervised
 from ttt_plugins.train.common import rate
+from ttt_plugins.train.mt3 import MT3Recipe, train_mt3
+from ttt_plugins.train.ttt import JointRecipe, train_joint
+from ttt_plugins.wrapping import save_with_model
 
 
 def tensors_equal(a, b):
@@ -173,6 +177,128 @@ def test_augmented_targets_are_distributions():
         assert torch.allclose(target.sum(1), torch.ones(32))
         sure = target.gather(1, data.labels[:, None])
         assert torch.allclose(sure, torch.full_like(sure, 0.925)) is (cutmix == 0)
+
+
+# -- what a training starts from, and what it takes --------------------------------------------
+
+GROUPED = {"width": 8, "depth": 8, "groups": 4}
+
+
+def started(kind, init, out, **fields):
+    """A model of one training that starts from an artifact, as a step of length 0 leaves it."""
+    chosen = {"init": str(init), "epochs": 1, "lr": 0.0} | fields
+    data, quiet = made_up(16), {"progress": False}
+    if kind == "mt3":
+        recipe = MT3Recipe(tasks=1, task_images=2, steps_per_epoch=1, **chosen)
+        return train_mt3(recipe, data, out, **quiet)[0]
+    chosen |= {"model_args": GROUPED, "batch_size": 8}
+    if kind == "ttt":
+        return train_joint(JointRecipe(**chosen), data, data, out, **quiet)[0]
+    return supervised.train_source(supervised.SourceRecipe(**chosen), data, data, out, **quiet)[0]
+
+
+def artifact_with(folder, mean, std, **learned):
+    model = timm.create_model("ttt_resnet26", num_classes=4, **GROUPED).eval()
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (mean,) * 3, "std": (std,) * 3}
+    return save_with_model(model, "ttt_resnet26", GROUPED, folder, **learned)
+
+
+@pytest.mark.parametrize("kind", ["source", "ttt", "mt3"])
+def test_the_preprocessing_comes_with_the_weights(kind, tmp_path, images):
+    first = artifact_with(tmp_path / "first", 0.0, 1.0)
+    model = started(kind, first, tmp_path / "work")
+    again = save_with_model(model, "ttt_resnet26", GROUPED, tmp_path / "again")
+    expected = tp.from_pretrained(first)(images(4))
+    # In channels_last, as it was trained, sums have another order.
+    assert torch.allclose(tp.wrap(model, "source")(images(4)), expected, atol=1e-6)
+    assert torch.equal(tp.from_pretrained(again)(images(4)), expected)
+
+
+def test_meta_training_starts_from_a_joint_artifact(tmp_path):
+    data, recipe = made_up(16), JointRecipe(model_args=GROUPED, epochs=1, batch_size=8)
+    model, head, _ = train_joint(recipe, data, data, tmp_path / "work", progress=False)
+    folder = save_with_model(
+        model, recipe.arch, GROUPED, tmp_path / "joint", config=tp.TTT(), tensors=head
+    )
+    assert tensors_equal(started("mt3", folder, tmp_path / "b").state_dict(), model.state_dict())
+
+
+@pytest.fixture
+def sixteen(monkeypatch):
+    """Sixteen images to train on, wherever the command says that they are."""
+    monkeypatch.setattr("ttt_plugins.data.read_parquet", lambda _: made_up(EXTRA_ROWS + 16))
+
+
+def command(kind, out, *more):
+    return ["train", kind, "--data-dir", "data", "--out", str(out), "--epochs", "1", *more]
+
+
+ONE_STEP = ("--tasks", "1", "--task-images", "2", "--steps-per-epoch", "1")
+
+
+@pytest.mark.parametrize("kind", ["source", "ttt", "mt3"])
+@pytest.mark.parametrize("more", [(), ("--model-args", "{}")])
+def test_images_of_a_size_that_the_model_does_not_take(kind, more, tmp_path, capsys, sixteen):
+    argv = command(kind, tmp_path / "out", "--arch", "vit_tiny_patch16_224", *more)
+    assert main(argv) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "cannot take images of shape (3, 32, 32)" in said and "(3, 224, 224)" in said
+    assert "train on images that vit_tiny_patch16_224 takes" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_head_for_images_of_another_size():
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, embed_dim=24, depth=2, num_heads=3
+    )
+    with pytest.raises(tp.InputError, match=r"cannot take images of shape \(3, 32, 32\)"):
+        tp.wrap(model, "ttt", head="train", data=torch.rand(16, 3, 32, 32), split=1)
+
+
+def recipe_in(folder):
+    return json.loads((folder / "config.json").read_text())["training"]["recipe"]
+
+
+def test_the_command_meta_trains_another_architecture(tmp_path, sixteen, images):
+    """Without --model-args: the paper's are those of its own network alone."""
+    out = tmp_path / "net"
+    assert main(command("mt3", out, "--arch", "ttt_vit_tiny_patch4_32", *ONE_STEP)) == 0
+    recipe = recipe_in(out)
+    assert recipe["arch"] == "ttt_vit_tiny_patch4_32" and recipe["model_args"] == {}
+    net = tp.from_pretrained(out, copies=2)
+    assert net.method == "mt3" and torch.isfinite(net(images(1))).all()
+    log = json.loads((out / "config.json").read_text())["training"]["epochs"]
+    assert [entry["epoch"] for entry in log] == [1]
+
+
+def test_arguments_of_the_papers_network():
+    assert MT3Recipe().model_args["width"] == 32
+    assert MT3Recipe(model_args={}).model_args == {}
+    assert MT3Recipe(arch="ttt_resnet26_bn").model_args == {}
+
+
+def test_the_command_meta_trains_an_artifact(tmp_path, sixteen):
+    """The stored recipe names the network that was trained, and the run can be resumed."""
+    first = artifact_with(tmp_path / "first", 0.5, 0.25)
+    argv = command("mt3", tmp_path / "net", "--init", str(first), *ONE_STEP)
+    assert main(argv) == 0
+    recipe = recipe_in(tmp_path / "net")
+    assert recipe["arch"] == "ttt_resnet26" and recipe["model_args"] == GROUPED
+    assert recipe["init"] == str(first)
+    weights = (tmp_path / "net" / "model.safetensors").read_bytes()
+    assert main([*argv, "--resume"]) == 0
+    assert (tmp_path / "net" / "model.safetensors").read_bytes() == weights
+
+
+def test_the_command_trains_a_head(tmp_path, sixteen, images):
+    first, out = artifact_with(tmp_path / "first", 0.5, 0.25), tmp_path / "head"
+    more = ("--model", str(first), "--batch-size", "8", "--seed", "3")
+    assert main(command("ttt", out, "--freeze-trunk", *more)) == 0
+    expected = {"split": -1, "epochs": 1, "batch_size": 8, "lr": 1e-3, "padding": 4, "seed": 3}
+    assert recipe_in(out) == expected
+    net = tp.from_pretrained(out, lr=0.0, copies=2, steps=1)
+    assert net.method == "ttt" and torch.isfinite(net(images(2))).all()
+    assert torch.allclose(net(images(2)), tp.from_pretrained(first)(images(2)), atol=1e-6)
 
 
 # -- optimizers --------------------------------------------------------------------------------

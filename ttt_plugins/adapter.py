@@ -84,6 +84,8 @@ class Adapter(nn.Module):
 
     # -- inference -----------------------------------------------------------------------
 
+    # A compiled program around an adapter calls it as it is: its steps are programs of their own.
+    @torch.compiler.disable
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), floating point in [0, 1] -> logits (B, classes).
 
@@ -96,17 +98,32 @@ class Adapter(nn.Module):
             images = images.clone() if images.is_inference() else images.detach()
             images = images.to(self.backbone.dtype)
             try:
-                return self._predict(images)
+                logits = self._predict(images)
+                if len(images):
+                    self.backbone.last_size = tuple(images.shape[1:])
+                return logits
             except (RuntimeError, ValueError, AssertionError) as error:
-                expected = self.backbone.input_size
                 known = isinstance(error, (TTTError, torch.OutOfMemoryError))
-                sizes = zip(expected, images.shape[1:], strict=True)
-                if known or all(e is None or e == size for e, size in sizes):
+                if known or not self._refuses(images):
                     raise
+                expected = self.backbone.input_size
+                made = "" if None in expected else f"; it was made for {expected}"
                 raise InputError(
-                    f"the model cannot take images of shape {tuple(images.shape[1:])}; it was "
-                    f"made for {expected} ({error})"
+                    f"the model cannot take images of shape {tuple(images.shape[1:])}{made} "
+                    f"({error})"
                 ) from error
+
+    def _refuses(self, images: Tensor) -> bool:
+        """Whether it is the images' size that made a call fail."""
+        expected = self.backbone.input_size
+        if None not in expected:
+            return expected != tuple(images.shape[1:])
+        try:
+            with torch.no_grad():
+                self.backbone(images)
+        except (RuntimeError, ValueError, AssertionError):
+            return True
+        return False
 
     def _predict(self, images: Tensor) -> Tensor:
         algorithm = self._algorithm_now()

@@ -204,6 +204,12 @@ class Backbone(nn.Module):
         self._caches = caches(self.model)
         for module in biased_attention(self.model):
             module.fused_attn = False  # the same arithmetic with gradients and without
+        for module in self.model.modules():
+            if getattr(module, "grad_checkpointing", False):
+                # Made for `backward()`; it refuses gradients that are asked for by name.
+                module.grad_checkpointing = False
+        #: (C, H, W) of the last images an adapter got, for models that name no size.
+        self.last_size: tuple[int, ...] | None = None
         #: Whether images can adapt one at a time only.
         self.one_by_one = recurrent(self.model)
         #: Parameter -> the other modules' parameters that are the same one (tied weights).

@@ -311,6 +311,8 @@ def _train_mt3(args: argparse.Namespace) -> None:
     model, head, log = train_mt3(recipe, train, work, config=config, device=device, resume=resume)
     if os.environ.get("RANK", "0") != "0":
         return
+    # With --init the recipe's own architecture is not the one that was trained.
+    recipe = dataclasses.replace(recipe, arch=log["architecture"], model_args=log["model_args"])
     training = _training_record(args, recipe, device) | {"images": len(train), **log}
     save_with_model(
         model,

@@ -44,6 +44,9 @@ def _load(file: Path, what: str) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling fails in many ways; none of them runs code
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "weights_only" in str(error):
+            # PyTorch's text goes on to advise a load that may run code from the file.
+            reason = "it is damaged, or holds more than tensors, which are all that is read"
         raise ArtifactError(f"{file} is not {what}: {reason}") from error
 
 

@@ -76,7 +76,9 @@ def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         text = help_of.get(field.name, "").rstrip(".").replace("``", "").replace("%", "%%")
         # What is not typed is left out, and the dataclass's own default stands.
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
-        options["help"] = f"{text} (default: {str(default).replace('%', '%%')})"
+        options["help"] = text
+        if default is not None:  # otherwise the text says what stands in for it
+            options["help"] += f" (default: {str(default).replace('%', '%%')})"
         kinds = [t for t in typing.get_args(types[field.name]) if t is not type(None)]
         origin = typing.get_origin(types[field.name])
         kind = types[field.name]
@@ -84,7 +86,7 @@ def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             options |= {"nargs": "+", "type": kinds[0]}
         elif kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif kind is dict or origin is dict:
+        elif dict in (kind, origin, *kinds):
             options |= {"type": _json_object, "metavar": "JSON"}
         elif set(kinds) == {int, str}:
             options["type"] = _number_or_word

@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .scope import no_recomputation
 
 __all__ = ["chunk_size", "image_bytes"]
 
@@ -17,36 +21,63 @@ _SHARE = 0.5
 _AMONG_OTHERS = 3
 
 
-def image_bytes(
-    loss: Callable[..., Tensor], params: Mapping[str, Tensor], views: tuple[Tensor, ...]
-) -> int:
-    """Bytes at the peak of one gradient step on one image, beyond the model itself.
+class _Peak(TorchDispatchMode):
+    """Most bytes alive at once, to within 2 %, of what operations made while this was active."""
 
-    Measured, not modelled: the loss runs once, and what its graph keeps is counted. To that come
-    the gradients of the largest activation on their way back, the views, and three copies of the
-    adapted tensors (before, gradient, after).
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.total = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        # A view has the storage of an input: already counted, or made by somebody else.
+        given = {s.data_ptr() for s in _storages((args, kwargs))}
+        for storage in _storages(out):
+            where = storage.data_ptr()
+            if where not in given:
+                # Whatever was there before is gone.
+                _, gone = self.alive.get(where, (None, 0))
+                self.alive[where] = StorageWeakRef(storage), storage.nbytes()
+                self.total += storage.nbytes() - gone
+        # Asking every storage whether it is still alive takes long, so only for a new peak.
+        if self.total > 1.02 * self.peak:
+            self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+            self.total = sum(size for _, size in self.alive.values())
+            self.peak = max(self.peak, self.total)
+        return out
+
+
+def _storages(tree) -> list[torch.UntypedStorage]:
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def image_bytes(
+    loss: Callable[..., Tensor],
+    params: Mapping[str, Tensor],
+    views: tuple[Tensor, ...],
+    steps: int,
+) -> int:
+    """Bytes at the peak of adapting to one image by gradient steps, beyond the model itself.
+
+    Measured, not modelled: the gradient is taken once, and what is alive meanwhile is counted. To
+    that come the views and, from the second step on, what the step before left.
 
     Args:
         loss: ``(params, *views) -> scalar``.
         params: the tensors that adapt.
         views: one image's views.
+        steps: how many gradient steps an image takes.
     """
     leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
-    known = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *views)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        # The model's own weights are kept as well; only what was made on the way counts.
-        if tensor.untyped_storage().data_ptr() not in known and tensor.grad_fn is not None:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        # Detached: a saved output that kept its own graph alive would never be freed.
-        return tensor.detach()
-
-    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss(leaves, *views)
+    with torch.enable_grad(), no_recomputation(), _Peak() as measured:
+        torch.autograd.grad(loss(leaves, *views), list(leaves.values()), allow_unused=True)
     own = sum(t.numel() * t.element_size() for t in leaves.values())
     seen = sum(t.numel() * t.element_size() for t in views)
-    return sum(kept.values()) + 2 * max(kept.values(), default=0) + seen + 3 * own
+    # The start is the model's; a later step has parameters of its own and the last gradients.
+    # At a step's end there are parameters from before it, gradients, and parameters after it.
+    later = steps > 1
+    return seen + max(measured.peak + 2 * later * own, (2 + later) * own)
 
 
 def chunk_size(wanted: int | str, per_image: Callable[[], int], device: torch.device) -> int:

@@ -233,6 +233,13 @@ def load_model(
         InputError: no such model.
         ArtifactError: an artifact that is damaged, missing, or carries no model.
     """
+    # A compiled module's own one: adapting gives it other parameters on every call.
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "a TorchScript module runs with its own parameters only: wrap the Python module that "
+            "it was made from"
+        )
     if isinstance(model, nn.Module):
         return model, {"source": "module", "name": type(model).__name__}, None
     if not isinstance(model, (str, Path)):

@@ -7,7 +7,8 @@ low-rank change to one (``"lora.<name>.A"`` and ``".B"``). `call` runs the backb
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,15 @@ from .backbone import Backbone
 from .errors import InputError
 from .structure import classifier_names, norm_parameters
 
-__all__ = ["call", "flatten", "materialise", "parameters", "select", "unflatten"]
+__all__ = [
+    "call",
+    "flatten",
+    "materialise",
+    "no_recomputation",
+    "parameters",
+    "select",
+    "unflatten",
+]
 
 _PREFIX = "model."  # Backbone keeps the user's model under this name
 _LORA = "lora."
@@ -147,6 +156,34 @@ def materialise(backbone: Backbone, params: Mapping[str, Tensor]) -> dict[str, T
             weight = named[name].detach()
             whole[_PREFIX + name] = weight + change.view(weight.shape)
     return whole
+
+
+_RECOMPUTED = (
+    "the model saves memory by computing activations twice (torch.utils.checkpoint); the second "
+    "time it would do so with the source's parameters, not with the adapted ones: switch that off"
+)
+
+
+@contextmanager
+def no_recomputation() -> Iterator[None]:
+    """Refuse models that would silently give the gradient of other parameters.
+
+    `call` lends a model its parameters for the forward pass; what is computed again during the
+    backward pass finds the model's own.
+
+    Raises:
+        InputError: on leaving, the model did so.
+    """
+    with ExitStack() as stack:
+        # A caller's own hooks on saved tensors, say to keep them elsewhere, are no recomputation.
+        with suppress(RuntimeError):
+            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTED))
+        try:
+            yield
+        except RuntimeError as error:
+            if _RECOMPUTED in str(error) or "torch.utils.checkpoint" in str(error):
+                raise InputError(_RECOMPUTED) from error
+            raise
 
 
 def call(

@@ -38,7 +38,7 @@ from ..registry import Method, check_choice, check_integer, check_number, regist
 from ..scope import call
 from ..structure import feature_width, trunk
 from ..views import BYOL_NUMBERS, byol_view, uniforms
-from .per_image import PerImage, Task
+from .per_image import PerImage, Task, check_square
 
 __all__ = ["MT3", "byol_loss"]
 
@@ -100,9 +100,7 @@ def byol_loss(
 
 def _views(images: Tensor, keys: Tensor, step: int, copies: int) -> tuple[Tensor, Tensor]:
     """Two views (B, copies, C, S, S) of each image for each copy."""
-    height, width = images.shape[2:]
-    if height != width:
-        raise InputError(f"MT3's views need square images, these are {height} x {width}")
+    check_square(images, "MT3")
     drawn = uniforms(keys, (2, copies, BYOL_NUMBERS), salt=step)
     return byol_view(images, drawn[:, 0]), byol_view(images, drawn[:, 1])
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backbone import Backbone
 from ..objectives import all_finite
-from ..scope import call, flatten
+from ..scope import call, flatten, no_recomputation
 from ..updates import Evaluation, Situation, Tensors, UpdateRule, choose
 
 __all__ = ["Loss", "Online", "Outcome", "evaluate"]
@@ -67,7 +67,7 @@ def evaluate(
 ) -> Evaluation:
     """One forward and backward pass at ``params``; the graph is freed."""
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    with torch.enable_grad():
+    with torch.enable_grad(), no_recomputation():
         if objective.needs_features:
             with backbone.recording() as features:
                 logits = call(backbone, leaves, images)

@@ -13,8 +13,9 @@ fill it and convolutions with weights of their own for every image run 1.4 times
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,13 +23,14 @@ from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backbone import Backbone
+from ..errors import InputError
 from ..memory import chunk_size, image_bytes
-from ..scope import call
+from ..scope import call, no_recomputation
 from ..updates import Tensors
 from ..views import image_keys
 from .online import Outcome
 
-__all__ = ["PerImage", "Task", "descend", "loss_and_gradient"]
+__all__ = ["PerImage", "Task", "check_square", "descend", "loss_and_gradient"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,19 @@ class Task:
     sure: Callable[[Tensors, Tensor], Tensor] | None = None
 
 
+def check_square(images: Tensor, why: str) -> None:
+    """Refuse images (B, C, H, W) of which no views can be drawn.
+
+    Raises:
+        InputError: they are not square, or a single pixel.
+    """
+    height, width = images.shape[2:]
+    if height != width:
+        raise InputError(f"{why} needs square images, these are {height} x {width}")
+    if height < 2:
+        raise InputError(f"{why} needs images of at least 2 x 2 pixels, these are 1 x 1")
+
+
 def descend(params: Tensors, grads: Tensors, lr: float) -> Tensors:
     """Plain gradient descent, ``params - lr * grads``."""
     return {name: p - lr * grads[name] for name, p in params.items()}
@@ -64,7 +79,7 @@ def loss_and_gradient(
     """
     if not keep_graph:
         params = {n: p.detach().requires_grad_() for n, p in params.items()}
-    with torch.enable_grad():
+    with torch.enable_grad(), no_recomputation():
         value = loss(params)
         grads = torch.autograd.grad(
             value,
@@ -112,6 +127,7 @@ class PerImage:
     votes: Callable[[Tensor, Tensor], Tensor] | None = None
     looks: int = 1
     seed: int = 0
+    _estimates: dict[tuple, int] = field(default_factory=dict, init=False, repr=False)
 
     def init(self) -> Tensors:
         if not self.keep:
@@ -133,6 +149,8 @@ class PerImage:
             lines[1] += f" that adapts, {more} more forward to see whether it must"
         size = self.backbone.input_size
         if None in size:
+            size = self.backbone.last_size
+        if size is None:
             return [*lines, "memory: unknown before the first image; the model names no size"]
         if size[1] != size[2]:
             return [*lines, "memory: unknown; the views need square images"]
@@ -149,8 +167,12 @@ class PerImage:
 
     def bytes_for(self, image: Tensor) -> int:
         """Estimated memory of adapting to one image (1, C, H, W), in bytes."""
-        views = self._draw(image, image_keys(image, self.seed), 0)
-        return image_bytes(self.task.loss, self.source, tuple(v[0] for v in views))
+        key = (image.shape, image.dtype, torch.is_autocast_enabled(image.device.type))
+        if key not in self._estimates:  # as dear as a gradient step, so not for every batch
+            views = [v[0] for v in self._draw(image, image_keys(image, self.seed), 0)]
+            estimate = image_bytes(self.task.loss, self.source, tuple(views), self.steps)
+            self._estimates[key] = estimate
+        return self._estimates[key]
 
     def _draw(self, images: Tensor, keys: Tensor, step: int) -> tuple[Tensor, ...]:
         # A caller's mixed precision is for the network, not for the pixels.
@@ -195,15 +217,26 @@ class PerImage:
         if len(images) == 1:
             params, fine, loss = self._steps(params, images, keys)
             return self._predict(params, images, keys), fine[None], loss[None]
+        size, reason = 1, ""
         try:
             return self._episode_of_many(params, images, keys)
+        except torch.OutOfMemoryError:
+            size = -(-len(images) // 2)  # the estimate was too low
         except RuntimeError as error:
-            if "setup_context" not in str(error):
-                raise
-            # A layer is an autograd.Function of the old form, which torch.func cannot transform.
+            reason = (str(error).splitlines() or [""])[0]
+        # Outside the except clauses, which hold on to the failed attempt's tensors.
+        each = zip(images.split(size), keys.split(size), strict=True)
+        parts = [self._episode(params, *part) for part in each]
+        if reason:
+            # Image by image it works: torch.func cannot transform a layer (an autograd.Function of
+            # the old form, a look at a tensor's value, an assignment to part of a new tensor).
             self.backbone.one_by_one = True
-        each = zip(images.split(1), keys.split(1), strict=True)
-        parts = [self._episode(params, image, key) for image, key in each]
+            warnings.warn(
+                "this model's images adapt one at a time, which is slower on an accelerator: "
+                f"torch.func cannot run it on several ({reason})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _episode_of_many(self, params: Tensors, images: Tensor, keys: Tensor) -> tuple[Tensor, ...]:

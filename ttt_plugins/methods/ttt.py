@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import ArtifactError, InputError
 from ..heads import ROTATIONS, check_head, rest_tensors, rotation_logits
 from ..registry import Method, check_choice, check_integer, check_number, register
 from ..structure import feature_width, trunk
 from ..views import crop_and_flip, quarter_turns, uniforms
-from .per_image import PerImage, Task
+from .per_image import PerImage, Task, check_square
 
 __all__ = ["TTT"]
 
@@ -100,14 +100,13 @@ def rotation_views(images: Tensor, keys: Tensor, step: int, copies: int) -> tupl
         views (B, copies, C, S, S) and how many quarter turns each got (B, copies).
 
     Raises:
-        InputError: the images are not square.
+        InputError: the images are not square, or a single pixel.
     """
-    height, width = images.shape[2:]
-    if height != width:
-        raise InputError(f"rotation needs square images, these are {height} x {width}")
+    check_square(images, "rotation")
     u = uniforms(keys, (copies, 4), salt=step)
     quarters = (u[..., 3] * ROTATIONS).long()
-    return quarter_turns(crop_and_flip(images, u[..., :3], height // 8), quarters), quarters
+    crops = crop_and_flip(images, u[..., :3], padding=images.shape[2] // 8)
+    return quarter_turns(crops, quarters), quarters
 
 
 def rotation_task(config: TTT, backbone, head: dict[str, Tensor]) -> Task:
@@ -118,6 +117,7 @@ def rotation_task(config: TTT, backbone, head: dict[str, Tensor]) -> Task:
         return F.cross_entropy(rotation_logits(backbone, params, own, views), quarters)
 
     def sure(params, images):
+        check_square(images, "rotation")  # also where no image is left to draw views of
         own = {n: params.get(n, t) for n, t in head.items()}
         return rotation_logits(backbone, params, own, images).softmax(1)[:, 0] > config.threshold
 
@@ -159,7 +159,15 @@ def check(config: TTT, backbone, tensors: dict[str, Tensor], where: str) -> dict
         )
     width = feature_width(backbone.model) or tensors.get("head.weight", torch.empty(0, 0)).shape[-1]
     expected |= {"head.weight": (ROTATIONS, width), "head.bias": (ROTATIONS,)}
-    return check_head(expected, tensors, where)
+    try:
+        return check_head(expected, tensors, where)
+    except ArtifactError as error:
+        if expected.keys() == tensors.keys():
+            raise
+        raise ArtifactError(
+            f"{error}: this rotation head was trained for another split than {config.split!r}, or "
+            "for another model; leave the split as it was, or train a head for this one"
+        ) from None
 
 
 def eligible(config: TTT, backbone) -> list[str]:
@@ -171,7 +179,8 @@ def fit(model, images: Tensor, config: TTT, **options):
     """An adapter whose rotation head was trained on clean images; the model stays as it is."""
     from ..train.ttt import HeadRecipe, fit_rotation_head  # trainings know methods, not the reverse
 
-    recipe = HeadRecipe(split=config.split, batch_size=max(1, min(128, len(images))))
+    size, seed = max(1, min(128, len(images))), options.get("seed")
+    recipe = HeadRecipe(split=config.split, batch_size=size, seed=0 if seed is None else seed)
     return fit_rotation_head(model, images, recipe, config=config, **options)[0]
 
 

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import artifacts, scope
+from .. import artifacts, trust
+from ..adapter import Adapter
 from ..artifacts import Artifact
 from ..backbone import Backbone
 from ..data import LabelledImages, to_float
 from ..errors import DataError, InputError
 from ..hub import read_named
+from ..methods import Source
 from ..registry import get_method
 
 __all__ = [
@@ -65,21 +67,26 @@ def check_convergence(sums: Tensor, epoch: int, remedy: str) -> None:
 
 
 def create_model(
-    arch: str, classes: int, arguments: Mapping, weights: Mapping[str, Tensor] | None = None
+    arch: str, classes: int, arguments: Mapping, start: Artifact | None = None
 ) -> nn.Module:
-    """A timm model, fresh from torch's global generator or with weights.
+    """A timm model, fresh from torch's global generator or with an artifact's weights.
+
+    The preprocessing comes with the weights: they were trained behind it.
 
     Raises:
         InputError: timm cannot create it, or the weights are another architecture's.
     """
+    settings = None if start is None else trust.pretrained_settings(start.config)
     try:
-        model = timm.create_model(arch, num_classes=classes, **arguments)
+        model = timm.create_model(
+            arch, num_classes=classes, pretrained_cfg_overlay=settings, **arguments
+        )
     except Exception as error:  # whatever a constructor does with arguments that it cannot take
         reason = str(error) or type(error).__name__
         raise InputError(f"timm could not create {arch!r} with {arguments} ({reason})") from error
-    if weights is not None:
+    if start is not None:
         try:
-            model.load_state_dict(weights)
+            model.load_state_dict(start.weights)
         except RuntimeError as error:
             # A line on top, then one for every tensor: the first of them says enough.
             reason = "".join(str(error).splitlines()[1:2]).strip() or error
@@ -87,22 +94,31 @@ def create_model(
     return model
 
 
-def check_outcome(config: Any, model: nn.Module, arch: str, arguments: Mapping) -> None:
-    """What would keep the adapter of a trained model from being made, written or loaded again.
+def check_outcome(
+    config: Any, model: nn.Module, arch: str, arguments: Mapping, images: Tensor
+) -> None:
+    """What would keep a model from its training, or its adapter from being made or loaded again.
 
     Args:
         config: the method's.
         model: the model to train, made by timm of ``arch`` and ``arguments``; it stays as it is.
+        images: uint8 images to train on; one of them passes through the model.
 
     Raises:
-        InputError: the config's ``params`` select nothing in the model.
+        InputError: the config's ``params`` select nothing in the model, or it takes no such images.
         ArtifactError: an artifact may not hold such fields or arguments.
     """
     record = get_method(config)
-    if record.build is not None:
-        backbone = Backbone(model, statistics=config.statistics, prior=config.prior)
-        eligible = record.eligible(config, backbone) if record.eligible else None
-        scope.select(backbone, config.params, eligible)
+    backbone = Backbone(model, statistics=config.statistics, prior=config.prior)
+    Adapter(backbone, record, config)  # chooses what adapts
+    try:
+        # Unadapted: the method's heads are yet to be trained.
+        Adapter(backbone, get_method("source"), Source())(to_float(images[:1]).to(backbone.device))
+    except InputError as error:
+        raise InputError(
+            f"{error}; train on images that {arch} takes, or give it model_args that fit these "
+            "(many architectures take img_size)"
+        ) from error
     described = {"source": artifacts.OWN_WEIGHTS, "name": arch}
     written = artifacts.common_config(record.name, config, described)
     written |= artifacts.timm_config(model, arch, dict(arguments))

@@ -66,8 +66,8 @@ class SourceRecipe:
         patch_drop_until: share of the epochs, in [0, 1].
         ema: decay of the weights' moving average per step; the average is what is kept.
         autocast: compute in bfloat16 where the device does so.
-        init: artifact of the same architecture whose weights training starts from; fresh ones
-            unless given.
+        init: artifact of the same architecture whose weights and preprocessing training starts
+            from; fresh ones unless given.
         seed: of initialisation, order and augmentation.
     """
 
@@ -170,7 +170,8 @@ def train_source(
     the run continues there and ends as an unbroken one would.
 
     Raises:
-        InputError: an unknown architecture, too few images, or a checkpoint made by another recipe.
+        InputError: an unknown architecture, images that it does not take, too few of them, or a
+            checkpoint made by another recipe.
         DataError: the disk refuses a checkpoint.
     """
     checkpoint = checkpoint_file(out)
@@ -180,9 +181,9 @@ def train_source(
     kwargs = dict(recipe.model_args)
     if recipe.patch_drop:
         kwargs["patch_drop_rate"] = recipe.patch_drop
-    weights = read_start(recipe.init).weights if recipe.init else None
-    model = create_model(recipe.arch, classes, kwargs, weights)
-    check_outcome(Source(), model, recipe.arch, recipe.model_args)
+    start = read_start(recipe.init) if recipe.init else None
+    model = create_model(recipe.arch, classes, kwargs, start)
+    check_outcome(Source(), model, recipe.arch, recipe.model_args, train.images)
     model = model.to(device)
     if train.images.shape[2] >= 32 and not recipe.patch_drop:
         model = model.to(memory_format=torch.channels_last)

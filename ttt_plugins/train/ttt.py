@@ -59,8 +59,8 @@ class JointRecipe:
         arch: a timm architecture.
         model_args: keyword arguments of its constructor.
         split: where the trunk ends, as in `TTT`.
-        init: artifact of the same architecture whose weights training starts from; fresh ones
-            unless given.
+        init: artifact of the same architecture whose weights and preprocessing training starts
+            from; fresh ones unless given.
         epochs: passes over the training images.
         batch_size: images a step.
         lr: learning rate of SGD with momentum 0.9, at its peak.
@@ -188,8 +188,9 @@ def train_joint(
         the model (eval mode), the rotation head's tensors, and the log.
 
     Raises:
-        InputError: an unknown architecture, a bad split, images that are not square, too few of
-            them, a config that selects nothing, or a checkpoint made by another recipe.
+        InputError: an unknown architecture, a bad split, images that are not square or that the
+            architecture does not take, too few of them, a config that selects nothing, or a
+            checkpoint made by another recipe.
         DataError: the disk refuses a checkpoint.
     """
     if train.images.shape[2] != train.images.shape[3]:
@@ -197,10 +198,10 @@ def train_joint(
     checkpoint, device = checkpoint_file(out), torch.device(device)
     torch.manual_seed(recipe.seed)
     classes = int(train.labels.max()) + 1
-    weights = read_start(recipe.init).weights if recipe.init else None
-    model = create_model(recipe.arch, classes, recipe.model_args, weights)
+    start = read_start(recipe.init) if recipe.init else None
+    model = create_model(recipe.arch, classes, recipe.model_args, start)
     config = replace(config or TTT(), split=recipe.split)
-    check_outcome(config, model, recipe.arch, recipe.model_args)
+    check_outcome(config, model, recipe.arch, recipe.model_args, train.images)
     # Moved before it is twinned: a move gives each module new buffers, and the trunk's are shared.
     model = model.to(device, memory_format=torch.channels_last)
     joint = JointModel(model, recipe.split).to(device)
@@ -318,8 +319,8 @@ def fit_rotation_head(
         a TTT adapter with the trained head, and the log.
 
     Raises:
-        InputError: images that are not square, of another type or range than `Adapter` takes, too
-            few of them, a bad split, or a loss that is not finite.
+        InputError: images that are not square, of another type, range or size than `Adapter`
+            takes, too few of them, a bad split, or a loss that is not finite.
     """
     recipe = recipe or HeadRecipe()
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[2] != images.shape[3]:
@@ -346,6 +347,7 @@ def _fit_head(
     backbone = plain.backbone
     for part in images.split(_LOOKED_AT):
         plain.check_images(to_float(part).to(backbone.device, backbone.dtype))
+    plain(to_float(images[:1]).to(backbone.device))  # a size that the model does not take
     generator = torch.Generator().manual_seed(recipe.seed)
     config = replace(config, split=recipe.split)
     start = init_rotation(backbone.model, recipe.split, generator)
