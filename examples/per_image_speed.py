@@ -170,12 +170,14 @@ def meta_training(rounds: int, device: str, **recipe_fields) -> dict:
             grads = clip_each(dict(zip(leaves, grads, strict=True)), recipe.clip)
             moved = {n: p - recipe.inner_lr * grads[n] for n, p in leaves.items()}
             loss = F.cross_entropy(call(backbone, moved, x), y)
+            with torch.no_grad():  # for the log, as ours does: the accuracy before the step
+                call(backbone, leaves, x)
             loss = loss + recipe.self_supervised * byol_loss(backbone, moved, moved, x1, x2)
             loss.backward()
         return leaves
 
     def ours():
-        return meta_gradient(meta, tasks, backbone, recipe, look_before=False)
+        return meta_gradient(meta, tasks, backbone, recipe)
 
     found = compare(ours, plain, rounds, device)
     if device != "cpu":

@@ -18,20 +18,13 @@ from torch import Tensor
 from .errors import ArtifactError, MissingDependencyError
 from .gradient_memory import check_slow
 from .methods import MGG, MT3
+from .networks import MT3_NETWORK
 from .wrapping import save_learned, save_with_model
 
-__all__ = ["MT3_NETWORK", "convert_mgg", "convert_mt3", "mt3_state"]
+__all__ = ["convert_mgg", "convert_mt3", "mt3_state"]
 
-#: The network of MT3's released checkpoint, as arguments of ``ttt_resnet26``.
-MT3_NETWORK: dict[str, Any] = {
-    "width": 32,
-    "groups": 16,
-    "norm_eps": 1e-3,
-    "conv_bias": True,
-    "activate_shortcut": True,
-    "hidden": 256,
-    "pad_end": True,
-}
+#: The network of MT3's released checkpoint: TensorFlow pads on two sides only at stride 2.
+_MT3_RELEASED = {**MT3_NETWORK, "pad_end": True}
 _SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 _MGG_PREFIX = "seq_modeling_block."
 #: The model that MGG's optimizer was released for.
@@ -190,7 +183,7 @@ def convert_mt3(
         ArtifactError: the checkpoint is another network's; nothing is written.
     """
     state, heads = mt3_state(read(str(prefix)))
-    model = timm.create_model("ttt_resnet26", num_classes=10, **MT3_NETWORK)
+    model = timm.create_model("ttt_resnet26", num_classes=10, **_MT3_RELEASED)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -204,7 +197,7 @@ def convert_mt3(
     return save_with_model(
         model.eval(),
         "ttt_resnet26",
-        MT3_NETWORK,
+        _MT3_RELEASED,
         out,
         config=MT3(),
         tensors=heads,

@@ -16,13 +16,24 @@ classifier; Dosovitskiy et al., ViT (arXiv 2010.11929).
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-__all__ = ["PreActResNet"]
+__all__ = ["MT3_NETWORK", "PreActResNet"]
+
+#: Arguments of ``ttt_resnet26`` that make it the network of MT3's paper.
+MT3_NETWORK: dict[str, Any] = {
+    "width": 32,
+    "groups": 16,
+    "norm_eps": 1e-3,
+    "conv_bias": True,
+    "activate_shortcut": True,
+    "hidden": 256,
+}
 
 
 class PreActUnit(nn.Module):

@@ -32,6 +32,7 @@ from ..flags import check_seed
 from ..heads import init_byol
 from ..methods.mt3 import MT3, byol_loss
 from ..methods.per_image import descend, loss_and_gradient
+from ..networks import MT3_NETWORK
 from ..registry import check_choice, check_integer, check_number
 from ..scope import call
 from ..views import BYOL_NUMBERS, SHARED_NUMBERS, byol_view, random_crop, shared_augmentation
@@ -49,15 +50,6 @@ from .common import (
     write_entry,
 )
 
-#: Arguments of ``ttt_resnet26`` that make it the paper's network.
-_PAPERS_NETWORK = {
-    "width": 32,
-    "groups": 16,
-    "norm_eps": 1e-3,
-    "conv_bias": True,
-    "activate_shortcut": True,
-    "hidden": 256,
-}
 #: Meta-steps from one showing of the means so far to the next.
 _SHOW_EVERY = 20
 
@@ -110,7 +102,7 @@ class MT3Recipe:
 
     def __post_init__(self):
         if self.model_args is None:
-            default = _PAPERS_NETWORK if self.arch == MT3Recipe.arch else {}
+            default = MT3_NETWORK if self.arch == MT3Recipe.arch else {}
             object.__setattr__(self, "model_args", dict(default))
         for name in ("epochs", "tasks", "task_images"):
             check_integer(self, name, 1)
