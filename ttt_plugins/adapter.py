@@ -104,26 +104,15 @@ class Adapter(nn.Module):
                 return logits
             except (RuntimeError, ValueError, AssertionError) as error:
                 known = isinstance(error, (TTTError, torch.OutOfMemoryError))
-                if known or not self._refuses(images):
+                expected, why = self.backbone.input_size, "it was made for"
+                if None in expected:
+                    expected, why = self.backbone.last_size, "the last images it took had"
+                if known or expected in (None, tuple(images.shape[1:])):
                     raise
-                expected = self.backbone.input_size
-                made = "" if None in expected else f"; it was made for {expected}"
                 raise InputError(
-                    f"the model cannot take images of shape {tuple(images.shape[1:])}{made} "
-                    f"({error})"
+                    f"the model cannot take images of shape {tuple(images.shape[1:])}; {why} "
+                    f"{expected} ({error})"
                 ) from error
-
-    def _refuses(self, images: Tensor) -> bool:
-        """Whether it is the images' size that made a call fail."""
-        expected = self.backbone.input_size
-        if None not in expected:
-            return expected != tuple(images.shape[1:])
-        try:
-            with torch.no_grad():
-                self.backbone(images)
-        except (RuntimeError, ValueError, AssertionError):
-            return True
-        return False
 
     def _predict(self, images: Tensor) -> Tensor:
         algorithm = self._algorithm_now()
