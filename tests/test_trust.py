@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ttt_plugins as tp
-from ttt_plugins import artifacts, trust
+from ttt_plugins import artifacts, hub, publish, trust
 
 FROZEN = Path(__file__).parent / "frozen"
 ARTIFACTS = ("source-v1", "model-v1", "mgg-v1")
@@ -484,3 +485,61 @@ def test_an_optimizer_with_statistics_fits_its_own(make_model, make_net, tmp_pat
     edit(folder, backbone__fits="any")
     with pytest.raises(tp.ArtifactError, match="fits any"):
         tp.from_pretrained(folder, backbone=make_model("groupnorm", seed=4))
+
+
+# -- a name in an artifact is data ---------------------------------------------------------------
+
+PARSED_BY_TIMM = tuple(f"{p}:evil/repo{q}" for p in ("hf-hub", "hf_hub") for q in ("", "#x", "?x"))
+    "hf-hub:evil/repo",
+    "hf-hub:evil/repo#x",
+    "hf-hub:evil/repo?x",
+    "hf_hub:evil/repo",
+)
+
+
+@pytest.mark.parametrize("source", ["folder", "hub", "timm", "bundled", "robustbench"])
+@pytest.mark.parametrize("name", [*PARSED_BY_TIMM, "local-dir:/tmp/evil", "timm:resnet18"])
+def test_no_name_in_an_artifact_reaches_timms_sources(
+    source, name, make_model, tmp_path, monkeypatch
+):
+    folder = tp.wrap(make_model("groupnorm"), "tent").save_pretrained(tmp_path / "tent")
+    edit(folder, backbone__source=source, backbone__name=name, backbone__pretrained=True)
+    asked = []
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: asked.append(args))
+    with pytest.raises(tp.ArtifactError, match="backbone"):
+        tp.from_pretrained(folder)
+    assert asked == []
+
+
+def test_a_folder_in_an_artifact_is_read_as_an_artifact(make_model, tmp_path, monkeypatch):
+    # An absolute path that holds no artifact of ours is no way around the reader either.
+    folder = tp.wrap(make_model("groupnorm"), "tent").save_pretrained(tmp_path / "tent")
+    edit(folder, backbone__source="folder", backbone__name=str(tmp_path / "hf-hub:evil"))
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("was built"))
+    with pytest.raises(tp.ArtifactError, match=r"config\.json"):
+        tp.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", [n for n in PARSED_BY_TIMM if "#" in n or "?" in n])
+def test_a_users_own_name_is_a_repository_or_refused(name, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("was built"))
+    with pytest.raises(tp.InputError, match="ORG/NAME"):
+        tp.wrap(name, "tent")
+
+
+@pytest.mark.parametrize("file", ["README.md", "config.json", "model.safetensors", "results.json"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_only_plain_files_are_published(file, kind, make_model, tmp_path):
+    folder = tp.wrap(make_model("groupnorm"), "tent").save_pretrained(tmp_path / "tent")
+    secret = tmp_path / "id_rsa"
+    if (folder / file).exists():
+        (folder / file).rename(secret)
+    else:
+        secret.write_text("{}")
+    if kind == "link":
+        (folder / file).symlink_to(secret)
+    else:
+        os.mkfifo(folder / file)
+    for place in (publish.publish, hub.upload):
+        with pytest.raises(tp.ArtifactError, match=f"{file} is (a link|not a plain file)"):
+            place(folder, "somebody/name")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from .version import __version__
 __all__ = [
     "Artifact",
     "bundled_folder",
+    "check_plain",
     "check_target",
     "fingerprint",
     "is_bundled",
@@ -155,6 +157,27 @@ def read(folder: str | Path, where: str | None = None) -> Artifact:
     if measured is not None:
         results.check(measured, f"{where}: {RESULTS}")
     return Artifact(config, tensors, weights, text, measured)
+
+
+def check_plain(folder: Path) -> None:
+    """Refuse a folder from which something else than its own files would be published.
+
+    Raises:
+        ArtifactError: a file of the artifact is a link, a folder, a pipe or a device.
+    """
+    for name in FILES:
+        file = folder / name
+        try:
+            kind = os.lstat(file).st_mode
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{str(file)[:200]!r} cannot be looked at ({error})") from error
+        if not stat.S_ISREG(kind):
+            what = "a link to another file" if stat.S_ISLNK(kind) else "not a plain file"
+            raise ArtifactError(
+                f"{file} is {what}, whose content is not published: put a copy in its place"
+            )
 
 
 def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:

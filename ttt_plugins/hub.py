@@ -33,7 +33,17 @@ from .artifacts import CARD, CONFIG, FILES, LEARNED, MODEL, OWN_WEIGHTS, RESULTS
 from .errors import ArtifactError, HubError, InputError, TTTError
 from .version import __version__
 
-__all__ = ["Access", "Found", "find", "is_repository", "read_named", "timm_commit", "upload"]
+__all__ = [
+    "Access",
+    "Found",
+    "download",
+    "download_weights",
+    "find",
+    "is_repository",
+    "read_named",
+    "timm_commit",
+    "upload",
+]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"[\w.\-]+/[\w.\-]+(@[\w./\-]+)?", re.ASCII)
@@ -243,7 +253,7 @@ def _needed(repository: str, commit: str, file: str, access: Access) -> Path:
         raise
     except EntryNotFoundError as error:
         raise HubError(
-            f"{repository}@{commit} is not an adapter artifact: there is no {file} in it"
+            f"{repository}@{commit} cannot be loaded: there is no {file} in it"
         ) from error
 
 
@@ -313,12 +323,33 @@ def find(name: str | Path, access: Access = Access()) -> Found | None:  # noqa: 
         repository, _, inside = text.partition("@")
         if inside and access.revision not in (None, inside):
             raise InputError(f"{text!r} and revision={access.revision!r} name two revisions")
-        access = replace(access, revision=inside or access.revision)
-        folder, commit = _snapshot(repository, access)
-        return Found(folder, f"{repository}@{commit}", repository, commit)
+        return download(repository, replace(access, revision=inside or access.revision))
     if folder is not None and access.revision is not None:
         raise InputError(f"{text!r} is not on the Hub, so it has no revision {access.revision!r}")
     return None if folder is None else Found(folder, text)
+
+
+def download(repository: str, access: Access) -> Found:
+    """One commit of an artifact's or a timm model's repository; no local folder stands for it.
+
+    Raises:
+        HubError: the Hub does not have it, refuses, or cannot be reached.
+    """
+    if not is_repository(repository) or "@" in repository:
+        raise HubError(f"{repository[:200]!r} cannot be a repository's name: it must be ORG/NAME")
+    folder, commit = _snapshot(repository, access)
+    return Found(folder, f"{repository}@{commit}", repository, commit)
+
+
+def download_weights(repository: str, access: Access) -> tuple[Path, str]:
+    """``model.safetensors`` of a repository, and its commit.
+
+    Raises:
+        HubError: the Hub does not have it, refuses, or cannot be reached.
+    """
+    commit = _resolve(repository, access)
+    with _readable(repository, access, "downloading"):
+        return _needed(repository, commit, MODEL, access), commit
 
 
 def read_named(name: str, access: Access = Access()) -> Artifact:  # noqa: B008 (frozen)
@@ -370,6 +401,7 @@ def upload(
     api = _api(access)
     if "@" in repository or not is_repository(repository):
         raise HubError(f"{repository!r} cannot be a repository's name: it must be ORG/NAME")
+    artifacts.check_plain(folder)
     with _readable(repository, access, "publishing"):
         if constants.HF_HUB_OFFLINE:
             raise HubError(f"offline mode (HF_HUB_OFFLINE=1) forbids publishing {repository}")

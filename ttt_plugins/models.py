@@ -10,18 +10,18 @@ import inspect
 import math
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from . import artifacts, hub, trust
 from .artifacts import MODEL, OWN_WEIGHTS, Artifact
-from .errors import ArtifactError, HubError, InputError
-from .hub import Access
+from .errors import ArtifactError, InputError
+from .hub import Access, Found
 
 __all__ = ["carried_model", "check_fingerprint", "described_model", "load_model", "refuse_random"]
 
@@ -70,25 +70,29 @@ def _timm_origin(name: str, model: nn.Module, pretrained: bool) -> dict[str, Any
     return origin
 
 
-def _pinned_timm_model(name: str, revision: str, access: Access) -> nn.Module:
-    """timm's weights of one commit; timm itself says which repository they are in."""
+def _safe_timm_model(name: str, revision: str | None, access: Access) -> tuple[nn.Module, str]:
+    """A timm model whose weights come from safetensors of one commit, by our own reader.
+
+    timm itself says which repository they are in. Its own loader is not asked for them: some
+    versions unpickle a repository that holds no safetensors.
+
+    Raises:
+        ArtifactError: timm has no such model or no weights for it on the Hub.
+        HubError: they cannot be fetched, or the repository has none in safetensors.
+    """
     settings = timm.get_pretrained_cfg(name, allow_unregistered=False)
     repository = settings.hf_hub_id if settings is not None else None
     if not repository:
         raise ArtifactError(f"timm {timm.__version__} has no weights for {name!r} on the Hub")
     if repository.endswith("/"):  # the tag completes it
         repository += settings.architecture + (f".{settings.tag}" if settings.tag else "")
-    cached = any(
-        isinstance(try_to_load_from_cache(repository, f, revision=revision), str)
-        for f in _TIMM_FILES
-    )
-    if access.local_files_only and not cached:
-        raise HubError(
-            f"{repository}@{revision} is not in timm's cache, and local_files_only=True forbids "
-            "downloading it: do so once with a connection, or pass the classifier as backbone="
-        )
-    pinned = {"hf_hub_id": f"{repository}@{revision}"}
-    return _timm_model(name, True, None, pretrained_cfg_overlay=pinned)
+    # timm's own cache, which `cache_dir` does not move.
+    access = replace(access, revision=revision, cache_dir=None)
+    file, commit = hub.download_weights(repository, access)
+    weights = {"state_dict": artifacts.read_tensors(file)}
+    model = _timm_model(name, True, None, pretrained_cfg_overlay=weights)
+    model.pretrained_cfg["state_dict"] = None  # the tensors are the model's now
+    return model, commit
 
 
 # -- models that an artifact carries ---------------------------------------------------------
@@ -251,22 +255,29 @@ def load_model(
         return load_zoo_model(model, model_dir), {"source": "robustbench", "name": model}, None
     plain = model.removeprefix("hf-hub:").removeprefix("hf_hub:")
     found = hub.find(plain, access)
+    if found is None and plain != model:
+        raise InputError(f"{model[:200]!r} names no Hub repository: it must be hf-hub:ORG/NAME")
     if found is None:
         module = _timm_model(model, pretrained, seed)
         return module, _timm_origin(model, module, pretrained), None
+    return _found_model(found, bundled=model.startswith("bundled:"))
+
+
+def _found_model(found: Found, bundled: bool) -> tuple[nn.Module, dict[str, Any], Artifact | None]:
+    """The classifier in an artifact's folder or a timm repository, as for `load_model`."""
     if found.repository is not None:
         origin = {"source": "hub", "name": found.name}
         if "format_version" not in trust.read_json(found.folder / artifacts.CONFIG):
             return _timm_repository(found.folder, found.name), origin, None
-    elif model.startswith("bundled:"):
-        origin = {"source": "bundled", "name": model}
+    elif bundled:
+        origin = {"source": "bundled", "name": found.name}
     else:
         origin = {"source": "folder", "name": str(found.folder.resolve())}
     artifact = artifacts.read(found.folder, found.name)
     if artifact.weights is None:
         raise InputError(
-            f"{model} is an adapter without a model of its own; load it with "
-            f"from_pretrained({model!r})"
+            f"{found.name} is an adapter without a model of its own; load it with "
+            f"from_pretrained({found.name!r})"
         )
     return carried_model(artifact, found.folder, found.name), origin, artifact
 
@@ -284,15 +295,32 @@ def described_model(
         raise ArtifactError(
             f"{where} was made for a {name!r} that it cannot find by itself; pass it as backbone="
         )
-    revision = described.get("revision")
-    if source == "timm" and described.get("pretrained") and revision:
-        module = _pinned_timm_model(name, revision, access)
-        origin = {"source": "timm", "name": name, "pretrained": True, "revision": revision}
-        return module, origin
-    if source == "hub" and revision:
-        name = f"{name}@{revision}"
     try:
-        module, origin, _ = load_model(name, bool(described.get("pretrained")), access=access)
+        return _named_by_artifact(source, name, described, access)
     except ArtifactError as error:
         raise type(error)(f"the classifier of {where}: {error}") from error
+
+
+def _named_by_artifact(
+    source: str, name: str, described: dict[str, Any], access: Access
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The classifier of one source; the name is data and is never parsed for another one."""
+    revision, trained = described.get("revision"), bool(described.get("pretrained"))
+    if source == "timm":
+        origin = {"source": "timm", "name": name, "pretrained": trained}
+        if not trained:
+            return _timm_model(name, False, None), origin | {"timm": timm.__version__}
+        module, commit = _safe_timm_model(name, revision, access)
+        return module, origin | {"revision": commit}
+    if source == "robustbench":
+        return load_model(name, access=access)[:2]
+    if source == "hub":
+        if not revision:
+            raise ArtifactError(f"{name} is named without the commit it was made for")
+        found = hub.download(name, replace(access, revision=revision))
+    else:  # "bundled" or "folder"
+        bundled = source == "bundled"
+        folder = artifacts.bundled_folder(name.removeprefix("bundled:")) if bundled else Path(name)
+        found = Found(folder, name)
+    module, origin, _ = _found_model(found, bundled=source == "bundled")
     return module, origin

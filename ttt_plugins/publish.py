@@ -100,6 +100,7 @@ def publish(
         ArtifactError: the folder is no artifact, or depends on a folder that is gone.
         HubError: the Hub refuses or cannot be reached.
     """
+    artifacts.check_plain(Path(folder))
     if artifacts.is_bundled(folder) and measured is None:
         # What ships and what is published are the same files.
         artifacts.read(folder)

@@ -216,11 +216,12 @@ _NAME = r"[A-Za-z0-9_][\w.\-]{0,95}"
 _COMMIT = r"[0-9a-f]{40}"
 _SHA256 = r"sha256:[0-9a-f]{64}"
 
-#: ``config["backbone"]["source"]`` -> what the name beside it looks like.
+#: ``config["backbone"]["source"]`` -> what the name beside it looks like. A folder's path is
+#: absolute, as it is saved, so that no name of a folder can be one that timm parses as a source.
 BACKBONE_SOURCES = {
     "artifact": _NAME,
     "bundled": rf"bundled:{_NAME}",
-    "folder": r"[^\0\n]{1,4096}",
+    "folder": r"(?:/|[A-Za-z]:[\\/])[^\0\n]{0,4096}",
     "hub": rf"{_NAME}/{_NAME}",
     "module": r"[\w.<>\-]{1,200}",
     "robustbench": rf"robustbench:{_NAME}/{_NAME}",
