@@ -36,7 +36,7 @@ from ttt_plugins.benchmark import (
     open_dataset,
     run_benchmark,
 )
-from ttt_plugins.data import LabelledImages, to_float
+from ttt_plugins.data.images import LabelledImages, to_float
 from ttt_plugins.demo import load_sample
 
 

@@ -34,12 +34,12 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 import ttt_plugins as tp
-from ttt_plugins.backbone import Backbone
-from ttt_plugins.heads import init_byol, init_rotation
-from ttt_plugins.registry import get_method
-from ttt_plugins.robustbench_bridge import import_robustbench, version
-from ttt_plugins.structure import classifier_names, norm_parameters
-from ttt_plugins.views import image_keys
+from ttt_plugins.backbones.backbone import Backbone
+from ttt_plugins.backbones.structure import classifier_names, norm_parameters
+from ttt_plugins.core.heads import init_byol, init_rotation
+from ttt_plugins.core.registry import get_method
+from ttt_plugins.core.views import image_keys
+from ttt_plugins.utils.robustbench import import_robustbench, version
 
 CLASSES = 10
 SIZES = (64, 96, 128, 160, 192, 224, 256)

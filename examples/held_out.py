@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ttt_plugins.cli import main as command_line
+from ttt_plugins.cli.main import main as command_line
 
 EPOCHS = 25
 #: Name -> flags of ``ttt-plugins train source``.

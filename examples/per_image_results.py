@@ -21,9 +21,10 @@ import torch
 from tqdm.auto import tqdm
 
 import ttt_plugins as tp
-from ttt_plugins import artifacts, cards
+from ttt_plugins.artifacts.card import refresh
+from ttt_plugins.artifacts.folder import bundled_folder
 from ttt_plugins.benchmark import CORRUPTIONS, EXTRA_CORRUPTIONS, load_stream
-from ttt_plugins.data import to_float
+from ttt_plugins.data.images import to_float
 
 TTT, MT3 = "bundled:ttt-resnet26-cifar10", "bundled:mt3-resnet26-cifar10"
 
@@ -173,7 +174,7 @@ def report(results: list[dict]) -> str:
 
 
 def artifact_results(results: list[dict]) -> dict:
-    """Finished measurements of one artifact as its ``results.json`` (`ttt_plugins.results`)."""
+    """Finished measurements of one artifact as its ``results.json`` (`ttt_plugins.artifacts.measured`)."""
     runs = []
     for result in results:
         settings, f, by_corruption = result["settings"], figures(result), {}
@@ -211,8 +212,8 @@ def into_cards(results: list[dict]) -> None:
             r for r in results if r["settings"]["artifact"] == artifact and len(r["cells"]) == 15
         ]
         if own:
-            folder = artifacts.bundled_folder(artifact.removeprefix("bundled:"))
-            cards.refresh(folder, measured=artifact_results(own))
+            folder = bundled_folder(artifact.removeprefix("bundled:"))
+            refresh(folder, measured=artifact_results(own))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ttt_plugins as tp
-from ttt_plugins import heads
-from ttt_plugins.backbone import Backbone
+from ttt_plugins.backbones.backbone import Backbone
+from ttt_plugins.core import heads
+from ttt_plugins.core.scope import call
+from ttt_plugins.core.views import image_keys
 from ttt_plugins.methods.mt3 import _views as byol_views
 from ttt_plugins.methods.mt3 import byol_loss
 from ttt_plugins.methods.ttt import rotation_views
-from ttt_plugins.scope import call
+from ttt_plugins.train.joint import JointModel
 from ttt_plugins.train.mt3 import MT3Recipe, clip_each, draw_tasks, meta_gradient
-from ttt_plugins.train.ttt import JointModel
-from ttt_plugins.views import image_keys
 
 
 def seconds(run: Callable[[], object], device: str) -> float:

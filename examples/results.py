@@ -26,9 +26,12 @@ from pathlib import Path
 import torch
 
 import ttt_plugins as tp
-from ttt_plugins import artifacts, cards
+from ttt_plugins.artifacts.card import refresh
+from ttt_plugins.artifacts.folder import bundled_folder, list_bundled
 from ttt_plugins.benchmark import CORRUPTIONS, EXTRA_CORRUPTIONS, load_stream
-from ttt_plugins.data import EXTRA_ROWS, LabelledImages, read_parquet, to_float
+from ttt_plugins.data.cifar10 import EXTRA_ROWS
+from ttt_plugins.data.images import LabelledImages, to_float
+from ttt_plugins.data.parquet import read_parquet
 from ttt_plugins.train.mgg import stream_accuracy
 
 GRIDS = {
@@ -271,7 +274,7 @@ def report(results: list[dict]) -> str:
 
 
 def artifact_run(result: dict) -> dict:
-    """The measurement as a run in an artifact's ``results.json`` (`ttt_plugins.results`)."""
+    """The measurement as a run in an artifact's ``results.json`` (`ttt_plugins.artifacts.measured`)."""
     table, by_corruption = averages(result), {}
     for method in table:
         seeds = result["seeds"][:1] if method == "source" else result["seeds"]
@@ -306,11 +309,11 @@ def into_cards(results: list[dict]) -> None:
     for result in results:
         own = f"source-{result['backbone']}-cifar10"
         used = result.get("optimizer", f"mgg-{result['backbone']}-cifar10")
-        for name in {own, used} & set(artifacts.list_bundled()):
+        for name in {own, used} & set(list_bundled()):
             runs.setdefault(name, []).append(artifact_run(result))
     for name, made in runs.items():
         measured = {"format_version": 1, "runs": made}
-        cards.refresh(artifacts.bundled_folder(name), measured=measured)
+        refresh(bundled_folder(name), measured=measured)
 
 
 def main(argv: list[str] | None = None) -> None:

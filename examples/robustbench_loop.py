@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import ttt_plugins as tp
-from ttt_plugins.data import to_float
+from ttt_plugins.data.images import to_float
 from ttt_plugins.demo import load_sample
-from ttt_plugins.robustbench_bridge import import_robustbench
+from ttt_plugins.utils.robustbench import import_robustbench
 
 # `import robustbench`, with a name that its dependency lost lent to it meanwhile.
 robustbench = import_robustbench()

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from ttt_plugins.benchmark import CorruptionData
-from ttt_plugins.data import LabelledImages
+from ttt_plugins.data.images import LabelledImages
 
 
 @dataclasses.dataclass(frozen=True)

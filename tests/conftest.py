@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import ttt_plugins as tp
-from ttt_plugins import gradient_memory, heads
-from ttt_plugins.registry import get_method
+from ttt_plugins.core import gradient_memory, heads
+from ttt_plugins.core.registry import get_method
 
 # These models are too small for a second thread to help, and on busy cores threads that wait for
 # each other made the suite five times slower.

@@ -23,9 +23,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ttt_plugins as tp
-from ttt_plugins import scope, structure
-from ttt_plugins.backbone import Backbone
-from ttt_plugins.methods import per_image
+from ttt_plugins.backbones import structure
+from ttt_plugins.backbones.backbone import Backbone
+from ttt_plugins.core import per_image, scope
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 F64 = torch.float64

@@ -9,8 +9,8 @@ import torch
 from conftest import PER_IMAGE
 
 import ttt_plugins as tp
-from ttt_plugins.gradient_memory import init_slow
-from ttt_plugins.train.ttt import HeadRecipe, fit_rotation_head
+from ttt_plugins.core.gradient_memory import init_slow
+from ttt_plugins.train.joint import HeadRecipe, fit_rotation_head
 
 QUICK = {"steps": 1, "copies": 2, "split": 1}
 
@@ -68,7 +68,7 @@ def test_a_head_that_diverges(make_model):
 
 
 def test_a_config_that_does_not_fit_comes_before_the_work(make_model, monkeypatch):
-    monkeypatch.setattr("ttt_plugins.train.ttt.rotation_logits", None)  # no step is made
+    monkeypatch.setattr("ttt_plugins.train.joint.rotation_logits", None)  # no step is made
     with pytest.raises(tp.InputError, match="selects nothing"):
         tp.wrap(
             make_model("groupnorm"), "ttt", head="train", data=rand(8, 3, 32, 32), params="nope"

@@ -16,7 +16,6 @@ from benchmark_fakes import FakeAdapter, memory_data, random_cell, write_parquet
 from PIL import Image
 from torch import nn
 
-from ttt_plugins import robustbench_bridge as bridge
 from ttt_plugins.benchmark import (
     CORRUPTIONS,
     DATASETS,
@@ -32,10 +31,11 @@ from ttt_plugins.benchmark.execution import to_unit
 from ttt_plugins.benchmark.leaderboard import INELIGIBLE, model_info, unaggregated_csv
 from ttt_plugins.benchmark.orders import shuffled
 from ttt_plugins.benchmark.protocols import plan
-from ttt_plugins.cli import main
+from ttt_plugins.cli.flags import Parser, add_dataclass_flags, dataclass_from_args
+from ttt_plugins.cli.main import main
 from ttt_plugins.demo import Sample, build_per_image_adapters, compare, draw, load_sample
 from ttt_plugins.errors import DataError, InputError, MissingDependencyError, TTTError
-from ttt_plugins.flags import Parser, add_dataclass_flags, dataclass_from_args
+from ttt_plugins.utils import robustbench as bridge
 
 BATCH = 7
 
@@ -269,7 +269,7 @@ def test_compact_layout(compact_folder):
     }
     with np.load(compact_folder / "snow.npz") as arrays:
         images = arrays["severity_5"]
-    from ttt_plugins.data import read_parquet
+    from ttt_plugins.data.parquet import read_parquet
 
     test = read_parquet(compact_folder.parent / "cifar10" / "test.parquet")
     part = data.load(("snow", 5))
@@ -284,7 +284,7 @@ def test_compact_layout(compact_folder):
 
 
 def test_extra_corruptions_are_the_last_training_rows(compact_folder):
-    from ttt_plugins.data import read_parquet
+    from ttt_plugins.data.parquet import read_parquet
 
     train = read_parquet(compact_folder.parent / "cifar10" / "train.parquet")
     assert torch.equal(load_stream(compact_folder, "spatter").labels, train.labels[-12:])
@@ -716,7 +716,7 @@ def test_benchmark_command_end_to_end(robustbench, compact_folder, tmp_path, cap
 def test_train_source_command_makes_an_artifact(tmp_path, monkeypatch, capsys):
     write_parquet(tmp_path / "train.parquet", 20, 3)
     write_parquet(tmp_path / "test.parquet", 5, 4)
-    monkeypatch.setattr("ttt_plugins.data.EXTRA_ROWS", 4)
+    monkeypatch.setattr("ttt_plugins.data.cifar10.EXTRA_ROWS", 4)
     out = tmp_path / "model"
     argv = ["train", "source", "--data-dir", str(tmp_path), "--out", str(out), "--epochs", "1"]
     small = ["--model-args", '{"width": 8, "depth": 8}']

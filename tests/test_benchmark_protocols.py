@@ -16,7 +16,6 @@ import torch
 from benchmark_fakes import FakeAdapter, figures, memory_data
 from PIL import Image
 
-from ttt_plugins import robustbench_bridge as bridge
 from ttt_plugins.benchmark import (
     CORRUPTIONS,
     CellRecord,
@@ -37,8 +36,9 @@ from ttt_plugins.benchmark.leaderboard import (
 )
 from ttt_plugins.benchmark.orders import correlated
 from ttt_plugins.benchmark.protocols import plan, streams
-from ttt_plugins.cli import main
+from ttt_plugins.cli.main import main
 from ttt_plugins.errors import DataError, InputError, MissingDependencyError
+from ttt_plugins.utils import robustbench as bridge
 
 
 def run(data, net=None, **options):

@@ -20,9 +20,9 @@ from ttt_plugins.benchmark import output as output_module
 from ttt_plugins.benchmark import tasks as tasks_module
 from ttt_plugins.benchmark.output import locked
 from ttt_plugins.benchmark.progress import UNFINISHED, Progress
-from ttt_plugins.cli import main
+from ttt_plugins.cli.main import main
+from ttt_plugins.core.heads import init_byol, init_rotation
 from ttt_plugins.errors import DataError, InputError
-from ttt_plugins.heads import init_byol, init_rotation
 
 COUNTS = {("fog", 1): 20, ("fog", 5): 30, ("snow", 1): 20, ("snow", 5): 9}
 FILES = ["b_fake.json", "plot.png", "results.json", "unaggregated_results.csv"]

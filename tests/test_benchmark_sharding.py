@@ -19,7 +19,7 @@ from torch.distributed import HashStore, TCPStore
 
 from ttt_plugins.benchmark import Results, Worker, run_benchmark, worker_from_environment
 from ttt_plugins.benchmark.progress import UNFINISHED
-from ttt_plugins.cli import main
+from ttt_plugins.cli.main import main
 from ttt_plugins.errors import DataError, DistributedError, InputError
 
 LEASE = 0.4
@@ -392,7 +392,7 @@ def test_torchrun_gives_the_figures_of_one_process(tmp_path, capsys):
 
 def test_torchruns_restarted_processes_go_on(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr("ttt_plugins.cli._run_benchmark", lambda args, w: asked.update(vars(args)))
+    monkeypatch.setattr("ttt_plugins.cli.main._run_benchmark", lambda args, w: asked.update(vars(args)))
     left = []
 
     class Fake:

@@ -11,8 +11,10 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
 import ttt_plugins as tp
-from ttt_plugins import artifacts, cards, results
-from ttt_plugins.cli import main
+from ttt_plugins.artifacts.card import render_card
+from ttt_plugins.artifacts.folder import bundled_folder, read_artifact
+from ttt_plugins.artifacts.measured import load_measured
+from ttt_plugins.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 BENCHMARK = ROOT / "tests/frozen/benchmark-results.json"
@@ -38,29 +40,29 @@ def metadata_of(path):
 
 @pytest.mark.parametrize("name", tp.list_bundled())
 def test_bundled_cards(name):
-    folder = artifacts.bundled_folder(name)
+    folder = bundled_folder(name)
     found = metadata_of(folder / "README.md")
     assert found["license"] == "apache-2.0" and found["datasets"] == ["cifar10"]
     text = ModelCard.load(folder / "README.md").text
     for word in ("## Use", "## Training", "## Limits", f"bundled:{name}", "JPEG"):
         assert word in text
-    artifact = artifacts.read(folder)
+    artifact = read_artifact(folder)
     if artifact.config["method"] != "source":
         assert "## Citation" in text and "arXiv" in text
     # By `ttt-plugins card hub_cards/*`, never by hand.
-    assert artifact.card == cards.render(name, artifact, bundled=True)
+    assert artifact.card == render_card(name, artifact, bundled=True)
 
 
 @pytest.mark.parametrize("name", [n for n in tp.list_bundled() if n.startswith("mgg-resnet26")])
 def test_bundled_results_are_the_measured_ones(name):
     backbone = name.split("-")[1]
-    stored = artifacts.read(artifacts.bundled_folder(name)).results
+    stored = read_artifact(bundled_folder(name)).results
     run = stored["runs"][0]
     measured = json.loads((ROOT / f"examples/results/online-{backbone}.json").read_text())
     streams = [v for k, v in measured["streams"].items() if k.startswith("mgg/")]
     mean = sum(sum(s["right"]) / s["n"] for s in streams) / len(streams)
     assert run["accuracy"]["mgg"] == pytest.approx(mean, abs=1e-6)
-    found = metadata_load(artifacts.bundled_folder(name) / "README.md")
+    found = metadata_load(bundled_folder(name) / "README.md")
     _, shown = model_index_to_eval_results(found["model-index"])
     assert shown[0].metric_value == pytest.approx(mean, abs=1e-6)
 
@@ -105,13 +107,13 @@ def test_results_of_a_benchmark_run_now(tmp_path):
     import torch
 
     from ttt_plugins.benchmark import CorruptionData, run_benchmark
-    from ttt_plugins.data import LabelledImages
+    from ttt_plugins.data.images import LabelledImages
 
     part = LabelledImages(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
     data = CorruptionData.from_arrays({("fog", 5): part}, dataset="cifar10", layout="arrays")
     net = tp.wrap(str(ROOT / "tests/frozen/source-v1"), "tent")
     run = run_benchmark(net, data, seed=[0, 1], progress=False)
-    reduced = results.load(json.loads(run.to_json()))["runs"][0]
+    reduced = load_measured(json.loads(run.to_json()))["runs"][0]
     assert reduced["accuracy"] == {"tent": run.methods[0].mean()}
     assert (reduced["severities"], reduced["corruptions"]) == ([5], ["fog"])
     assert reduced["seeds"] == [0, 1] and "tent" in reduced["standard_error"]
@@ -132,7 +134,7 @@ def test_results_of_a_benchmark_run_now(tmp_path):
     ],
 )
 def test_results_that_are_none(change, make_model, tmp_path):
-    found = results.load(BENCHMARK)
+    found = load_measured(BENCHMARK)
     change(found)
     with pytest.raises(tp.ArtifactError):
         tp.wrap(make_model("groupnorm"), "tent").save_pretrained(tmp_path / "net", results=found)
@@ -140,7 +142,7 @@ def test_results_that_are_none(change, make_model, tmp_path):
 
 
 def test_paths_are_shortened():
-    from ttt_plugins.publish import _shorten
+    from ttt_plugins.artifacts.publish import _shorten
 
     said = "ttt-plugins train --data-dir /home/me/data --out runs/x 'C:\\Users\\me\\y' ~/z a/b"
     assert _shorten(said) == "ttt-plugins train --data-dir .../data --out runs/x '.../y' .../z a/b"

@@ -11,15 +11,16 @@ import torch
 from benchmark_fakes import FakeAdapter, memory_data
 
 import ttt_plugins as tp
-from ttt_plugins.artifacts import FILES, bundled_folder, check_target
+from ttt_plugins.artifacts.folder import FILES, bundled_folder, check_target
 from ttt_plugins.benchmark import Execution, run_benchmark
-from ttt_plugins.cli import main
-from ttt_plugins.data import EXTRA_ROWS, LabelledImages
+from ttt_plugins.cli.main import main
+from ttt_plugins.data.cifar10 import EXTRA_ROWS
+from ttt_plugins.data.images import LabelledImages
 from ttt_plugins.train import common
+from ttt_plugins.train.joint import JointRecipe
 from ttt_plugins.train.mgg import MGGRecipe
 from ttt_plugins.train.mt3 import MT3Recipe
 from ttt_plugins.train.source import SourceRecipe
-from ttt_plugins.train.ttt import JointRecipe
 
 SOURCE = "bundled:source-resnet26-cifar10"
 NORMED = "bundled:source-resnet26bn-cifar10"
@@ -59,7 +60,7 @@ def images(monkeypatch):
         ).byte(),
         torch.arange(count) % 10,
     )
-    monkeypatch.setattr("ttt_plugins.data.read_parquet", lambda _: made)
+    monkeypatch.setattr("ttt_plugins.data.parquet.read_parquet", lambda _: made)
     monkeypatch.setattr("ttt_plugins.benchmark.load_stream", lambda *_, **__: made[:16])
 
 
@@ -78,7 +79,7 @@ def no_work(monkeypatch):
     def read(*_, **__):
         raise AssertionError("images were read")
 
-    monkeypatch.setattr("ttt_plugins.data.read_parquet", read)
+    monkeypatch.setattr("ttt_plugins.data.parquet.read_parquet", read)
     monkeypatch.setattr("ttt_plugins.benchmark.load_stream", read)
     monkeypatch.setattr("ttt_plugins.benchmark.open_dataset", read)
 
@@ -329,7 +330,7 @@ def test_a_recipe_that_drops_every_patch():
 
 def test_a_data_folder_with_nothing_to_train_on(monkeypatch, refused):
     few = LabelledImages(torch.zeros(EXTRA_ROWS, 3, 32, 32).byte(), torch.zeros(EXTRA_ROWS).long())
-    monkeypatch.setattr("ttt_plugins.data.read_parquet", lambda _: few)
+    monkeypatch.setattr("ttt_plugins.data.parquet.read_parquet", lambda _: few)
     for kind in ("source", "ttt", "head", "mt3"):
         assert f"no images beside the last {EXTRA_ROWS}" in refused(*train(kind, *SHORT[kind]))
 
@@ -392,7 +393,7 @@ def test_a_short_training_still_ends_in_an_artifact(here, images, capsys):
 
 @pytest.mark.parametrize("kind", ["source", "ttt"])
 def test_a_classifier_that_diverges_is_told_at_once(kind, here, images, monkeypatch, capsys):
-    module = f"ttt_plugins.train.{kind}"
+    module = "ttt_plugins.train." + {"source": "source", "ttt": "joint"}[kind]
     monkeypatch.setattr(f"{module}.save_checkpoint", lambda *_: pytest.fail("it was saved"))
     assert main(train(kind, *SMALL, "--batch-size", "8", "--lr", "1e30")) == 2
     assert "training diverged in epoch 1" in capsys.readouterr().err

@@ -12,8 +12,8 @@ from torch import nn
 from torch.func import functional_call
 
 import ttt_plugins as tp
-from ttt_plugins import testing, updates
-from ttt_plugins.methods import per_image
+from ttt_plugins import testing
+from ttt_plugins.core import per_image, updates
 from ttt_plugins.testing import all_equal, stream
 
 #: A step size at which a few batches of the tiny models visibly change the logits.

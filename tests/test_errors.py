@@ -414,7 +414,7 @@ def test_the_prediction_of_a_skipped_batch(method, make_model, make_net, images)
 def test_sar_skips_when_only_the_second_pass_is_not_finite(
     make_model, make_net, images, monkeypatch, same_tensors
 ):
-    from ttt_plugins.methods import online
+    from ttt_plugins.core import online
 
     net = make_net("sar", make_model("layernorm"), lr=1e-2)
     reference = make_net("sar", make_model("layernorm"), lr=1e-2)
@@ -635,14 +635,13 @@ def test_a_folder_with_something_else_is_not_overwritten(make_model, tmp_path):
 
 
 def test_a_failed_save_leaves_the_earlier_artifact(artifact, make_model, make_net, monkeypatch):
-    from ttt_plugins import artifacts
 
     before = {p.name: p.read_bytes() for p in artifact.iterdir()}
 
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(artifacts, "save_file", full)
+    monkeypatch.setattr("ttt_plugins.artifacts.folder.save_file", full)
     with pytest.raises(tp.ArtifactError, match="no space"):
         make_net("mgg", make_model("groupnorm"), lr=0.5).save_pretrained(artifact)
     assert {p.name: p.read_bytes() for p in artifact.iterdir()} == before
@@ -657,7 +656,7 @@ def test_saving_again_replaces(artifact, make_model, make_net):
 
 
 def test_a_source_artifact_round_trip(make_model, images, tmp_path):
-    from ttt_plugins.wrapping import save_with_model
+    from ttt_plugins.artifacts.saving import save_with_model
 
     model = make_model("batchnorm")
     args = {"width": 8, "depth": 8}

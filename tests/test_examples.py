@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ttt_plugins.benchmark import CORRUPTIONS
-from ttt_plugins.data import LabelledImages
+from ttt_plugins.data.images import LabelledImages
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

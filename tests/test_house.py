@@ -177,7 +177,7 @@ def test_every_field_is_documented_where_it_is_defined():
     import dataclasses
     import inspect
 
-    from ttt_plugins.registry import get_method
+    from ttt_plugins.core.registry import get_method
     from ttt_plugins.train.mgg import MGGRecipe
     from ttt_plugins.train.source import SourceRecipe
 
@@ -189,7 +189,7 @@ def test_every_field_is_documented_where_it_is_defined():
 
 
 def test_methods_cite_their_papers():
-    from ttt_plugins.registry import get_method
+    from ttt_plugins.core.registry import get_method
 
     for name in set(tp.list_methods()) - {"source"}:
         record = get_method(name)

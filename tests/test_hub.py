@@ -19,7 +19,7 @@ from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 
 import ttt_plugins as tp
-from ttt_plugins.wrapping import save_with_model
+from ttt_plugins.artifacts.saving import save_with_model
 
 ROOT = Path(__file__).parent.parent
 TINY = ("ttt_resnet26", {"width": 8, "depth": 8, "groups": 4})  # the suite's GroupNorm network

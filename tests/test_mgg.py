@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 
 import ttt_plugins as tp
-from ttt_plugins import gradient_memory, scope
-from ttt_plugins.backbone import Backbone
-from ttt_plugins.methods.online import Loss, Objective, Online, evaluate
-from ttt_plugins.registry import get_method
+from ttt_plugins.backbones.backbone import Backbone
+from ttt_plugins.core import gradient_memory, scope
+from ttt_plugins.core.online import Loss, Objective, Online, evaluate
+from ttt_plugins.core.registry import get_method
+from ttt_plugins.core.updates import GradientMemory, Situation
 from ttt_plugins.train import mgg as meta
-from ttt_plugins.updates import GradientMemory, Situation
 
 F64 = torch.float64
 D = 8

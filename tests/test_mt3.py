@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from conftest import random_heads
 
 import ttt_plugins as tp
-from ttt_plugins import views
-from ttt_plugins.backbone import Backbone
-from ttt_plugins.data import LabelledImages
-from ttt_plugins.heads import init_byol
+from ttt_plugins.backbones.backbone import Backbone
+from ttt_plugins.core import views
+from ttt_plugins.core.heads import init_byol
+from ttt_plugins.core.views import image_keys
+from ttt_plugins.data.images import LabelledImages
 from ttt_plugins.methods.mt3 import _views, byol_loss
 from ttt_plugins.train import mt3
 from ttt_plugins.train.mt3 import (
@@ -29,7 +30,6 @@ from ttt_plugins.train.mt3 import (
     task_loss,
     train_mt3,
 )
-from ttt_plugins.views import image_keys
 
 TINY = {"width": 8, "depth": 8, "groups": 4}
 

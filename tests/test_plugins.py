@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import ttt_plugins as tp
-from ttt_plugins import registry, testing, updates
+from ttt_plugins import testing
+from ttt_plugins.core import registry, updates
 from ttt_plugins.methods import register_update_rule
 from ttt_plugins.testing import check_method
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ttt_plugins.cli import _parser
+from ttt_plugins.cli.main import _parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

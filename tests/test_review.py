@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import ttt_plugins as tp
+from ttt_plugins.artifacts.saving import save_with_model
 from ttt_plugins.train.mgg import MGGRecipe
-from ttt_plugins.wrapping import save_with_model
 
 
 class _Payload:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import ttt_plugins as tp
-from ttt_plugins import scope
-from ttt_plugins.backbone import Backbone
+from ttt_plugins.backbones.backbone import Backbone
+from ttt_plugins.core import scope
 
 F64 = torch.float64
 

@@ -9,15 +9,16 @@ import timm
 import torch
 
 import ttt_plugins as tp
-from ttt_plugins import gradient_memory, views
-from ttt_plugins.cli import main
-from ttt_plugins.data import EXTRA_ROWS, LabelledImages, to_float
+from ttt_plugins.artifacts.saving import save_with_model
+from ttt_plugins.cli.main import main
+from ttt_plugins.core import gradient_memory, views
+from ttt_plugins.data.cifar10 import EXTRA_ROWS
+from ttt_plugins.data.images import LabelledImages, to_float
 from ttt_plugins.train import mgg as meta
 from ttt_plugins.train import source as supervised
 from ttt_plugins.train.common import rate
+from ttt_plugins.train.joint import JointRecipe, train_joint
 from ttt_plugins.train.mt3 import MT3Recipe, train_mt3
-from ttt_plugins.train.ttt import JointRecipe, train_joint
-from ttt_plugins.wrapping import save_with_model
 
 
 def tensors_equal(a, b):
@@ -226,7 +227,7 @@ def test_meta_training_starts_from_a_joint_artifact(tmp_path):
 @pytest.fixture
 def sixteen(monkeypatch):
     """Sixteen images to train on, wherever the command says that they are."""
-    monkeypatch.setattr("ttt_plugins.data.read_parquet", lambda _: made_up(EXTRA_ROWS + 16))
+    monkeypatch.setattr("ttt_plugins.data.parquet.read_parquet", lambda _: made_up(EXTRA_ROWS + 16))
 
 
 def command(kind, out, *more):
@@ -399,7 +400,7 @@ def test_several_classifiers_share_an_optimizer(tmp_path, monkeypatch, make_mode
 def test_the_command_makes_an_optimizer_of_no_classifiers(tmp_path, monkeypatch, corrupted):
     """Two models, the GroupNorm one with its source statistics and without."""
     monkeypatch.setattr("ttt_plugins.benchmark.load_stream", lambda *_: corrupted["noise"])
-    monkeypatch.setattr("ttt_plugins.data.read_parquet", lambda _: made_up(EXTRA_ROWS + 8))
+    monkeypatch.setattr("ttt_plugins.data.parquet.read_parquet", lambda _: made_up(EXTRA_ROWS + 8))
     seen, real = [], meta.train_mgg
 
     def noted(recipe, nets, *args, **kwargs):

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ttt_plugins as tp
-from ttt_plugins import artifacts, hub, publish, trust
+from ttt_plugins.artifacts import hub, publish
+from ttt_plugins.artifacts.build_budget import BuildBudget
+from ttt_plugins.artifacts.tensor_files import fingerprint
 
 FROZEN = Path(__file__).parent / "frozen"
 ARTIFACTS = ("source-v1", "model-v1", "mgg-v1")
@@ -392,7 +394,7 @@ def test_types_of_weights_are_compared(source):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_model_in_another_precision_keeps_it(dtype, make_model, tmp_path, images):
-    from ttt_plugins.wrapping import save_with_model
+    from ttt_plugins.artifacts.saving import save_with_model
 
     model = make_model("groupnorm").to(dtype)
     args = {"width": 8, "depth": 8, "groups": 4}
@@ -439,14 +441,14 @@ def test_the_budget_lets_ordinary_models_through():
     for name in ("resnet18", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"):
         state = timm.create_model(name).state_dict()
         elements = sum(t.numel() for t in state.values())
-        with trust.BuildBudget(elements, len(state)):
+        with BuildBudget(elements, len(state)):
             built = timm.create_model(name)
         shapes = {n: t.shape for n, t in built.state_dict().items()}
         assert shapes == {n: t.shape for n, t in state.items()}
 
 
 def test_the_budget_stops_models_of_another_size():
-    with pytest.raises(tp.ArtifactError, match="far larger"), trust.BuildBudget(1_000, 10):
+    with pytest.raises(tp.ArtifactError, match="far larger"), BuildBudget(1_000, 10):
         torch.nn.Linear(10_000, 10_000)
 
 
@@ -459,7 +461,7 @@ def test_a_mismatch_names_both_and_can_be_waved_through(make_model, tmp_path, im
     with pytest.raises(tp.ArtifactError, match="sha256") as caught:
         tp.from_pretrained(folder, backbone=other)
     for model in (make_model("groupnorm"), other):
-        assert artifacts.fingerprint(model.state_dict()) in str(caught.value)
+        assert fingerprint(model.state_dict()) in str(caught.value)
     with pytest.warns(UserWarning, match="sha256"):
         net = tp.from_pretrained(folder, backbone=other, strict_backbone=False)
     assert torch.isfinite(net(images(2))).all()

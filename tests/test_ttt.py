@@ -17,13 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ttt_plugins as tp
-from ttt_plugins import heads, memory, views
-from ttt_plugins.cli import main
-from ttt_plugins.data import LabelledImages
-from ttt_plugins.methods.per_image import loss_and_gradient
+from ttt_plugins.backbones.structure import trunk
+from ttt_plugins.cli.main import main
+from ttt_plugins.core import chunks as memory
+from ttt_plugins.core import heads, views
+from ttt_plugins.core.per_image import loss_and_gradient
+from ttt_plugins.core.views import image_keys
+from ttt_plugins.data.images import LabelledImages
 from ttt_plugins.methods.ttt import rotation_views
-from ttt_plugins.structure import trunk
-from ttt_plugins.train.ttt import (
+from ttt_plugins.train.joint import (
     HeadRecipe,
     JointModel,
     JointRecipe,
@@ -32,7 +34,6 @@ from ttt_plugins.train.ttt import (
     fit_rotation_head,
     train_joint,
 )
-from ttt_plugins.views import image_keys
 
 FAST = {"steps": 2, "copies": 3, "lr": 0.05}
 
@@ -803,7 +804,7 @@ def test_describing_draws_nothing(make_model):
 
 def test_command_line_mistakes(tmp_path, capsys, monkeypatch):
     tiny = LabelledImages(torch.zeros(1100, 3, 32, 32).byte(), torch.zeros(1100).long())
-    monkeypatch.setattr("ttt_plugins.data.read_parquet", lambda path: tiny)
+    monkeypatch.setattr("ttt_plugins.data.parquet.read_parquet", lambda path: tiny)
     base = ["train", "ttt", "--data-dir", str(tmp_path), "--out", str(tmp_path / "o")]
     for more, words in (
         (["--freeze-trunk"], "--model"),

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import ttt_plugins as tp
-from ttt_plugins.methods import online
+from ttt_plugins.core import online
 
 
 @pytest.mark.parametrize("method", ["tent", "sar", "mgg"])

@@ -12,10 +12,11 @@ import warnings as _warnings
 with _warnings.catch_warnings():
     # timm's import trips over torch's deprecations; they are no business of our users.
     _warnings.simplefilter("ignore", FutureWarning)
-    from . import networks  # noqa: F401  (registers our networks with timm)
+    from .backbones import networks  # noqa: F401  (registers our networks with timm)
 
 from .adapter import Adapter
-from .artifacts import list_bundled
+from .artifacts.folder import list_bundled
+from .core.registry import list_methods
 from .errors import (
     ArtifactError,
     DataError,
@@ -26,7 +27,6 @@ from .errors import (
     TTTError,
 )
 from .methods import MGG, MT3, SAR, TTT, Source, Tent
-from .registry import list_methods
 from .version import __version__
 from .wrapping import from_pretrained, wrap
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import scope
-from .backbone import Backbone
-from .data import batch_images
+from .backbones.backbone import Backbone
+from .backbones.structure import describe_split
+from .core import scope
+from .core.registry import Method, get_method
+from .data.images import batch_images
 from .errors import InputError, TTTError
-from .registry import Method, get_method
-from .structure import describe_split
 
 __all__ = ["Adapter"]
 
@@ -403,7 +403,7 @@ class Adapter(nn.Module):
 
     def save_pretrained(self, folder: str | Path, **records: Any) -> Path:
         """Write this adapter's artifact; see `ttt_plugins.wrapping.save_pretrained`."""
-        from .wrapping import save_pretrained  # below this room: it builds adapters
+        from .artifacts.saving import save_pretrained  # below this room: it builds adapters
 
         return save_pretrained(self, folder, **records)
 
@@ -433,7 +433,7 @@ class Adapter(nn.Module):
             HubError: the Hub refuses or cannot be reached; nothing is published then.
             ArtifactError: the classifier is in a local folder that is gone.
         """
-        from .publish import publish
+        from .artifacts.publish import publish
 
         if not isinstance(repository, str):
             raise InputError(f'repository is "org/name", got {type(repository).__name__}')

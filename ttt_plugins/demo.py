@@ -23,7 +23,8 @@ from .benchmark.evaluate import classify
 from .benchmark.output import check_out, write_files
 from .benchmark.plots import COLOURS, figure, to_png
 from .benchmark.results import align
-from .data import CIFAR10_CLASSES, LabelledImages
+from .data.cifar10 import CIFAR10_CLASSES
+from .data.images import LabelledImages
 from .errors import DataError, InputError
 
 __all__ = [

@@ -20,10 +20,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from . import networks  # noqa: F401  (registers the tiny models with timm)
 from .adapter import Adapter
+from .backbones import networks  # noqa: F401  (registers the tiny models with timm)
+from .core.registry import get_method
 from .errors import InputError
-from .registry import get_method
 from .wrapping import from_pretrained, wrap
 
 __all__ = ["LAWS", "check_method", "tiny_model"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,25 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import artifacts, cards, hub, results, trust
 from .adapter import Adapter
-from .artifacts import OWN_WEIGHTS, Artifact
-from .backbone import Backbone
-from .data import gather_images
-from .errors import ArtifactError, InputError
-from .flags import check_device, check_seed
-from .hub import Access
-from .methods import Source
-from .models import (
+from .artifacts import hub
+from .artifacts.classifiers import (
     carried_model,
     check_fingerprint,
     described_model,
     load_model,
     refuse_random,
 )
-from .registry import Method, configure, get_method
+from .artifacts.folder import (
+    MODEL,
+    OWN_WEIGHTS,
+    Artifact,
+    bundled_folder,
+    list_bundled,
+    named_folder,
+    read_artifact,
+    read_config,
+    timm_part,
+)
+from .artifacts.hub import Access
+from .artifacts.saving import fits_any
+from .artifacts.tensor_files import fingerprint, tensor_header
+from .backbones.backbone import Backbone
+from .core.registry import Method, configure, get_method
+from .data.images import gather_images
+from .errors import ArtifactError, InputError
+from .utils.checks import check_device, check_seed
 
-__all__ = ["from_pretrained", "save_pretrained", "save_with_model", "wrap"]
+__all__ = ["from_pretrained", "wrap"]
 
 
 def _build(
@@ -189,7 +198,7 @@ def _learned(
         found = hub.find(head, Access())
         if found is None:
             raise ArtifactError(f"head={str(head)[:200]!r} is no artifact")
-        artifact = artifacts.read(found.folder, found.name)
+        artifact = read_artifact(found.folder, found.name)
         if artifact.config["method"] != record.name:
             raise InputError(f"{head} is made for {artifact.config['method']}, not {record.name}")
         remedy = 'train a head for this model with head="train"'
@@ -200,7 +209,7 @@ def _learned(
     if record.default_artifact is None:
         return None
     name = _made_for(record, module) or record.default_artifact
-    artifact = artifacts.read(artifacts.bundled_folder(name))
+    artifact = read_artifact(bundled_folder(name))
     return artifact.config, artifact.tensors, name
 
 
@@ -208,18 +217,18 @@ def _made_for(record: Method, module: nn.Module) -> str | None:
     """The bundled artifact of a method that was made for a model's very weights."""
     state, mark = module.state_dict(), None
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in artifacts.list_bundled():
-        config = artifacts.read_config(artifacts.bundled_folder(name))
+    for name in list_bundled():
+        config = read_config(bundled_folder(name))
         made_for = config["backbone"]
         if config["method"] != record.name or "fingerprint" not in made_for:
             continue
         # Hashing the weights of a large network takes long; their shapes alone may tell.
-        carried = artifacts.named_folder(str(made_for.get("name")))
+        carried = named_folder(str(made_for.get("name")))
         if carried is not None:
-            header = trust.tensor_header(carried / artifacts.MODEL)
+            header = tensor_header(carried / MODEL)
             if shapes != {n: tensor.shape for n, tensor in header.items()}:
                 continue
-        mark = mark or artifacts.fingerprint(state)
+        mark = mark or fingerprint(state)
         if mark == made_for["fingerprint"]:
             return name
     return None
@@ -277,21 +286,21 @@ def from_pretrained(
     if found is None:
         raise ArtifactError(
             f"{str(name)[:200]!r} is no folder with a config.json, no ORG/NAME on the Hub and "
-            f"not bundled; bundled are {['bundled:' + n for n in artifacts.list_bundled()]}"
+            f"not bundled; bundled are {['bundled:' + n for n in list_bundled()]}"
         )
     access = Access(None, cache_dir, local_files_only, token)  # the revision was the adapter's
-    artifact, where = artifacts.read(found.folder, found.name), found.name
+    artifact, where = read_artifact(found.folder, found.name), found.name
     config, described = artifact.config, artifact.config["backbone"]
     record = get_method(config["method"])
     fields = configure(_config_of(record, config, where), overrides)
     anything = described.get("fits") == "any"
-    if anything and not _fits_any(record, fields, artifact.tensors):
+    if anything and not fits_any(record, fields, artifact.tensors):
         raise ArtifactError(f"{where} says that it fits any architecture, but it does not")
     normal = {k: described.get(k) for k in ("mean", "std")}
     normal["normalize"] = described.get("normalize", True)
     if backbone is None and artifact.weights is not None:
         module = carried_model(artifact, found.folder, where)
-        origin = {"source": OWN_WEIGHTS, "name": where, "timm": artifacts.timm_part(config)}
+        origin = {"source": OWN_WEIGHTS, "name": where, "timm": timm_part(config)}
     elif backbone is None:
         module, origin = described_model(described, where, access)
         check_fingerprint(module, described, where, strict_backbone)
@@ -300,7 +309,7 @@ def from_pretrained(
         module, origin, _ = load_model(backbone, trained, seed=seed, access=access)
         if not anything:
             check_fingerprint(module, described, where, strict_backbone)
-        elif artifacts.fingerprint(module.state_dict()) != described.get("fingerprint"):
+        elif fingerprint(module.state_dict()) != described.get("fingerprint"):
             # Another classifier than the one this was made with has its own preprocessing.
             normal = {"normalize": origin["source"] != "robustbench"}
     return _build(
@@ -314,138 +323,3 @@ def from_pretrained(
         seed=seed,
         **normal,
     )
-
-
-def _fits_any(record: Method, config: Any, tensors: Mapping[str, Tensor]) -> bool:
-    return record.fits_any is not None and record.fits_any(config, tensors)
-
-
-def save_pretrained(
-    net: Adapter,
-    folder: str | Path,
-    *,
-    training: dict[str, Any] | None = None,
-    results: str | Path | Mapping[str, Any] | None = None,
-    card: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write an adapter's artifact: its config and what it learned, not the classifier.
-
-    The adapted parameters of a running stream are not part of it; see
-    ``Adapter.adaptation_state``.
-
-    Args:
-        training: how it was made; goes into ``config.json`` and the card.
-        results: what was measured with it: a benchmark's ``results.json``, or the form of
-            `ttt_plugins.results`; goes into ``results.json`` and the card.
-        card: ``license``, ``datasets`` and ``note`` for the card.
-
-    Raises:
-        ArtifactError: the folder holds something else, the disk refuses, or the results are none.
-    """
-    normal, state = net.backbone.normalize, net.backbone.source_state_dict()
-    learned = net.learned_tensors()
-    backbone = {k: v for k, v in net.origin.items() if k != "timm" and v is not None} | {
-        "num_classes": net.num_classes,
-        "normalize": normal,
-        "mean": net.backbone.mean.flatten().tolist() if normal else None,
-        "std": net.backbone.std.flatten().tolist() if normal else None,
-        "fingerprint": artifacts.fingerprint(state),
-    }
-    backbone.setdefault("source", "module")
-    if backbone["source"] == "hub":
-        backbone["name"], _, backbone["revision"] = backbone["name"].partition("@")
-    if _fits_any(get_method(net.method), net.config, learned):
-        backbone["fits"] = "any"
-    own = net.origin.get("timm") if backbone["source"] == OWN_WEIGHTS else None
-    if own is not None:
-        backbone["name"] = own["architecture"]
-    config = artifacts.common_config(net.method, net.config, backbone) | (own or {})
-    try:
-        trust.check_params(net.config.params if net.names else None, "params")
-    except ArtifactError:
-        # An expression that a stranger's artifact may not hold: the names it selects say as much.
-        config["fields"]["params"] = list(net.names)
-    weights = None if own is None else state
-    return _write(folder, config, learned, weights, training, results, card)
-
-
-def save_learned(
-    config: Any,
-    tensors: dict[str, Tensor],
-    backbone: dict[str, Any],
-    folder: str | Path,
-    *,
-    training: dict[str, Any] | None = None,
-    card: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write what a method learned as an artifact, for a classifier that is not at hand.
-
-    Args:
-        config: the method's.
-        tensors: what it learned.
-        backbone: the part of ``config.json`` that says which classifier it is for.
-        training, card: as for `save_pretrained`.
-    """
-    record = get_method(config)
-    if _fits_any(record, config, tensors):
-        backbone = backbone | {"fits": "any"}
-    written = artifacts.common_config(record.name, config, backbone)
-    return _write(folder, written, tensors, None, training, None, card)
-
-
-def save_with_model(
-    model: nn.Module,
-    architecture: str,
-    model_args: dict[str, Any],
-    folder: str | Path,
-    *,
-    config: Any = None,
-    tensors: dict[str, Tensor] | None = None,
-    training: dict[str, Any] | None = None,
-    results: str | Path | Mapping[str, Any] | None = None,
-    card: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write a trained timm classifier, and what a method learned with it, as one artifact.
-
-    The folder is a timm repository too: ``model.safetensors`` is the classifier alone.
-
-    Args:
-        config: the method's, `Source` unless given.
-        tensors: what the method learned.
-        training, results, card: as for `save_pretrained`.
-    """
-    config = Source() if config is None else config
-    record, state = get_method(config), model.state_dict()
-    described = {"source": OWN_WEIGHTS, "name": architecture}
-    described["fingerprint"] = artifacts.fingerprint(state)
-    if _fits_any(record, config, tensors or {}):
-        described["fits"] = "any"
-    written = artifacts.common_config(record.name, config, described)
-    written |= artifacts.timm_config(model, architecture, model_args)
-    return _write(folder, written, tensors or {}, state, training, results, card)
-
-
-def _write(
-    folder: str | Path,
-    config: dict,
-    tensors: dict[str, Tensor],
-    weights: dict[str, Tensor] | None,
-    training: dict | None,
-    measured: str | Path | Mapping[str, Any] | None,
-    card: Mapping[str, Any] | None,
-) -> Path:
-    for tensor_name, tensor in (tensors | (weights or {})).items():
-        if not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{tensor_name} is not finite: such an artifact would not load")
-    for key, value in (("training", training), ("card", card)):
-        if value is None:
-            continue
-        try:
-            config[key] = json.loads(json.dumps(dict(value), allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ArtifactError(f"{key} must be a dict that JSON can hold ({error})") from error
-    found = None if measured is None else results.load(measured)
-    artifact = Artifact(config, tensors, weights, "", found)
-    name = Path(folder).resolve().name
-    text = cards.render(name, artifact, bundled=artifacts.is_bundled(folder))
-    return artifacts.write(folder, dataclasses.replace(artifact, card=text))

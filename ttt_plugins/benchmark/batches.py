@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ..data import LabelledImages
+from ..data.images import LabelledImages
 from .cells import Cell
 
 __all__ = ["Loader", "batches", "gather"]

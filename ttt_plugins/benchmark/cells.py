@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..data import LabelledImages
+from ..data.images import LabelledImages
 
 __all__ = ["CORRUPTIONS", "CORRUPTIONS_3D", "DATASETS", "EXTRA_CORRUPTIONS", "Cell"]
 __all__ += ["CorruptionData", "Dataset"]

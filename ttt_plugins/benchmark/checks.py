@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import LabelledImages, read_parquet
+from ..data.images import LabelledImages
+from ..data.parquet import read_parquet
 from ..errors import DataError
 
 __all__ = ["check_labels", "enough", "find_test_parquet", "read_clean"]

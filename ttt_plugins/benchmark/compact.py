@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data import LabelledImages, read_labels
+from ..data.images import LabelledImages
+from ..data.parquet import read_labels
 from ..errors import DataError
 from .cells import EXTRA_CORRUPTIONS, Cell, CorruptionData
 from .checks import check_labels, enough, find_test_parquet, read_clean

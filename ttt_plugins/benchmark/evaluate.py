@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import LabelledImages
+from ..data.images import LabelledImages
 from ..errors import InputError
 from .batches import batches, gather
 from .calibration import calibration_error

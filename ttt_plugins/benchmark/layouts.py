@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import robustbench_bridge as bridge
-from ..data import LabelledImages
+from ..data.images import LabelledImages
 from ..errors import DataError
+from ..utils import robustbench as bridge
 from .cells import DATASETS, CorruptionData, Dataset
 from .checks import check_labels, enough, find_test_parquet, read_clean
 

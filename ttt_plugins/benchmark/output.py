@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from ..artifacts import CONFIG, nearest
+from ..artifacts.folder import CONFIG
 from ..errors import DataError, InputError
-from ..robustbench_bridge import version
+from ..utils.files import nearest_path
+from ..utils.robustbench import version
 from ..version import __version__
 from .results import finite
 
@@ -49,7 +50,7 @@ def check_out(out: str | Path) -> Path:
     """
     out = Path(out)
     try:
-        there, taken = nearest(out), (out / CONFIG).exists()
+        there, taken = nearest_path(out), (out / CONFIG).exists()
         good = there.is_dir()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

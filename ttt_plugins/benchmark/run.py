@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import artifacts
-from .. import robustbench_bridge as bridge
+from ..artifacts.tensor_files import fingerprint
 from ..errors import InputError
-from ..flags import check_seed
+from ..utils import robustbench as bridge
+from ..utils.checks import check_seed
 from . import plots
 from .beginning import begin_run, join_run, read_results
 from .cells import DATASETS, CorruptionData
@@ -34,7 +34,7 @@ def _weights(net: nn.Module) -> str | None:
     """Fingerprint of the wrapped model and of what the method learned beforehand."""
     if not hasattr(net, "backbone"):
         return None
-    return artifacts.fingerprint(net.backbone.source_state_dict() | net.learned_tensors())
+    return fingerprint(net.backbone.source_state_dict() | net.learned_tensors())
 
 
 def run_benchmark(

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import robustbench_bridge as bridge
-from ..data import LabelledImages
+from ..data.images import LabelledImages
 from ..errors import DataError, InputError
+from ..utils import robustbench as bridge
 from .cells import DATASETS, EXTRA_CORRUPTIONS, CorruptionData
 from .compact import open_compact
 from .layouts import open_robustbench

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import robustbench_bridge as bridge
-from ..data import LabelledImages
+from ..data.images import LabelledImages
 from ..errors import DistributedError
+from ..utils import robustbench as bridge
 from .assembly import describe_run, records_of_methods
 from .batches import Loader
 from .cells import CorruptionData

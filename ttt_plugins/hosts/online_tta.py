@@ -19,7 +19,8 @@ import warnings
 import torch
 
 import ttt_plugins as tp
-from ttt_plugins.scope import call
+
+from ..core.scope import call
 
 try:
     from conf import cfg as defaults

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..adapter import Adapter
+from ..core.online import Online, evaluate
+from ..core.per_image import PerImage, descend, loss_and_gradient
+from ..core.scope import call
+from ..core.updates import Situation
+from ..core.views import image_keys
 from ..errors import InputError
-from ..methods.online import Online, evaluate
-from ..methods.per_image import PerImage, descend, loss_and_gradient
-from ..scope import call
-from ..updates import Situation
-from ..views import image_keys
 
 __all__ = ["joint_step", "memory_step", "meta_step"]
 

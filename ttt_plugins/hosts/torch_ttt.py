@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..heads import init_byol, init_rotation
+from ..core.heads import init_byol, init_rotation
 from .steps import joint_step, memory_step, meta_step
 from .torch_ttt_engine import Engine
 from .torch_ttt_import import register

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..registry import configure
+from ..core.registry import configure
 from ..wrapping import wrap
 from .torch_ttt_import import BaseEngine
 

@@ -26,13 +26,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import gradient_memory
+from ..backbones.structure import channels
+from ..core import gradient_memory
+from ..core.objectives import entropy, feature_discrepancy
+from ..core.online import Loss, Objective, Online
+from ..core.registry import Method, register
+from ..core.updates import GradientMemory
 from ..errors import ArtifactError, InputError
-from ..objectives import entropy, feature_discrepancy
-from ..registry import Method, check_choice, check_number, register
-from ..structure import channels
-from ..updates import GradientMemory
-from .online import Loss, Objective, Online
+from ..utils.checks import check_choice, check_number
 
 __all__ = ["MGG"]
 

@@ -31,14 +31,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..backbones.structure import feature_width, trunk
+from ..core.heads import byol_shapes, check_head, project
+from ..core.objectives import cosine_distance
+from ..core.per_image import PerImage, Task, check_square
+from ..core.registry import Method, register
+from ..core.scope import call
+from ..core.views import BYOL_NUMBERS, byol_view, uniforms
 from ..errors import InputError
-from ..heads import byol_shapes, check_head, project
-from ..objectives import cosine_distance
-from ..registry import Method, check_choice, check_integer, check_number, register
-from ..scope import call
-from ..structure import feature_width, trunk
-from ..views import BYOL_NUMBERS, byol_view, uniforms
-from .per_image import PerImage, Task, check_square
+from ..utils.checks import check_choice, check_integer, check_number
 
 __all__ = ["MT3", "byol_loss"]
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..objectives import entropy, reliable
-from ..registry import Method, check_choice, check_number, register
-from ..structure import late_norms
-from ..updates import SharpnessAware
-from .online import Loss, Objective, Online
+from ..backbones.structure import late_norms
+from ..core.objectives import entropy, reliable
+from ..core.online import Loss, Objective, Online
+from ..core.registry import Method, register
+from ..core.updates import SharpnessAware
+from ..utils.checks import check_choice, check_number
 
 __all__ = ["SAR"]
 

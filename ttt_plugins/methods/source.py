@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..registry import Method, check_choice, check_number, register
+from ..core.registry import Method, register
+from ..utils.checks import check_choice, check_number
 
 __all__ = ["Source"]
 

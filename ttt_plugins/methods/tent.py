@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..objectives import entropy
-from ..registry import Method, check_choice, check_number, register
-from ..updates import SGD, Adam
-from .online import Loss, Objective, Online
+from ..core.objectives import entropy
+from ..core.online import Loss, Objective, Online
+from ..core.registry import Method, register
+from ..core.updates import SGD, Adam
+from ..utils.checks import check_choice, check_number
 
 __all__ = ["Tent"]
 

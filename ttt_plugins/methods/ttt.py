@@ -28,12 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backbones.structure import feature_width, trunk
+from ..core.heads import ROTATIONS, check_head, rest_tensors, rotation_logits
+from ..core.per_image import PerImage, Task, check_square
+from ..core.registry import Method, register
+from ..core.views import crop_and_flip, quarter_turns, uniforms
 from ..errors import ArtifactError, InputError
-from ..heads import ROTATIONS, check_head, rest_tensors, rotation_logits
-from ..registry import Method, check_choice, check_integer, check_number, register
-from ..structure import feature_width, trunk
-from ..views import crop_and_flip, quarter_turns, uniforms
-from .per_image import PerImage, Task, check_square
+from ..utils.checks import check_choice, check_integer, check_number
 
 __all__ = ["TTT"]
 
@@ -177,7 +178,10 @@ def eligible(config: TTT, backbone) -> list[str]:
 
 def fit(model, images: Tensor, config: TTT, **options):
     """An adapter whose rotation head was trained on clean images; the model stays as it is."""
-    from ..train.ttt import HeadRecipe, fit_rotation_head  # trainings know methods, not the reverse
+    from ..train.joint import (  # trainings know methods, not the reverse
+        HeadRecipe,
+        fit_rotation_head,
+    )
 
     size, seed = max(1, min(128, len(images))), options.get("seed")
     recipe = HeadRecipe(split=config.split, batch_size=size, seed=0 if seed is None else seed)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import artifacts, trust
 from ..adapter import Adapter
-from ..artifacts import Artifact
-from ..backbone import Backbone
-from ..data import LabelledImages, to_float
+from ..artifacts.folder import OWN_WEIGHTS, Artifact, checked_text, common_config, timm_config
+from ..artifacts.hub import read_named
+from ..artifacts.schema import pretrained_settings
+from ..backbones.backbone import Backbone
+from ..core.registry import get_method
+from ..data.images import LabelledImages, to_float
 from ..errors import DataError, InputError
-from ..hub import read_named
 from ..methods import Source
-from ..registry import get_method
 
 __all__ = [
     "Normalise",
@@ -76,7 +76,7 @@ def create_model(
     Raises:
         InputError: timm cannot create it, or the weights are another architecture's.
     """
-    settings = None if start is None else trust.pretrained_settings(start.config)
+    settings = None if start is None else pretrained_settings(start.config)
     try:
         model = timm.create_model(
             arch, num_classes=classes, pretrained_cfg_overlay=settings, **arguments
@@ -119,10 +119,10 @@ def check_outcome(
             f"{error}; train on images that {arch} takes, or give it model_args that fit these "
             "(many architectures take img_size)"
         ) from error
-    described = {"source": artifacts.OWN_WEIGHTS, "name": arch}
-    written = artifacts.common_config(record.name, config, described)
-    written |= artifacts.timm_config(model, arch, dict(arguments))
-    artifacts.checked_text(written, Path("the artifact"))
+    described = {"source": OWN_WEIGHTS, "name": arch}
+    written = common_config(record.name, config, described)
+    written |= timm_config(model, arch, dict(arguments))
+    checked_text(written, Path("the artifact"))
 
 
 def epoch_generator(seed: int, epoch: int, device: torch.device | str = "cpu") -> torch.Generator:

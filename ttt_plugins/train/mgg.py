@@ -24,22 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import artifacts, gradient_memory
 from ..adapter import Adapter
-from ..data import LabelledImages, to_float
+from ..artifacts.tensor_files import fingerprint
+from ..core import gradient_memory
+from ..core.online import Loss, Objective, Online, evaluate
+from ..core.updates import Situation
+from ..data.images import LabelledImages, to_float
 from ..errors import InputError
-from ..flags import check_seed
-from ..methods.online import Loss, Objective, Online, evaluate
-from ..registry import check_integer, check_number
-from ..updates import Situation
+from ..utils.checks import check_integer, check_number, check_seed
 from ..wrapping import wrap
-from .common import (
-    checkpoint_file,
-    epoch_generator,
-    load_checkpoint,
-    make_folder,
-    save_checkpoint,
-)
+from .common import checkpoint_file, epoch_generator, load_checkpoint, make_folder, save_checkpoint
 
 __all__ = ["MGGRecipe", "stream_accuracy", "train_mgg", "untrained"]
 
@@ -261,7 +255,7 @@ def train_mgg(
     made_by = {
         "recipe": asdict(recipe),
         "configs": [asdict(each.config) for each in nets],
-        "models": [artifacts.fingerprint(each.backbone.source_state_dict()) for each in nets],
+        "models": [fingerprint(each.backbone.source_state_dict()) for each in nets],
         "objectives": [algorithm.objective.name for algorithm in algorithms],
     }
     params, log, first, best = [a.source for a in algorithms], [], 0, None

@@ -25,17 +25,16 @@ from torch.func import grad, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from ..backbone import Backbone
-from ..data import LabelledImages, to_float
+from ..backbones.backbone import Backbone
+from ..backbones.networks import MT3_NETWORK
+from ..core.heads import init_byol
+from ..core.per_image import descend, loss_and_gradient
+from ..core.scope import call
+from ..core.views import BYOL_NUMBERS, SHARED_NUMBERS, byol_view, random_crop, shared_augmentation
+from ..data.images import LabelledImages, to_float
 from ..errors import InputError
-from ..flags import check_seed
-from ..heads import init_byol
 from ..methods.mt3 import MT3, byol_loss
-from ..methods.per_image import descend, loss_and_gradient
-from ..networks import MT3_NETWORK
-from ..registry import check_choice, check_integer, check_number
-from ..scope import call
-from ..views import BYOL_NUMBERS, SHARED_NUMBERS, byol_view, random_crop, shared_augmentation
+from ..utils.checks import check_choice, check_integer, check_number, check_seed
 from .common import (
     check_convergence,
     check_outcome,

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from ..data import LabelledImages, to_float
+from ..core.views import cutmix_, cutout_, random_crop, random_flip
+from ..data.images import LabelledImages, to_float
 from ..errors import InputError
-from ..flags import check_seed
 from ..methods import Source
-from ..registry import check_choice, check_integer, check_number
-from ..views import cutmix_, cutout_, random_crop, random_flip
+from ..utils.checks import check_choice, check_integer, check_number, check_seed
 from .common import (
     Normalise,
     accuracy,

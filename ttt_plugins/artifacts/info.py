@@ -1,0 +1,64 @@
+"""What an artifact says of itself; its classifier is neither fetched nor built."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from ..errors import ArtifactError
+from . import hub
+from .card import OURS, base_model
+from .folder import is_bundled, read_artifact
+from .hub import Access
+from .measured import conditions
+
+__all__ = ["describe"]
+
+
+def describe(name: str | Path, access: Access) -> str:
+    """Lines on an artifact: method, classifier, fingerprint, format, making, results.
+
+    Args:
+        name: as for `ttt_plugins.from_pretrained`.
+
+    Raises:
+        ArtifactError: there is none, or it is damaged.
+    """
+    found = hub.find(name, access)
+    if found is None:
+        raise ArtifactError(f"{str(name)!r} is no folder with a config.json and no ORG/NAME")
+    artifact = read_artifact(found.folder, found.name)
+    config, backbone = artifact.config, artifact.config["backbone"]
+    facts = config.get("card", {})
+    if is_bundled(found.folder):
+        facts = OURS | facts
+    learned = sum(math.prod(t.shape) for t in artifact.tensors.values())
+    rows = {
+        "name": found.name,
+        "format": f"{config['format_version']}, by ttt_plugins {config.get('ttt_plugins_version')}",
+        "method": config["method"],
+        "fields": ", ".join(f"{k}={v!r}" for k, v in sorted(config["fields"].items())),
+        "learned": f"{learned:,} numbers in {len(artifact.tensors)} tensors",
+        "classifier": f"{backbone['name']} ({backbone['source']})"
+        if "name" in backbone
+        else "none",
+        "revision": backbone.get("revision"),
+        "fits": "any classifier" if backbone.get("fits") == "any" else None,
+        "fingerprint": backbone.get("fingerprint"),
+        "base model": base_model(backbone),
+        "classes": backbone.get("num_classes", config.get("num_classes")),
+        "mean, std": f"{backbone['mean']}, {backbone['std']}" if backbone.get("mean") else None,
+        "licence": facts.get("license"),
+        "datasets": ", ".join(facts.get("datasets", [])),
+        "made by": config.get("training", {}).get("command"),
+        "note": config.get("training", {}).get("note"),
+    }
+    width = max(map(len, rows)) + 2
+    said = {key: " ".join(str(value).split()) for key, value in rows.items() if value}
+    lines = [f"{key + ':':<{width}}{value}" for key, value in said.items()]
+    for run in (artifact.results or {"runs": []})["runs"]:
+        lines.append(f"results on {run['dataset']}, {conditions(run)}:")
+        lines += [f"  {m}: {100 * share:.2f} %" for m, share in run["accuracy"].items()]
+    # A stranger's words: no control characters reach the terminal.
+    return re.sub(r"[^\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd]", "?", "\n".join(lines))

@@ -1,0 +1,196 @@
+"""``results.json`` of an artifact: what was measured with it, from which its card is made.
+
+    {"format_version": 1,
+     "runs": [{"dataset": "CIFAR-10-C", "severities": [5], "corruptions": ["fog", ...],
+               "images": 2000, "protocol": "reset-per-corruption", "batch_size": 64,
+               "seeds": [0, 1, 2],
+               "accuracy": {"mgg": 0.7334, "source": 0.667},
+               "clean_accuracy": {...}, "standard_error": {...}, "by_corruption": {"fog": {...}},
+               "note": "...", "command": "...", "versions": {...}}]}
+
+Accuracies are in [0, 1], by method, averaged over the corruptions and severities named; images
+are those of one cell. Everything from ``clean_accuracy`` on may be missing. The benchmark's own
+``results.json`` is reduced to this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from ..errors import ArtifactError
+from .strict_json import read_json
+
+__all__ = ["check_measured", "eval_results", "load_measured", "reduce_benchmark"]
+
+_VERSION = 1
+_DATASETS = {
+    "cifar10": "CIFAR-10-C",
+    "cifar100": "CIFAR-100-C",
+    "imagenet": "ImageNet-C",
+    "imagenet3dcc": "ImageNet-3DCC",
+}
+_NEEDED = {
+    "dataset": str,
+    "severities": list,
+    "corruptions": list,
+    "images": int,
+    "protocol": str,
+    "batch_size": int,
+    "seeds": list,
+    "accuracy": dict,
+}
+_OPTIONAL = {
+    "clean_accuracy": dict,
+    "standard_error": dict,
+    "by_corruption": dict,
+    "note": str,
+    "command": str,
+    "versions": dict,
+}
+
+
+def load_measured(
+    results: str | Path | Mapping[str, Any], where: str = "results"
+) -> dict[str, Any]:
+    """Results of a file or as they are: in the form above, or a benchmark's ``results.json``.
+
+    Raises:
+        ArtifactError: neither.
+    """
+    if isinstance(results, (str, Path)):
+        where, results = str(results), read_json(Path(results))
+    if isinstance(results, Mapping) and "methods" in results and "settings" in results:
+        results = reduce_benchmark(results, where)
+    check_measured(results, where)
+    return dict(results)
+
+
+def _shares(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(k, str)
+        and isinstance(v, (int, float))
+        and not isinstance(v, bool)
+        and math.isfinite(v)
+        and 0 <= v <= 1
+        for k, v in value.items()
+    )
+
+
+def check_measured(results: Any, where: str) -> None:
+    """Raise `ArtifactError` unless ``results`` has the form above."""
+    runs = results.get("runs") if isinstance(results, Mapping) else None
+    if runs is None or results.get("format_version") != _VERSION or not isinstance(runs, list):
+        raise ArtifactError(
+            f"{where} holds no results: it must be a benchmark's results.json, or an object with "
+            f"format_version {_VERSION} and a list of runs"
+        )
+    for run in runs:
+        if not isinstance(run, Mapping):
+            raise ArtifactError(f"{where}: a run must be an object")
+        if missing := sorted(_NEEDED.keys() - run.keys()):
+            raise ArtifactError(f"{where}: a run has no {missing[0]!r}")
+        known = _NEEDED | _OPTIONAL
+        for key, value in run.items():
+            if key not in known:
+                raise ArtifactError(f"{where}: unknown key {key!r}; known are {sorted(known)}")
+            if not isinstance(value, known[key]) or isinstance(value, bool):
+                raise ArtifactError(f"{where}: {key!r} must be a {known[key].__name__}")
+        tables = [run.get(k, {}) for k in ("accuracy", "clean_accuracy", "standard_error")]
+        if not all(map(_shares, (*tables, *run.get("by_corruption", {}).values()))):
+            raise ArtifactError(f"{where}: accuracies must be numbers from 0 to 1, by method")
+        numbers = [*run["severities"], *run["seeds"], run["images"], run["batch_size"]]
+        words = [*run["corruptions"]]
+        if not all(type(n) is int for n in numbers) or not all(isinstance(w, str) for w in words):
+            raise ArtifactError(f"{where}: severities and seeds are integers, corruptions names")
+
+
+def reduce_benchmark(results: Mapping[str, Any], where: str = "results") -> dict[str, Any]:
+    """The benchmark's ``results.json``, without its single cells and batches.
+
+    Raises:
+        ArtifactError: it is not one.
+    """
+    try:
+        settings, methods = results["settings"], results["methods"]
+        cells = [(c["corruption"], c["severity"]) for c in methods[0]["cells"]]
+        # Version 1 of that file has one seed, version 2 a list; None is the stored order.
+        seeds = settings["seeds"] if "seeds" in settings else [settings["seed"]]
+        run = {
+            "dataset": _DATASETS.get(settings["dataset"], settings["dataset"]),
+            "severities": sorted({severity for _, severity in cells}),
+            "corruptions": list(dict.fromkeys(name for name, _ in cells)),
+            "images": max(c["n"] for c in methods[0]["cells"]),
+            "protocol": settings["protocol"],
+            "batch_size": settings["batch_size"],
+            "seeds": [seed for seed in seeds if seed is not None],
+            "accuracy": {m["method"]: m["averages"]["accuracy"] for m in methods},
+            "by_corruption": {},
+        }
+        for method in methods:
+            for name, share in method["averages"]["by_corruption"].items():
+                run["by_corruption"].setdefault(name, {})[method["method"]] = share
+        errors = {m["method"]: m["averages"].get("standard_error") for m in methods}
+        if errors := {name: error for name, error in errors.items() if error is not None}:
+            run["standard_error"] = errors
+        clean = {m["method"]: m.get("clean_accuracy") for m in methods}
+        if clean := {name: share for name, share in clean.items() if share is not None}:
+            run["clean_accuracy"] = clean
+        for key, source in (("note", "data_note"), ("command", "command")):
+            if isinstance(results.get(source), str) and results[source]:
+                run[key] = results[source]
+        if isinstance(results.get("versions"), Mapping):
+            run["versions"] = dict(results["versions"])
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{where} is not a benchmark's results.json ({error!r})") from error
+    return {"format_version": _VERSION, "runs": [run]}
+
+
+def conditions(run: Mapping[str, Any]) -> str:
+    """Under which conditions a run was made, in one line."""
+    severities = ", ".join(map(str, run["severities"]))
+    seeds = f", seeds {', '.join(map(str, run['seeds']))}" if run["seeds"] else ""
+    return (
+        f"severity {severities}, {len(run['corruptions'])} corruptions, {run['images']} images "
+        f"each, {run['protocol']}, batch {run['batch_size']}{seeds}"
+    )
+
+
+def eval_results(results: Mapping[str, Any], method: str) -> list[EvalResult]:
+    """The artifact's own figures for the card's model-index; those of other methods stay out."""
+    found = []
+    for run in results["runs"]:
+        slug = run["dataset"].lower().replace(" ", "-")
+        severities = "-".join(map(str, run["severities"]))
+        common = {"task_type": "image-classification", "task_name": "Image classification"}
+        if method in run["accuracy"]:
+            found.append(
+                EvalResult(
+                    **common,
+                    dataset_type=slug,
+                    dataset_name=run["dataset"],
+                    dataset_config=f"severity-{severities}",
+                    dataset_split="test",
+                    metric_type="accuracy",
+                    metric_name=f"Mean accuracy ({conditions(run)})",
+                    metric_value=round(run["accuracy"][method], 6),
+                )
+            )
+        if method in run.get("clean_accuracy", {}):
+            found.append(
+                EvalResult(
+                    **common,
+                    dataset_type=slug,
+                    dataset_name=run["dataset"],
+                    dataset_config="clean",
+                    dataset_split="test",
+                    metric_type="accuracy",
+                    metric_name="Accuracy on clean images",
+                    metric_value=round(run["clean_accuracy"][method], 6),
+                )
+            )
+    return found

@@ -1,0 +1,5 @@
+"""The command line ``ttt-plugins``."""
+
+from .main import main
+
+__all__ = ["main"]

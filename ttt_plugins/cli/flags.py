@@ -1,0 +1,134 @@
+"""Flags of the command line: made from dataclasses, and what their values may be."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from ..errors import InputError
+
+__all__ = ["PROGRAM", "Parser", "add_dataclass_flags"]
+__all__ += ["dataclass_from_args", "fields_from_pairs", "key_value"]
+
+PROGRAM = "ttt-plugins"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints look like every other error of the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
+
+
+def _documented(cls: type) -> dict[str, str]:
+    """Field -> text of the Attributes section of a dataclass's docstring."""
+    lines = inspect.getdoc(cls).partition("Attributes:\n")[2].splitlines()
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in lines:
+        if line and not line.startswith(" "):
+            break  # the next section
+        if entry := re.match(r"    (\w+(?:, \w+)*): (.*)", line):
+            names = entry[1].split(", ")
+            found |= dict.fromkeys(names, entry[2])
+        elif line.strip():
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return found
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from error
+
+
+def _number_or_word(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    """One flag for each field: ``batch_size: int`` becomes ``--batch-size N``.
+
+    Its help is the field's entry in the docstring's Attributes section. Booleans become
+    ``--flag`` and ``--no-flag``, tuples take several values, dictionaries take JSON.
+    """
+    help_of = _documented(cls)
+    types = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        text = help_of.get(field.name, "").rstrip(".").replace("``", "").replace("%", "%%")
+        # What is not typed is left out, and the dataclass's own default stands.
+        options: dict[str, Any] = {"default": argparse.SUPPRESS}
+        options["help"] = text
+        if default is not None:  # otherwise the text says what stands in for it
+            options["help"] += f" (default: {str(default).replace('%', '%%')})"
+        kinds = [t for t in typing.get_args(types[field.name]) if t is not type(None)]
+        origin = typing.get_origin(types[field.name])
+        kind = types[field.name]
+        if origin in (tuple, list):
+            options |= {"nargs": "+", "type": kinds[0]}
+        elif kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif dict in (kind, origin, *kinds):
+            options |= {"type": _json_object, "metavar": "JSON"}
+        elif set(kinds) == {int, str}:
+            options["type"] = _number_or_word
+        else:
+            options["type"] = kinds[0] if kinds else kind
+        if default is dataclasses.MISSING:
+            options |= {"required": True, "help": text}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def dataclass_from_args(args: argparse.Namespace, cls: type) -> Any:
+    """The dataclass whose flags `add_dataclass_flags` added; untyped ones have their defaults."""
+    names = [f.name for f in dataclasses.fields(cls) if hasattr(args, f.name)]
+    values = {name: getattr(args, name) for name in names}
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` -> its parts; the value is read as JSON, or is a plain word."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value  # a plain word
+
+
+def fields_from_pairs(pairs: Iterable[tuple[str, Any]], config: type) -> dict[str, Any]:
+    """Pairs of `key_value` as fields of a method's config.
+
+    Raises:
+        InputError: one is given twice, or the config has no such field.
+    """
+    fields, found = [field.name for field in dataclasses.fields(config)], {}
+    for name, value in pairs:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise InputError(
+                f"--set {name}=…: {config.__name__} has no field {name!r}; its fields are "
+                f"{', '.join(sorted(fields))}.{hint}"
+            )
+        if name in found:
+            raise InputError(f"{name} is given twice: {found[name]!r} and {value!r}")
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise InputError(f"--set {name}=…: the number has more than 64 bits")
+        found[name] = value
+    return found

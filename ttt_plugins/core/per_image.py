@@ -1,0 +1,312 @@
+"""Adapting to each image on its own, a whole batch at a time.
+
+TTT and MT3 are this engine with different self-supervised tasks: draw views of an image, take a
+few gradient steps on the task from the start parameters, predict the image itself, forget. All
+images of a chunk step together, each with parameters of its own (``vmap`` over
+``functional_call``); the first step starts from shared parameters and does not copy them. With
+``keep`` images are taken one after the other instead and nothing is forgotten.
+
+A chunk of one runs without ``vmap``. On a CPU that is the fast way, because the views of one image
+fill it and convolutions with weights of their own for every image run 1.4 times slower there.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..backbones.backbone import Backbone
+from ..errors import InputError
+from .chunks import chunk_size, image_bytes
+from .online import Outcome
+from .scope import call, no_recomputation
+from .updates import Tensors
+from .views import image_keys
+
+__all__ = ["PerImage", "Task", "check_square", "descend", "loss_and_gradient"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A self-supervised task.
+
+    Attributes:
+        name: for people.
+        draw: ``(images (B, C, H, W), keys (B,), step) -> views``, a tuple of tensors with B in
+            front.
+        loss: ``(params, *views of one image) -> scalar``.
+        sure: ``(params, images) -> (B,) bool``, images that need no adaptation; None for no check.
+    """
+
+    name: str
+    draw: Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
+    loss: Callable[..., Tensor]
+    sure: Callable[[Tensors, Tensor], Tensor] | None = None
+
+
+def check_square(images: Tensor, why: str) -> None:
+    """Refuse images (B, C, H, W) of which no views can be drawn.
+
+    Raises:
+        InputError: they are not square, or a single pixel.
+    """
+    height, width = images.shape[2:]
+    if height != width:
+        raise InputError(f"{why} needs square images, these are {height} x {width}")
+    if height < 2:
+        raise InputError(f"{why} needs images of at least 2 x 2 pixels, these are 1 x 1")
+
+
+def descend(params: Tensors, grads: Tensors, lr: float) -> Tensors:
+    """Plain gradient descent, ``params - lr * grads``."""
+    return {name: p - lr * grads[name] for name, p in params.items()}
+
+
+def loss_and_gradient(
+    loss: Callable[[Tensors], Tensor], params: Tensors, keep_graph: bool = False
+) -> tuple[Tensor, Tensors]:
+    """A scalar loss and its gradient, without ``torch.func``, which costs a third more on a CPU.
+
+    With ``keep_graph`` both stay differentiable in ``params``, for a step that is differentiated
+    through; otherwise both are constants.
+    """
+    if not keep_graph:
+        params = {n: p.detach().requires_grad_() for n, p in params.items()}
+    with torch.enable_grad(), no_recomputation():
+        value = loss(params)
+        grads = torch.autograd.grad(
+            value,
+            list(params.values()),
+            create_graph=keep_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    return value if keep_graph else value.detach(), dict(zip(params, grads, strict=True))
+
+
+def _finite(loss: Tensor, grads: Tensors) -> Tensor:
+    """Whether a loss and its gradients are finite, a bool a image (leading dimensions of loss)."""
+    fine = torch.isfinite(loss)
+    for g in grads.values():
+        fine = fine & torch.isfinite(g).reshape(*loss.shape, -1).all(-1)
+    return fine
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """The engine; see the module's docstring.
+
+    Attributes:
+        backbone, task: what runs and on which loss.
+        source: start of the tensors that adapt, by the names `scope.call` and the task know.
+        lr, steps: of the gradient steps.
+        copies: views of an image that a step passes through the network, for the count.
+        chunk: images that adapt together, or ``"auto"`` (`memory.chunk_size`).
+        keep: go on from where the last image led (online) instead of forgetting.
+        votes: ``(image (1, C, H, W), its key) -> views (1, K, C, H, W)`` whose predictions are
+            averaged; None predicts the image itself.
+        looks: images that a prediction passes through the network, for the count.
+        seed: of the views.
+    """
+
+    backbone: Backbone
+    task: Task
+    source: Tensors
+    lr: float
+    steps: int
+    copies: int
+    chunk: int | str
+    keep: bool = False
+    votes: Callable[[Tensor, Tensor], Tensor] | None = None
+    looks: int = 1
+    seed: int = 0
+    _estimates: dict[tuple, int] = field(default_factory=dict, init=False, repr=False)
+
+    def init(self) -> Tensors:
+        if not self.keep:
+            return {}
+        device = next(iter(self.source.values())).device
+        return {"seen": torch.zeros((), dtype=torch.int64, device=device)}
+
+    def describe(self) -> list[str]:
+        """Lines on what a step costs."""
+        each = "one image after the other, kept" if self.keep else "every image from the start"
+        passes = self.steps * self.copies
+        lines = [
+            f"step: {self.steps} gradient step{'s' if self.steps > 1 else ''} on {self.task.name}, "
+            f"{self.copies} views each; {each}",
+            f"cost: {passes + self.looks} forward and {passes} backward passes an image",
+        ]
+        if self.task.sure is not None:
+            more = 1 if self.keep else 2
+            lines[1] += f" that adapts, {more} more forward to see whether it must"
+        size = self.backbone.input_size
+        if None in size:
+            size = self.backbone.last_size
+        if size is None:
+            return [*lines, "memory: unknown before the first image; the model names no size"]
+        if size[1] != size[2]:
+            return [*lines, "memory: unknown; the views need square images"]
+        with torch.inference_mode(False):
+            kind = {"device": self.backbone.device, "dtype": self.backbone.dtype}
+            image = torch.full((1, *size), 0.5, **kind)
+            chunk = 1 if self.keep else self.together(image)
+            needed = self.bytes_for(image) / 1e6
+        return [
+            *lines,
+            f"memory: about {needed:.1f} MB an image; "
+            f"{'one image' if chunk == 1 else f'{chunk} images'} at a time",
+        ]
+
+    def bytes_for(self, image: Tensor) -> int:
+        """Estimated memory of adapting to one image (1, C, H, W), in bytes."""
+        key = (image.shape, image.dtype, torch.is_autocast_enabled(image.device.type))
+        if key not in self._estimates:  # as dear as a gradient step, so not for every batch
+            views = [v[0] for v in self._draw(image, image_keys(image, self.seed), 0)]
+            estimate = image_bytes(self.task.loss, self.source, tuple(views), self.steps)
+            self._estimates[key] = estimate
+        return self._estimates[key]
+
+    def _draw(self, images: Tensor, keys: Tensor, step: int) -> tuple[Tensor, ...]:
+        # A caller's mixed precision is for the network, not for the pixels.
+        with torch.autocast(images.device.type, enabled=False):
+            return self.task.draw(images, keys, step)
+
+    def together(self, image: Tensor) -> int:
+        """How many images like this one (1, C, H, W) adapt at a time."""
+        if self.backbone.one_by_one:
+            return 1
+        return chunk_size(self.chunk, lambda: self.bytes_for(image), image.device)
+
+    def adapt(self, params: Tensors, state: Tensors, images: Tensor) -> Outcome:
+        """Images (B, C, H, W) in [0, 1] -> logits from after the steps, and what is kept."""
+        keys = image_keys(images, self.seed)
+        if self.keep:
+            return self._stream(params, state, images, keys)
+        rows = torch.arange(len(images), device=images.device)
+        logits, forwards = None, 0
+        if self.task.sure is not None:
+            sure = self.task.sure(params, images)
+            logits = call(self.backbone, params, images)
+            rows, forwards = rows[~sure], 2 * len(images)
+        parts, losses, skipped = [], [], 0
+        for part in rows.split(self.together(images[:1])):
+            if len(part):
+                out, fine, loss = self._episode(params, images[part], keys[part])
+                parts.append(out)
+                losses.append(loss)
+                skipped += len(part) - int(fine.sum())
+        if logits is None:
+            logits = torch.cat(parts)
+        elif parts:
+            logits = logits.index_copy(0, rows, torch.cat(parts).to(logits.dtype))
+        passes = len(rows) * self.steps * self.copies
+        seen = forwards + passes + len(rows) * self.looks
+        loss = torch.cat(losses).mean() if losses else None
+        return Outcome(logits, params, state, skipped, seen, passes, loss)
+
+    def _episode(self, params: Tensors, images: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        """Logits (n, classes) of a chunk, whose updates were finite (n,), last losses (n,)."""
+        if len(images) == 1:
+            params, fine, loss = self._steps(params, images, keys)
+            return self._predict(params, images, keys), fine[None], loss[None]
+        size, reason = 1, ""
+        try:
+            return self._episode_of_many(params, images, keys)
+        except torch.OutOfMemoryError:
+            size = -(-len(images) // 2)  # the estimate was too low
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [""])[0]
+        # Outside the except clauses, which hold on to the failed attempt's tensors.
+        each = zip(images.split(size), keys.split(size), strict=True)
+        parts = [self._episode(params, *part) for part in each]
+        if reason:
+            # Image by image it works: torch.func cannot transform a layer (an autograd.Function of
+            # the old form, a look at a tensor's value, an assignment to part of a new tensor).
+            self.backbone.one_by_one = True
+            warnings.warn(
+                "this model's images adapt one at a time, which is slower on an accelerator: "
+                f"torch.func cannot run it on several ({reason})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+    def _episode_of_many(self, params: Tensors, images: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        """`_episode` of several images, by ``vmap``."""
+        own = None  # whether each image has parameters of its own yet
+        fine = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        # Attention's fused kernels have no rule for a batch of weights.
+        with sdpa_kernel(SDPBackend.MATH):
+            step = grad_and_value(self.task.loss)
+            for number in range(self.steps):
+                views = self._draw(images, keys, number)
+                in_dims = (own, *(0 for _ in views))
+                grads, loss = vmap(step, in_dims, randomness="error")(params, *views)
+                good = _finite(loss, grads)
+                grads = {
+                    n: torch.where(good.view(-1, *[1] * (g.ndim - 1)), g, 0)
+                    for n, g in grads.items()
+                }
+                params, own, fine = descend(params, grads, self.lr), 0, fine & good
+            predict = vmap(lambda p, x, k: self._predict(p, x[None], k[None])[0])
+            return predict(params, images, keys), fine, loss.detach()
+
+    def _steps(
+        self, params: Tensors, images: Tensor, keys: Tensor
+    ) -> tuple[Tensors, Tensor, Tensor]:
+        """The steps of a single image (1, C, H, W); whether all were finite; the last loss."""
+        fine = torch.ones((), dtype=torch.bool, device=images.device)
+        for number in range(self.steps):
+            views = [_channels_last(v[0]) for v in self._draw(images, keys, number)]
+            loss, grads = loss_and_gradient(
+                lambda p, views=views: self.task.loss(p, *views), params
+            )
+            good = _finite(loss, grads)
+            if good:
+                params = descend(params, grads, self.lr)
+            fine = fine & good
+        return params, fine, loss
+
+    def _predict(self, params: Tensors, images: Tensor, keys: Tensor) -> Tensor:
+        """Logits (1, classes) of one image (1, C, H, W)."""
+        if self.votes is None:
+            return call(self.backbone, params, images)
+        with torch.autocast(images.device.type, enabled=False):
+            views = self.votes(images, keys)[0]
+        votes = call(self.backbone, params, views).log_softmax(1)
+        return votes.logsumexp(0, keepdim=True) - math.log(len(views))
+
+    def _stream(self, params: Tensors, state: Tensors, images: Tensor, keys: Tensor) -> Outcome:
+        """Images in order, each adapting from where the last one led, then predicted."""
+        logits, losses, skipped, looked = [], [], 0, 0
+        first = state["seen"]
+        for i in range(len(images)):
+            image = images[i : i + 1]
+            if self.task.sure is not None:
+                looked += 1
+            if self.task.sure is None or not self.task.sure(params, image).item():
+                # The place in the stream too: an image seen twice gets other views.
+                params, fine, loss = self._steps(params, image, keys[i : i + 1] + (first + i))
+                skipped += int(not fine)
+                losses.append(loss)
+            logits.append(self._predict(params, image, keys[i : i + 1]))
+        passes = len(losses) * self.steps * self.copies
+        seen = passes + looked + len(images) * self.looks
+        new = {"seen": first + len(images)}
+        loss = torch.stack(losses).mean() if losses else None
+        return Outcome(torch.cat(logits), params, new, skipped, seen, passes, loss)
+
+
+def _channels_last(views: Tensor) -> Tensor:
+    """The memory layout in which convolutions run faster on a CPU."""
+    if views.ndim == 4 and views.device.type == "cpu":
+        return views.contiguous(memory_format=torch.channels_last)
+    return views

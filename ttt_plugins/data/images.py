@@ -1,0 +1,67 @@
+"""CIFAR-10 in the parquet layout of the Hugging Face Hub, decoded once into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+__all__ = ["LabelledImages", "batch_images", "gather_images", "to_float"]
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images (N, 3, H, W) as uint8 and labels (N,) as int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows) -> LabelledImages:
+        return LabelledImages(self.images[rows], self.labels[rows])
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images in 0..255 -> float32 images in [0, 1]; floating-point ones pass as they are."""
+    return images if images.is_floating_point() else images.float().div_(255)
+
+
+def batch_images(batch: object) -> Tensor:
+    """The images of a loader's batch, which is them or a tuple or list that begins with them.
+
+    Raises:
+        InputError: it is anything else.
+    """
+    found = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(found, Tensor):
+        raise InputError(
+            "a loader must yield tensors of images, or tuples that begin with one; got "
+            f"{type(batch).__name__}"
+        )
+    return found
+
+
+def gather_images(data: Tensor | Iterable) -> Tensor:
+    """Images as one tensor (N, C, H, W): from a tensor, or a loader of batches or tuples.
+
+    Raises:
+        InputError: it yields nothing, something else, or batches of different types or sizes.
+    """
+    if isinstance(data, Tensor):
+        return data
+    if not isinstance(data, Iterable):
+        raise InputError(f"data must be images or a loader of them, got {type(data).__name__}")
+    parts = [batch_images(part) for part in data]
+    if not parts:
+        raise InputError("the loader yielded no images")
+    kinds = {(part.dtype, part.device, part.shape[1:]) for part in parts}
+    if len(kinds) > 1:
+        a, b, *_ = (f"{dtype} {tuple(shape)} on {where}" for dtype, where, shape in kinds)
+        raise InputError(f"the loader's batches do not make one tensor of images: {a} and {b}")
+    return torch.cat(parts)

@@ -1,0 +1,43 @@
+"""An update rule as a method of its own: online entropy minimisation with that rule.
+
+Tent, SAR and MGG differ in one word, the rule that turns gradients into new parameters. Whoever
+has another one registers it in one line and gets the rest of the house: `wrap`, the command line,
+artifacts, the contract suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..core.online import Objective, Online
+from ..core.registry import Method, register
+from ..core.updates import UpdateRule
+from .tent import mean_entropy
+
+__all__ = ["register_update_rule"]
+
+
+def register_update_rule(
+    name: str, config: type, make: Callable[[Any], UpdateRule], citation: str = ""
+) -> Method:
+    """Register a method that adapts to each batch by one step of a rule on the mean entropy.
+
+    Args:
+        name: of the method, letters, digits and underscores.
+        config: frozen dataclass with at least ``statistics``, ``prior`` and ``params``, which mean
+            what they mean in `Tent`, and whatever the rule needs, each field with a default.
+        make: ``config -> rule``, a pair of pure functions as in `ttt_plugins.core.updates`.
+        citation: reference of the rule's paper.
+
+    Returns:
+        its record, in the registry from now on.
+
+    Raises:
+        InputError: as for `ttt_plugins.core.registry.register`.
+    """
+
+    def build(fields, backbone, source, tensors, seed) -> Online:
+        return Online(backbone, Objective("mean entropy", mean_entropy), make(fields), source)
+
+    return register(Method(name, config, build, citation))

@@ -1,0 +1,402 @@
+"""Training for TTT: a classifier and its rotation head together, or the head alone.
+
+Joint training is the paper's (arXiv 1909.13231, section 2, equation 1): the mean of the main
+cross-entropy and of the rotation's, over trunk, main head and rotation head. The rotation head is
+a twin of the classifier that shares the trunk's parameters and owns a copy of the rest.
+
+With a frozen trunk only the rotation head learns, on features of a model that stays as it is:
+what a user needs who has a classifier and wants to adapt it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from ..adapter import Adapter
+from ..backbones.structure import feature_width, pooled_features, trunk
+from ..core.heads import ROTATIONS, init_linear, init_rotation, rotation_logits
+from ..core.objectives import all_finite
+from ..core.registry import get_method
+from ..core.views import quarter_turns, random_crop, random_flip
+from ..data.images import LabelledImages, to_float
+from ..errors import InputError
+from ..methods.ttt import TTT
+from ..utils.checks import check_choice, check_integer, check_number, check_seed
+from ..wrapping import wrap
+from .common import (
+    Normalise,
+    accuracy,
+    check_convergence,
+    check_outcome,
+    checkpoint_file,
+    create_model,
+    epoch_generator,
+    load_checkpoint,
+    make_folder,
+    rate,
+    read_start,
+    save_checkpoint,
+    write_entry,
+)
+
+__all__ = ["HeadRecipe", "JointRecipe", "fit_rotation_head", "train_joint"]
+
+
+@dataclass(frozen=True)
+class JointRecipe:
+    """How classifier and rotation head are trained together; defaults are the paper's CIFAR-10.
+
+    Attributes:
+        arch: a timm architecture.
+        model_args: keyword arguments of its constructor.
+        split: where the trunk ends, as in `TTT`.
+        init: artifact of the same architecture whose weights and preprocessing training starts
+            from; fresh ones unless given.
+        epochs: passes over the training images.
+        batch_size: images a step.
+        lr: learning rate of SGD with momentum 0.9, at its peak.
+        schedule: ``"step"`` (a tenth at one half and at five sixths of training, as the paper has
+            it) or ``"cosine"`` (linear warm-up over a twentieth, then half a cosine).
+        weight_decay: on all parameters.
+        rotations: ``"all"`` four rotations of each image, or a ``"random"`` one, which makes a
+            step 2.5 times cheaper.
+        padding: pixels of zero padding before the random crop.
+        ema: decay of the weights' moving average per step; 0 for none, as in the paper.
+        seed: of initialisation, order and augmentation.
+    """
+
+    arch: str = "ttt_resnet26"
+    model_args: dict = field(default_factory=dict)
+    split: int | str = -1
+    init: str = ""
+    epochs: int = 150
+    batch_size: int = 128
+    lr: float = 0.1
+    schedule: str = "step"
+    weight_decay: float = 5e-4
+    rotations: str = "all"
+    padding: int = 4
+    ema: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            check_integer(self, name, 1)
+        check_integer(self, "padding", 0)
+        for name in ("lr", "weight_decay"):
+            check_number(self, name, 0)
+        check_choice(self, "schedule", ("step", "cosine"))
+        check_choice(self, "rotations", ("all", "random"))
+        check_number(self, "ema", 0, 1)
+        check_seed(self.seed, "JointRecipe.seed")
+
+
+class JointModel(nn.Module):
+    """A classifier, its twin (the same trunk, another rest) and the twin's rotation layer."""
+
+    def __init__(self, model: nn.Module, split: int | str):
+        super().__init__()
+        width = feature_width(model)
+        if width is None:
+            raise InputError(f"the width of {type(model).__name__}'s pooled features is unknown")
+        shared, self.rest = trunk(model, split)
+        named, owners = dict(model.named_parameters()), {n.rpartition(".")[0] for n in self.rest}
+        memo = {id(named[n]): named[n] for n in shared}
+        for name, buffer in model.named_buffers():
+            if name.rpartition(".")[0] not in owners:
+                memo[id(buffer)] = buffer
+        self.model, self.twin = model, copy.deepcopy(model, memo)
+        self.rotation = nn.Linear(width, ROTATIONS)
+        start = init_linear(width, ROTATIONS, torch.Generator().manual_seed(0))
+        self.rotation.load_state_dict(start)
+
+    def rotation_logits(self, x: Tensor) -> Tensor:
+        """Normalised images (N, C, S, S) -> logits (N, 4)."""
+        return self.rotation(pooled_features(self.twin, x))
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The rotation head under the names of `heads`."""
+        state = self.twin.state_dict()
+        owners = {n.rpartition(".")[0] for n in self.rest}
+        rest = {
+            f"rest.{n}": t.detach().clone()
+            for n, t in state.items()
+            if n in self.rest
+            or (n.endswith(("running_mean", "running_var")) and n.rpartition(".")[0] in owners)
+        }
+        return rest | {f"head.{n}": t.clone() for n, t in self.rotation.state_dict().items()}
+
+
+def _turned(images: Tensor, rotations: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images (B, C, S, S) -> rotated ones and their quarter turns: (B,) or, with "all", (4 B,)."""
+    b = len(images)
+    if rotations == "all":
+        quarters = torch.arange(ROTATIONS, device=images.device).repeat_interleave(b)
+        return quarter_turns(images.repeat(ROTATIONS, 1, 1, 1), quarters), quarters
+    drawn = torch.randint(0, ROTATIONS, (b,), generator=generator, device=generator.device)
+    quarters = drawn.to(images.device)
+    return quarter_turns(images, quarters), quarters
+
+
+def _factor(step: int, steps: int, schedule: str) -> float:
+    if schedule == "cosine":
+        return rate(step, steps, 0.05)
+    return 0.1 ** ((step >= steps / 2) + (step >= steps * 5 / 6))
+
+
+@torch.inference_mode()
+def _rotation_accuracy(joint: JointModel, normalise, data: LabelledImages, device) -> float:
+    """Share of right rotations over all four of each image, in [0, 1], in eval mode."""
+    joint.eval()
+    generator, right = torch.Generator(device), 0
+    for images in data.images.split(250):
+        turned, quarters = _turned(to_float(images.to(device)), "all", generator)
+        right += (joint.rotation_logits(normalise(turned)).argmax(1) == quarters).sum().item()
+    return right / (ROTATIONS * len(data))
+
+
+def train_joint(
+    recipe: JointRecipe,
+    train: LabelledImages,
+    test: LabelledImages,
+    out: str | Path,
+    *,
+    config: TTT | None = None,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+) -> tuple[nn.Module, dict[str, Tensor], dict]:
+    """Train a timm model and its rotation head together.
+
+    After every epoch ``out/checkpoint.pt`` holds all that is needed to go on; with ``resume`` the
+    run continues there and ends as an unbroken one would.
+
+    Args:
+        config: of the adapter to make of it, but for its split, which is the recipe's; checked
+            against the model before anything is trained.
+
+    Returns:
+        the model (eval mode), the rotation head's tensors, and the log.
+
+    Raises:
+        InputError: an unknown architecture, a bad split, images that are not square or that the
+            architecture does not take, too few of them, a config that selects nothing, or a
+            checkpoint made by another recipe.
+        DataError: the disk refuses a checkpoint.
+    """
+    if train.images.shape[2] != train.images.shape[3]:
+        raise InputError(f"rotation needs square images, got {tuple(train.images.shape[2:])}")
+    checkpoint, device = checkpoint_file(out), torch.device(device)
+    torch.manual_seed(recipe.seed)
+    classes = int(train.labels.max()) + 1
+    start = read_start(recipe.init) if recipe.init else None
+    model = create_model(recipe.arch, classes, recipe.model_args, start)
+    config = replace(config or TTT(), split=recipe.split)
+    check_outcome(config, model, recipe.arch, recipe.model_args, train.images)
+    # Moved before it is twinned: a move gives each module new buffers, and the trunk's are shared.
+    model = model.to(device, memory_format=torch.channels_last)
+    joint = JointModel(model, recipe.split).to(device)
+    settings = timm.data.resolve_model_data_config(model)
+    normalise = Normalise(settings["mean"], settings["std"]).to(device)
+    per_epoch = len(train) // recipe.batch_size
+    steps = per_epoch * recipe.epochs
+    if not steps:
+        raise InputError(f"{len(train)} images do not fill one batch of {recipe.batch_size}")
+    optimizer = torch.optim.SGD(
+        joint.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _factor(step, steps, recipe.schedule)
+    )
+    average = AveragedModel(joint, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+    state = {"joint": joint, "average": average, "optimizer": optimizer, "schedule": schedule}
+    log, first = [], 0
+    if resume and (saved := load_checkpoint(checkpoint, asdict(recipe), device, "recipe")):
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        log, first = saved["log"], saved["epoch"]
+    make_folder(checkpoint)
+    images, labels = train.images.to(device), train.labels.to(device)
+    for epoch in range(first, recipe.epochs):
+        generator = epoch_generator(recipe.seed, epoch, device)
+        joint.train()
+        totals = torch.zeros(2, device=device)
+        order = torch.randperm(len(train), generator=generator, device=device)
+        batches = order[: per_epoch * recipe.batch_size].split(recipe.batch_size)
+        bar = tqdm(batches, f"epoch {epoch + 1}/{recipe.epochs}", disable=not progress, leave=False)
+        for rows in bar:
+            x = random_flip(random_crop(images[rows], recipe.padding, generator), generator)
+            x = normalise(to_float(x)).contiguous(memory_format=torch.channels_last)
+            main = F.cross_entropy(joint.model(x), labels[rows])
+            turned, quarters = _turned(x, recipe.rotations, generator)
+            turned = turned.contiguous(memory_format=torch.channels_last)
+            rotation = F.cross_entropy(joint.rotation_logits(turned), quarters)
+            (main + rotation).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if recipe.ema:
+                average.update_parameters(joint)
+            totals += torch.stack([main.detach(), rotation.detach()])
+        check_convergence(totals, epoch + 1, "a smaller lr")
+        final = average.module if recipe.ema else joint
+        entry = {
+            "epoch": epoch + 1,
+            "main_loss": totals[0].item() / per_epoch,
+            "rotation_loss": totals[1].item() / per_epoch,
+            "test_accuracy": accuracy(final.model, normalise, test, device),
+            "rotation_accuracy": _rotation_accuracy(final, normalise, test, device),
+        }
+        log.append(entry)
+        if progress:
+            write_entry(entry)
+        saved = {name: part.state_dict() for name, part in state.items()}
+        save_checkpoint(
+            checkpoint, saved | {"recipe": asdict(recipe), "log": log, "epoch": epoch + 1}
+        )
+    final = (average.module if recipe.ema else joint).eval()
+    return final.model, final.head_tensors(), {"epochs": log}
+
+
+#: Images whose pixels are checked at once.
+_LOOKED_AT = 1024
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """How a rotation head is trained on a frozen model.
+
+    Attributes:
+        split: where the trunk ends, as in `TTT`.
+        epochs: passes over the images.
+        batch_size: images a step, each in a random rotation.
+        lr: Adam's learning rate at its peak; it falls as a cosine.
+        padding: pixels of zero padding before the random crop.
+        seed: of initialisation, order and augmentation.
+    """
+
+    split: int | str = -1
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 1e-3
+    padding: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            check_integer(self, name, 1)
+        check_integer(self, "padding", 0)
+        check_number(self, "lr", 0)
+
+
+def fit_rotation_head(
+    model: str | nn.Module,
+    images: Tensor,
+    recipe: HeadRecipe | None = None,
+    *,
+    config: TTT | None = None,
+    progress: bool = True,
+    **options,
+) -> tuple[Adapter, dict]:
+    """Train a rotation head on a model that stays as it is.
+
+    Args:
+        model: what `wrap` takes.
+        images: (N, C, S, S) images, uint8 or floating point in [0, 1], unlabelled.
+        config: fields of the adapter to return, but for its split, which is the recipe's.
+        **options: as for `wrap` (mean, std, device, …).
+
+    Returns:
+        a TTT adapter with the trained head, and the log.
+
+    Raises:
+        InputError: images that are not square, of another type, range or size than `Adapter`
+            takes, too few of them, a bad split, or a loss that is not finite.
+    """
+    recipe = recipe or HeadRecipe()
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[2] != images.shape[3]:
+        raise InputError("images must be a tensor of square images (N, C, S, S)")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise InputError(f"images must be uint8 or floating point in [0, 1], got {images.dtype}")
+    if len(images) < recipe.batch_size:
+        raise InputError(f"{len(images)} images do not fill one batch of {recipe.batch_size}")
+    with torch.inference_mode(False), torch.enable_grad():
+        # Tensors born in inference mode cannot be part of a graph; a copy can.
+        images = images.clone() if images.is_inference() else images.detach()
+        return _fit_head(model, images, recipe, config or TTT(), progress, options)
+
+
+def _fit_head(
+    model: str | nn.Module,
+    images: Tensor,
+    recipe: HeadRecipe,
+    config: TTT,
+    progress: bool,
+    options: dict,
+) -> tuple[Adapter, dict]:
+    plain = wrap(model, "source", **options)
+    backbone = plain.backbone
+    for part in images.split(_LOOKED_AT):
+        plain.check_images(to_float(part).to(backbone.device, backbone.dtype))
+    plain(to_float(images[:1]).to(backbone.device))  # a size that the model does not take
+    generator = torch.Generator().manual_seed(recipe.seed)
+    config = replace(config, split=recipe.split)
+    start = init_rotation(backbone.model, recipe.split, generator)
+
+    def adapter(head: dict[str, Tensor]) -> Adapter:
+        # On the very module the head is trained on: a name may stand for random weights.
+        tensors = {n: t.detach().to(backbone.device, backbone.dtype) for n, t in head.items()}
+        record = get_method("ttt")
+        origin, seed = plain.origin, plain.seed
+        return Adapter(backbone, record, config, tensors=tensors, origin=origin, seed=seed)
+
+    adapter(start).algorithm()  # a config that does not fit the model fails before the work
+    # In single precision at least, whatever the model's: Adam's steps are below half's resolution.
+    precision = torch.promote_types(backbone.dtype, torch.float32)
+    head = {n: t.to(backbone.device, precision) for n, t in start.items()}
+    learned = {n: t.requires_grad_() for n, t in head.items() if "running_" not in n}
+    optimizer = torch.optim.Adam(learned.values(), lr=recipe.lr)
+    per_epoch = len(images) // recipe.batch_size
+    steps, log = per_epoch * recipe.epochs, []
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: rate(s, steps, 0.05))
+    for epoch in range(recipe.epochs):
+        loss_sum = right = 0.0
+        order = torch.randperm(len(images), generator=generator)
+        batches = order[: per_epoch * recipe.batch_size].split(recipe.batch_size)
+        name = f"rotation head, epoch {epoch + 1}/{recipe.epochs}"
+        for rows in tqdm(batches, name, disable=not progress, leave=False):
+            x = random_flip(random_crop(images[rows], recipe.padding, generator), generator)
+            x = to_float(x).to(backbone.device, backbone.dtype)
+            x, quarters = _turned(x, "random", generator)
+            cast = {n: t.to(backbone.dtype) for n, t in head.items()}
+            logits = rotation_logits(backbone, {}, cast, x).to(precision)
+            loss = F.cross_entropy(logits, quarters)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            loss_sum += loss.item()
+            right += (logits.argmax(1) == quarters).sum().item()
+        entry = {
+            "epoch": epoch + 1,
+            "rotation_loss": loss_sum / per_epoch,
+            "rotation_accuracy": right / (per_epoch * recipe.batch_size),
+        }
+        log.append(entry)
+        if not all_finite(*learned.values()):
+            raise InputError(
+                f"the rotation head diverged in epoch {epoch + 1} (a loss of {loss_sum}): lower "
+                "lr, or give the model in a wider type than " + str(backbone.dtype)
+            )
+        if progress:
+            write_entry(entry)
+    return adapter(head), {"epochs": log}

@@ -1,0 +1,237 @@
+"""RobustBench, imported lazily and nowhere else.
+
+RobustBench 1.1.1 imports ``autoattack``, while its dependency pyautoattack installs that module
+as ``pyautoattack``. The old name is lent for the duration of the import and taken back
+afterwards, so that nobody else finds an ``autoattack`` that is not installed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError, InputError, MissingDependencyError
+
+__all__ = [
+    "clean_accuracy",
+    "download_corruptions",
+    "has_clean_images",
+    "imagenet_test_files",
+    "import_robustbench",
+    "load_clean_images",
+    "load_corrupted_images",
+    "load_zoo_model",
+    "version",
+]
+
+_INSTALL = 'pip install "ttt-plugins[robustbench]"'
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def _autoattack_alias() -> Iterator[None]:
+    if importlib.util.find_spec("autoattack") is not None:
+        yield
+        return
+    try:
+        for name in ("autoattack", "autoattack.state"):
+            sys.modules[name] = importlib.import_module(f"py{name}")
+        yield
+    finally:
+        for name in [n for n in sys.modules if n.split(".")[0] == "autoattack"]:
+            del sys.modules[name]
+
+
+def _explain(error: Exception) -> str:
+    """Cause and remedy of a failed import, on one line."""
+    text = " ".join(str(error).split())
+    if version("robustbench") is None:
+        return f"this needs RobustBench, which is not installed: {_INSTALL}"
+    if "pkg_resources" in text:
+        return (
+            "RobustBench imports pkg_resources, which setuptools "
+            f"{version('setuptools') or '82 and later'} does not have: "
+            'pip install "setuptools>=77.0.3,<82"'
+        )
+    if "torchvision" in text:
+        return (
+            f"torch {torch.__version__} and torchvision {version('torchvision')} do not fit "
+            f"({text}): install the two of one release, from the same index"
+        )
+    packages = ("robustbench", "timm", "huggingface_hub", "setuptools", "pyautoattack")
+    installed = ", ".join(f"{name} {version(name) or 'missing'}" for name in packages)
+    return f"RobustBench does not import beside {installed} ({text}): {_INSTALL}"
+
+
+def import_robustbench() -> ModuleType:
+    """The package ``robustbench`` with its submodules data, utils, loaders and model_zoo.
+
+    Raises:
+        MissingDependencyError: it is not installed, or does not import beside the installed
+            versions of other packages; the message says which, and what to install.
+    """
+    if "robustbench.eval" in sys.modules:
+        return sys.modules["robustbench"]
+    try:
+        # pkg_resources and torch.jit warn about RobustBench's own code, not the user's.
+        with warnings.catch_warnings(), _autoattack_alias():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("robustbench")
+    except Exception as error:  # mismatched builds fail with RuntimeError, AttributeError, ...
+        raise MissingDependencyError(_explain(error)) from error
+
+
+def _enums(dataset: str):
+    """RobustBench's (dataset, threat model) of one of our dataset names."""
+    enums = import_robustbench().model_zoo.enums
+    threat = enums.ThreatModel
+    if dataset == "imagenet3dcc":
+        return enums.BenchmarkDataset.imagenet, threat.corruptions_3d
+    return enums.BenchmarkDataset(dataset), threat.corruptions
+
+
+def load_zoo_model(spec: str, model_dir: str | Path) -> nn.Module:
+    """A classifier of RobustBench's corruptions zoo, in eval mode; it normalises by itself.
+
+    Args:
+        spec: ``robustbench:<dataset>/<name>``, the dataset one of cifar10, cifar100, imagenet.
+        model_dir: the weights are read from ``<model_dir>/<dataset>/corruptions/<name>.pt``;
+            RobustBench downloads them to there if they are missing.
+
+    Raises:
+        InputError: no such dataset or name; the message lists the closest names.
+        DataError: the weights are missing and cannot be downloaded, or do not fit the model.
+    """
+    dataset, slash, name = spec.removeprefix("robustbench:").partition("/")
+    if not slash or dataset not in ("cifar10", "cifar100", "imagenet"):
+        raise InputError(
+            f"{spec!r}: expected robustbench:<dataset>/<name> with the dataset cifar10, cifar100 "
+            "or imagenet, such as robustbench:cifar10/Standard"
+        )
+    robustbench = import_robustbench()
+    key, threat = _enums(dataset)
+    zoo = robustbench.model_zoo.model_dicts[key][threat]
+    if name not in zoo:
+        close = difflib.get_close_matches(name, zoo, n=5, cutoff=0.4) or sorted(zoo)
+        raise InputError(
+            f"RobustBench's {dataset} corruptions zoo has no model {name!r}; "
+            f"close names: {', '.join(close)}"
+        )
+    drive_ids = zoo[name]["gdrive_id"]
+    file = Path(model_dir) / dataset / "corruptions" / f"{name}.pt"
+    # An ensemble's members lie beside each other as <name>.pt_m0.pt, <name>.pt_m1.pt, ...
+    many = isinstance(drive_ids, list)
+    files = [Path(f"{file}_m{i}.pt") for i in range(len(drive_ids))] if many else [file]
+    missing = [f for f in files if not f.is_file()]
+    try:
+        return robustbench.utils.load_model(name, str(model_dir), dataset, "corruptions")
+    except Exception as error:  # the downloaders raise whatever requests, gdown and timm raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if not missing:
+            raise DataError(f"{file}: these are not the weights of {spec} ({reason})") from error
+        where = f" (Google Drive id {drive_ids})" if drive_ids else ""
+        raise DataError(
+            f"{missing[0]}: no such file, and RobustBench could not download it ({reason}); "
+            f"fetch the weights of {spec}{where} elsewhere and put them there"
+        ) from error
+
+
+def clean_accuracy(
+    net: nn.Module, images: Tensor, labels: Tensor, batch_size: int, device: torch.device
+) -> float:
+    """``robustbench.utils.clean_accuracy``: float images in [0, 1] -> accuracy in [0, 1]."""
+    return import_robustbench().utils.clean_accuracy(net, images, labels, batch_size, device)
+
+
+def load_corrupted_images(
+    dataset: str, corruption: str, severity: int, n_examples: int, data_dir: Path
+) -> tuple[Tensor, Tensor]:
+    """One cell by RobustBench's loader: float images (N, 3, H, W) in [0, 1], labels (N,).
+
+    ImageNet images are resized to 224x224, as RobustBench does for corruptions. The loader
+    downloads a missing folder without asking: check first.
+    """
+    data = import_robustbench().data
+    key, threat = _enums(dataset)
+    load = data.CORRUPTION_DATASET_LOADERS[key][threat]
+    preprocessing = data.PREPROCESSINGS["Res224" if key.value == "imagenet" else None]
+    # By position: CIFAR's loaders call the preprocessing `_`, ImageNet's `prepr`.
+    return load(n_examples, severity, str(data_dir), False, [corruption], preprocessing)
+
+
+def download_corruptions(dataset: str, data_dir: Path) -> None:
+    """Fetch the folder of corrupted images into ``data_dir`` by RobustBench's own downloader.
+
+    It appears there complete or not at all: the downloader takes an archive that an interrupted
+    download left behind for a finished one, so it works in a folder of its own.
+
+    Raises:
+        DataError: RobustBench has no downloader for the dataset, or the download fails.
+    """
+    data = import_robustbench().data
+    key, threat = _enums(dataset)
+    name = data.CORRUPTIONS_DIR_NAMES[key][threat]
+    if threat not in data.CORRUPTIONS_DICT[key] or key not in data.ZENODO_CORRUPTIONS_LINKS:
+        raise DataError(
+            f"{data_dir}: holds no folder {name}, and RobustBench has no downloader for it; "
+            f"fetch it from the dataset's authors and unpack it there"
+        )
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
+        try:
+            data.zenodo_download(*data.ZENODO_CORRUPTIONS_LINKS[key], save_dir=Path(folder))
+            os.replace(Path(folder) / name, data_dir / name)
+        except Exception as error:  # whatever requests, json, tarfile or the disk raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"{data_dir / name}: no such folder, and RobustBench could not download it "
+                f"({reason}); fetch it elsewhere and put it there"
+            ) from error
+
+
+def has_clean_images(dataset: str, data_dir: Path) -> bool:
+    """Whether `load_clean_images` would find its files without a download."""
+    import_robustbench()
+    if dataset.startswith("imagenet"):
+        return (data_dir / "val").is_dir()
+    from torchvision import datasets
+
+    reader = datasets.CIFAR10 if dataset == "cifar10" else datasets.CIFAR100
+    try:
+        reader(str(data_dir), train=False, download=False)
+    except RuntimeError:
+        return False
+    return True
+
+
+def load_clean_images(dataset: str, n_examples: int, data_dir: Path) -> tuple[Tensor, Tensor]:
+    """The uncorrupted test images as `load_corrupted_images` returns them."""
+    data = import_robustbench().data
+    key, _ = _enums(dataset)
+    preprocessing = data.PREPROCESSINGS["Res256Crop224" if key.value == "imagenet" else None]
+    return data.load_clean_dataset(key, n_examples, str(data_dir), preprocessing)
+
+
+def imagenet_test_files() -> list[str]:
+    """The 5,000 images that RobustBench evaluates on, ``<class>/<file>``, in its order."""
+    folder = Path(import_robustbench().__file__).parent
+    return (folder / "helper_files" / "imagenet_test_image_ids.txt").read_text().split()
