@@ -35,7 +35,8 @@ from tqdm.auto import tqdm
 
 import ttt_plugins as tp
 from ttt_plugins.backbones.backbone import Backbone
-from ttt_plugins.backbones.structure import classifier_names, norm_parameters
+from ttt_plugins.backbones.norms import norm_parameters
+from ttt_plugins.backbones.stages import classifier_names
 from ttt_plugins.core.heads import init_byol, init_rotation
 from ttt_plugins.core.registry import get_method
 from ttt_plugins.core.views import image_keys

@@ -174,7 +174,7 @@ def report(results: list[dict]) -> str:
 
 
 def artifact_results(results: list[dict]) -> dict:
-    """Finished measurements of one artifact as its ``results.json`` (`ttt_plugins.artifacts.measured`)."""
+    """Finished measurements of one artifact as its ``results.json``."""
     runs = []
     for result in results:
         settings, f, by_corruption = result["settings"], figures(result), {}

@@ -274,7 +274,7 @@ def report(results: list[dict]) -> str:
 
 
 def artifact_run(result: dict) -> dict:
-    """The measurement as a run in an artifact's ``results.json`` (`ttt_plugins.artifacts.measured`)."""
+    """The measurement as a run in an artifact's ``results.json``."""
     table, by_corruption = averages(result), {}
     for method in table:
         seeds = result["seeds"][:1] if method == "source" else result["seeds"]

@@ -50,11 +50,14 @@ def adapters() -> dict[str, tp.Adapter]:
 def logits() -> dict[str, torch.Tensor]:
     """Logits (N, 10) of each adapter over two corruptions, in batches of 32 (4 per image)."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # their number is in the last bits of some sums
     found = {}
     for name, net in adapters().items():
         size, count = (4, 4) if name[:3] in ("ttt", "mt3") else (32, 96)
         parts = [sample(kind, count).split(size) for kind in ("gaussian_noise", "fog")]
         found[name] = torch.cat([net(images) for part in parts for images in part])
+    torch.set_num_threads(threads)
     return found
 
 

@@ -23,8 +23,27 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ttt_plugins as tp
-from ttt_plugins.backbones import structure
 from ttt_plugins.backbones.backbone import Backbone
+from ttt_plugins.backbones.norms import (
+    channel_axis,
+    channels,
+    late_norms,
+    norm_modules,
+    norm_parameters,
+)
+from ttt_plugins.backbones.quirks import caches
+from ttt_plugins.backbones.sharing import tied_parameters
+from ttt_plugins.backbones.stages import (
+    classifier_name,
+    classifier_names,
+    describe_split,
+    feature_width,
+    image_size,
+    inner,
+    pooled_features,
+    stages,
+    trunk,
+)
 from ttt_plugins.core import per_image, scope
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -126,7 +145,7 @@ def test_every_promise_on_every_kind(coverage, case, monkeypatch):
     monkeypatch.setattr(coverage, "SIZES", (64,))
     model = make(case)
     images = coverage.prepare(model)
-    norms = {type(model.get_submodule(n)).__name__ for n in structure.norm_parameters(model)}
+    norms = {type(model.get_submodule(n)).__name__ for n in norm_parameters(model)}
     kinds = CASES[case][2]
     # Newer timm splits some classes; the kind is what the name begins with.
     assert {n.removesuffix("Fp32") for n in norms} == kinds
@@ -141,28 +160,28 @@ def test_every_promise_on_every_kind(coverage, case, monkeypatch):
 def test_pooled_features_and_the_trunk(case):
     model = make(case).eval()
     x = torch.rand(1, 3, *([_own_size(model)] * 2))
-    pooled = structure.pooled_features(model, x)
-    assert pooled.shape == (1, structure.feature_width(model))
+    pooled = pooled_features(model, x)
+    assert pooled.shape == (1, feature_width(model))
     everything = [n for n, _ in model.named_parameters()]
-    heads = structure.classifier_names(model)
+    heads = classifier_names(model)
     owned = [n for n in everything if n.rpartition(".")[0] in heads]
     assert len(owned) == 2 * len(heads)
-    found = structure.stages(model)
+    found = stages(model)
     assert len(found) > 1
     for split in (1, -1, found[0], "end"):
-        before, after = structure.trunk(model, split)
+        before, after = trunk(model, split)
         assert sorted(before + after + owned) == sorted(everything)
         assert before and bool(after) is (split != "end")
-    late = structure.late_norms(model)
-    assert late < set(structure.norm_parameters(model))
-    assert "split: the trunk ends with" in structure.describe_split(model, -1)
+    late = late_norms(model)
+    assert late < set(norm_parameters(model))
+    assert "split: the trunk ends with" in describe_split(model, -1)
 
 
 def _own_size(model):
     """64, or what position embeddings tie the model to."""
-    if hasattr(model, "stages") and structure.caches(model):
+    if hasattr(model, "stages") and caches(model):
         return 224
-    return (structure.image_size(model) or (64,))[0]
+    return (image_size(model) or (64,))[0]
 
 
 def test_tapped_features_are_statistics_of_channels(coverage):
@@ -173,7 +192,7 @@ def test_tapped_features_are_statistics_of_channels(coverage):
         x = torch.rand(2, 3, *([_own_size(model)] * 2))
         with torch.no_grad(), backbone.recording() as record:
             backbone(x)
-        sizes = [structure.channels(m) for m in backbone.tapped.values()]
+        sizes = [channels(m) for m in backbone.tapped.values()]
         assert [x.numel() // _count(x, axes) for x, axes, _ in record] == sizes, case
         mean, std = backbone.feature_statistics(record)
         assert mean.shape == std.shape == (sum(sizes),)
@@ -233,11 +252,11 @@ def test_channel_axis_is_where_the_affine_parameters_act(size):
             before = norm(x.clone())
             weight.view(4, -1)[0] += 1
             changed = norm(x.clone()) != before
-        axis = structure.channel_axis(norm, before)
+        axis = channel_axis(norm, before)
         assert changed.movedim(axis, 0)[0].any(), name
         assert not changed.movedim(axis, 0)[1:].any(), name
-        assert structure.channels(norm) == 4
-        assert list(structure.norm_modules(norm)) == [""], name
+        assert channels(norm) == 4
+        assert list(norm_modules(norm)) == [""], name
 
 
 # -- models inside models --------------------------------------------------------------------------
@@ -256,15 +275,15 @@ class Normalize(nn.Module):
 def test_a_timm_model_inside_a_wrapper():
     net = make("LayerNorm, class token").eval()
     wrapped = nn.Sequential(nn.Sequential(Normalize(), net))
-    prefix, found = structure.inner(wrapped)
+    prefix, found = inner(wrapped)
     assert prefix == "0.1." and found is net
-    assert structure.stages(wrapped) == [prefix + n for n in structure.stages(net)]
-    assert structure.late_norms(wrapped) == {prefix + n for n in structure.late_norms(net)}
-    assert structure.classifier_name(wrapped) == "0.1.head"
+    assert stages(wrapped) == [prefix + n for n in stages(net)]
+    assert late_norms(wrapped) == {prefix + n for n in late_norms(net)}
+    assert classifier_name(wrapped) == "0.1.head"
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        pooled = structure.pooled_features(wrapped, x)
-        assert torch.equal(pooled, structure.pooled_features(net, (x - 0.5) / 0.25))
+        pooled = pooled_features(wrapped, x)
+        assert torch.equal(pooled, pooled_features(net, (x - 0.5) / 0.25))
     backbone = Backbone(wrapped, normalize=False)
     with torch.no_grad(), backbone.recording() as record:
         backbone(x)
@@ -285,14 +304,14 @@ class Committee(nn.Module):
 def test_an_ensemble():
     members = [make("BatchNorm, NCHW").eval() for _ in range(3)]
     model = Committee(members).eval()
-    assert structure.classifier_names(model) == [f"members.{i}.fc" for i in range(3)]
+    assert classifier_names(model) == [f"members.{i}.fc" for i in range(3)]
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        pooled = structure.pooled_features(model, x)
-        parts = [structure.pooled_features(m, x) for m in members]
+        pooled = pooled_features(model, x)
+        parts = [pooled_features(m, x) for m in members]
     assert torch.equal(pooled, torch.cat(parts, 1))
-    assert structure.feature_width(model) == pooled.shape[1]
-    before, _ = structure.trunk(model, "end")
+    assert feature_width(model) == pooled.shape[1]
+    before, _ = trunk(model, "end")
     assert not any(".fc." in n for n in before)
     assert not any(".fc." in n for n in scope.select(Backbone(model, normalize=False), "lora"))
 
@@ -300,10 +319,10 @@ def test_an_ensemble():
 def test_a_classifier_that_cannot_be_asked_for(coverage):
     """CLIP's attention pooling: ``get_classifier`` raises in timm 1.0.9."""
     model = coverage._without_memory(lambda: timm.create_model("resnet50_clip", num_classes=10))
-    assert structure.classifier_name(model) == "head.proj"
+    assert classifier_name(model) == "head.proj"
     images = torch.rand(2, 3, 224, 224, device="meta")
-    pooled = structure.pooled_features(model.eval(), images)
-    assert pooled.shape == (2, structure.feature_width(model))
+    pooled = pooled_features(model.eval(), images)
+    assert pooled.shape == (2, feature_width(model))
 
 
 def test_a_model_that_returns_a_pair():
@@ -341,7 +360,7 @@ class Shared(nn.Module):
 def test_shared_modules_and_tied_weights_adapt_and_come_back(images):
     torch.manual_seed(0)
     model = Shared()
-    assert structure.tied_parameters(model) == {"a.weight": ["c.weight"]}
+    assert tied_parameters(model) == {"a.weight": ["c.weight"]}
     net = tp.wrap(model, "tent", params="all", normalize=False, lr=0.1)
     first, second = net(images(3)), net(images(3))
     assert torch.equal(first, model(images(3)).detach()) and not torch.equal(first, second)
@@ -355,10 +374,10 @@ def test_shared_modules_and_tied_weights_adapt_and_come_back(images):
 def test_values_cached_from_parameters_do_not_go_stale(coverage):
     model = make("BatchNorm on tokens, distilled")
     x = coverage.prepare(model)
-    for cache in structure.caches(model):
+    for cache in caches(model):
         cache.clear()
     model(x).sum().backward()  # the cache holds a tensor of this graph
-    assert structure.caches(model) and all(structure.caches(model))
+    assert caches(model) and all(caches(model))
     net = tp.wrap(model, "source", normalize=False)
     name = next(n for n, _ in model.named_parameters() if n.endswith("attention_biases"))
     start = net(x)
@@ -366,7 +385,7 @@ def test_values_cached_from_parameters_do_not_go_stale(coverage):
     with torch.no_grad():
         assert not torch.equal(scope.call(net.backbone, biases, x), start)
     assert torch.equal(net(x), start)
-    assert not any(structure.caches(net.backbone.model))
+    assert not any(caches(net.backbone.model))
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -481,7 +500,7 @@ def test_describe_says_what_there_is_to_say(coverage):
     model = make("LayerNorm, class token")
     heads = coverage._heads("ttt", model, False, torch.rand(1, 3, 64, 64))
     text = tp.wrap(model, "ttt", tensors=heads).describe()
-    before, after = structure.trunk(model, -1)
+    before, after = trunk(model, -1)
     sizes = dict(model.named_parameters())
     for count in (sum(sizes[n].numel() for n in names) for names in (before, after)):
         assert f"{count:,}" in text

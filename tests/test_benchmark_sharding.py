@@ -392,7 +392,9 @@ def test_torchrun_gives_the_figures_of_one_process(tmp_path, capsys):
 
 def test_torchruns_restarted_processes_go_on(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr("ttt_plugins.cli.main._run_benchmark", lambda args, w: asked.update(vars(args)))
+    monkeypatch.setattr(
+        "ttt_plugins.cli.main._run_benchmark", lambda args, w: asked.update(vars(args))
+    )
     left = []
 
     class Fake:

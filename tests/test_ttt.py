@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ttt_plugins as tp
-from ttt_plugins.backbones.structure import trunk
+from ttt_plugins.backbones.stages import trunk
 from ttt_plugins.cli.main import main
 from ttt_plugins.core import chunks as memory
 from ttt_plugins.core import heads, views

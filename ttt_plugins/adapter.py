@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backbones.backbone import Backbone
-from .backbones.structure import describe_split
+from .backbones.stages import describe_split
 from .core import scope
 from .core.registry import Method, get_method
 from .data.images import batch_images

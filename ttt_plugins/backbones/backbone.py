@@ -21,23 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .structure import (
-    BATCH_NORMS,
-    batch_norms,
-    biased_attention,
-    caches,
-    channel_axis,
-    classifier_names,
-    fixed_norms,
-    image_size,
-    inner,
-    input_channels,
-    pooled_features,
-    recurrent,
-    share_structure,
-    tapped_modules,
-    tied_parameters,
-)
+from .norms import BATCH_NORMS, batch_norms, channel_axis, fixed_norms, tapped_modules
+from .quirks import biased_attention, caches, recurrent
+from .sharing import share_structure, tied_parameters
+from .stages import classifier_names, image_size, inner, input_channels, pooled_features
 
 __all__ = ["Backbone"]
 

@@ -6,16 +6,16 @@
 >>> print(results.table())
 """
 
-from .__init__.cells import CORRUPTIONS, DATASETS, EXTRA_CORRUPTIONS, Cell, CorruptionData
-from .__init__.compare import compare, comparison_table
-from .__init__.evaluate import evaluate_cell
-from .__init__.execution import Execution
-from .__init__.protocols import PROTOCOLS
-from .__init__.records import CellRecord, MethodRecord
-from .__init__.results import Results
-from .__init__.run import run_benchmark
-from .__init__.sharding import Worker, worker_from_environment
-from .__init__.streams import load_stream, open_dataset
+from .cells import CORRUPTIONS, DATASETS, EXTRA_CORRUPTIONS, Cell, CorruptionData
+from .compare import compare, comparison_table
+from .evaluate import evaluate_cell
+from .execution import Execution
+from .protocols import PROTOCOLS
+from .records import CellRecord, MethodRecord
+from .results import Results
+from .run import run_benchmark
+from .sharding import Worker, worker_from_environment
+from .streams import load_stream, open_dataset
 
 __all__ = [
     "CORRUPTIONS",

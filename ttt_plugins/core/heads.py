@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
-from ..backbones.structure import feature_width, trunk
+from ..backbones.stages import feature_width, trunk
 from ..errors import ArtifactError, InputError
 from .scope import call
 

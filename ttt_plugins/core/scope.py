@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..backbones.backbone import Backbone
-from ..backbones.structure import classifier_names, norm_parameters
+from ..backbones.norms import norm_parameters
+from ..backbones.stages import classifier_names
 from ..errors import InputError
 
 __all__ = [

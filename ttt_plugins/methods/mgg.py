@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backbones.structure import channels
+from ..backbones.norms import channels
 from ..core import gradient_memory
 from ..core.objectives import entropy, feature_discrepancy
 from ..core.online import Loss, Objective, Online

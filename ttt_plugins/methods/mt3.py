@@ -31,7 +31,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..backbones.structure import feature_width, trunk
+from ..backbones.stages import feature_width, trunk
 from ..core.heads import byol_shapes, check_head, project
 from ..core.objectives import cosine_distance
 from ..core.per_image import PerImage, Task, check_square

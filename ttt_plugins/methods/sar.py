@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..backbones.structure import late_norms
+from ..backbones.norms import late_norms
 from ..core.objectives import entropy, reliable
 from ..core.online import Loss, Objective, Online
 from ..core.registry import Method, register

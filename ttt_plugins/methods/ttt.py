@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.structure import feature_width, trunk
+from ..backbones.stages import feature_width, trunk
 from ..core.heads import ROTATIONS, check_head, rest_tensors, rotation_logits
 from ..core.per_image import PerImage, Task, check_square
 from ..core.registry import Method, register
@@ -178,10 +178,7 @@ def eligible(config: TTT, backbone) -> list[str]:
 
 def fit(model, images: Tensor, config: TTT, **options):
     """An adapter whose rotation head was trained on clean images; the model stays as it is."""
-    from ..train.joint import (  # trainings know methods, not the reverse
-        HeadRecipe,
-        fit_rotation_head,
-    )
+    from ..train.joint import HeadRecipe, fit_rotation_head
 
     size, seed = max(1, min(128, len(images))), options.get("seed")
     recipe = HeadRecipe(split=config.split, batch_size=size, seed=0 if seed is None else seed)

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from ..adapter import Adapter
-from ..backbones.structure import feature_width, pooled_features, trunk
+from ..backbones.stages import feature_width, pooled_features, trunk
 from ..core.heads import ROTATIONS, init_linear, init_rotation, rotation_logits
 from ..core.objectives import all_finite
 from ..core.registry import get_method
