@@ -47,9 +47,9 @@ SIZES = (64, 96, 128, 160, 192, 224, 256)
 #: SAR without its filter, few views an image, small steps where all weights of a random network
 #: move at once.
 FIELDS = {
-    "sar": dict(lr=1e-1, margin=1.0, recovery=0.0),
-    "ttt": dict(lr=1e-6, steps=1, copies=1, chunk_size=2),
-    "mt3": dict(lr=1e-6, copies=1, chunk_size=2),
+    "sar": {"lr": 1e-1, "margin": 1.0, "recovery": 0.0},
+    "ttt": {"lr": 1e-6, "steps": 1, "copies": 1, "chunk_size": 2},
+    "mt3": {"lr": 1e-6, "copies": 1, "chunk_size": 2},
 }
 #: Copies of the weights that exist at once at the worst moment of a row.
 _COPIES = 8
@@ -78,7 +78,7 @@ def _without_memory(build) -> nn.Module:
 
 
 def smallest_entrypoints(modules: list[str] | None = None) -> dict[str, str]:
-    """timm module -> its entrypoint with the fewest parameters, the smallest first.
+    """Timm module -> its entrypoint with the fewest parameters, the smallest first.
 
     They are counted without building them in memory. All modules, or those named.
     """
@@ -309,7 +309,7 @@ def check(model: nn.Module, own: bool, images: Tensor, method: str) -> dict:
     Raises:
         Exception: whatever fails; an AssertionError names a promise that was not kept.
     """
-    options = dict(normalize=not own, seed=0, tensors=_heads(method, model, own, images))
+    options = {"normalize": not own, "seed": 0, "tensors": _heads(method, model, own, images)}
     options |= FIELDS.get(method, {})
     before = {n: t.clone() for n, t in model.state_dict().items()}
     modes = [m.training for m in model.modules()]

@@ -21,9 +21,9 @@ KINDS = ("batchnorm", "groupnorm", "layernorm")
 # Architecture, its arguments, and a scale of the classifier's weights at which some predictions
 # are sure enough for SAR's filter and some are not.
 _ARCHITECTURES = {
-    "batchnorm": ("ttt_resnet26_bn", dict(width=8, depth=8), 3.5),
-    "groupnorm": ("ttt_resnet26", dict(width=8, depth=8, groups=4), 2.0),
-    "layernorm": ("ttt_vit_tiny_patch4_32", dict(embed_dim=24, depth=2, num_heads=3), 2.0),
+    "batchnorm": ("ttt_resnet26_bn", {"width": 8, "depth": 8}, 3.5),
+    "groupnorm": ("ttt_resnet26", {"width": 8, "depth": 8, "groups": 4}, 2.0),
+    "layernorm": ("ttt_vit_tiny_patch4_32", {"embed_dim": 24, "depth": 2, "num_heads": 3}, 2.0),
 }
 
 

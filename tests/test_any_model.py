@@ -58,32 +58,42 @@ def coverage():
     return module
 
 
-_VIT = dict(embed_dim=24, depth=4, num_heads=2, img_size=64)
-_SWIN = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), img_size=64, window_size=2)
-_CONVNEXT = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
-_POOL = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), norm_layers=metaformer.GroupNorm1NoBias)
-_MLP = dict(num_blocks=3, embed_dim=24, img_size=64, mlp_ratio=4)
-_AFFINE = dict(block_layer=mlp_mixer.ResBlock, norm_layer=mlp_mixer.Affine)
-_RESNETV2 = dict(
-    layers=(1, 1, 1, 1),
-    channels=(32, 32, 64, 64),
-    stem_chs=16,
-    stem_type="deep",
-    conv_layer=layers.create_conv2d,
-)
-_LEVIT = dict(embed_dim=(16, 24, 32), key_dim=4, num_heads=(1, 2, 2), depth=(1, 1, 1))
-_CROSSVIT = dict(embed_dim=(12, 24), num_heads=(2, 2), depth=((1, 1, 0),) * 3, img_size=120)
+_VIT = {"embed_dim": 24, "depth": 4, "num_heads": 2, "img_size": 64}
+_SWIN = {
+    "embed_dim": 16,
+    "depths": (1, 1, 1, 1),
+    "num_heads": (1, 2, 2, 2),
+    "img_size": 64,
+    "window_size": 2,
+}
+_CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
+_POOL = {
+    "depths": (1, 1, 1, 1),
+    "dims": (8, 16, 24, 32),
+    "norm_layers": metaformer.GroupNorm1NoBias,
+}
+_MLP = {"num_blocks": 3, "embed_dim": 24, "img_size": 64, "mlp_ratio": 4}
+_AFFINE = {"block_layer": mlp_mixer.ResBlock, "norm_layer": mlp_mixer.Affine}
+_RESNETV2 = {
+    "layers": (1, 1, 1, 1),
+    "channels": (32, 32, 64, 64),
+    "stem_chs": 16,
+    "stem_type": "deep",
+    "conv_layer": layers.create_conv2d,
+}
+_LEVIT = {"embed_dim": (16, 24, 32), "key_dim": 4, "num_heads": (1, 2, 2), "depth": (1, 1, 1)}
+_CROSSVIT = {"embed_dim": (12, 24), "num_heads": (2, 2), "depth": ((1, 1, 0),) * 3, "img_size": 120}
 
 
 def _resnetv2(norm, **fields):
-    return ResNetV2, _RESNETV2 | dict(norm_layer=partial(norm, **fields))
+    return ResNetV2, _RESNETV2 | {"norm_layer": partial(norm, **fields)}
 
 
 #: Name of the case -> a timm model or class, its arguments, and the norms that adapt.
 CASES = {
     "BatchNorm, NCHW": (
         "resnet10t",
-        dict(channels=(8, 8, 16, 16), stem_width=8),
+        {"channels": (8, 8, 16, 16), "stem_width": 8},
         {"BatchNorm2d"},
     ),
     "BatchNorm with activation": ("test_efficientnet", {}, {"BatchNormAct2d"}),
@@ -92,7 +102,7 @@ CASES = {
     "LayerNorm, class token": ("vit_tiny_patch16_224", _VIT, {"LayerNorm"}),
     "RmsNorm, class token": (
         "vit_tiny_patch16_224",
-        _VIT | dict(norm_layer=layers.RmsNorm),
+        _VIT | {"norm_layer": layers.RmsNorm},
         {"RmsNorm"},
     ),
     "LayerNorm, list of features": ("crossvit_tiny_240", _CROSSVIT, {"LayerNorm"}),
@@ -106,7 +116,7 @@ CASES = {
     ),
     "norms without bias": (
         metaformer.MetaFormer,
-        _POOL | dict(use_mlp_head=False),
+        _POOL | {"use_mlp_head": False},
         {"LayerNorm2dNoBias", "GroupNorm1NoBias", "LayerNorm2d"},
     ),
     "Affine": (mlp_mixer.MlpMixer, _MLP | _AFFINE, {"Affine"}),
@@ -122,7 +132,7 @@ CASES = {
     ),
     "gains for norms": (
         "nf_resnet26",
-        dict(depths=(1, 1, 1, 1), channels=(16, 32, 48, 64), stem_chs=16),
+        {"depths": (1, 1, 1, 1), "channels": (16, 32, 48, 64), "stem_chs": 16},
         {"ScaledStdConv2d"},
     ),
 }
@@ -171,7 +181,8 @@ def test_pooled_features_and_the_trunk(case):
     for split in (1, -1, found[0], "end"):
         before, after = trunk(model, split)
         assert sorted(before + after + owned) == sorted(everything)
-        assert before and bool(after) is (split != "end")
+        assert before
+        assert bool(after) is (split != "end")
     late = late_norms(model)
     assert late < set(norm_parameters(model))
     assert "split: the trunk ends with" in describe_split(model, -1)
@@ -276,7 +287,8 @@ def test_a_timm_model_inside_a_wrapper():
     net = make("LayerNorm, class token").eval()
     wrapped = nn.Sequential(nn.Sequential(Normalize(), net))
     prefix, found = inner(wrapped)
-    assert prefix == "0.1." and found is net
+    assert prefix == "0.1."
+    assert found is net
     assert stages(wrapped) == [prefix + n for n in stages(net)]
     assert late_norms(wrapped) == {prefix + n for n in late_norms(net)}
     assert classifier_name(wrapped) == "0.1.head"
@@ -363,7 +375,8 @@ def test_shared_modules_and_tied_weights_adapt_and_come_back(images):
     assert tied_parameters(model) == {"a.weight": ["c.weight"]}
     net = tp.wrap(model, "tent", params="all", normalize=False, lr=0.1)
     first, second = net(images(3)), net(images(3))
-    assert torch.equal(first, model(images(3)).detach()) and not torch.equal(first, second)
+    assert torch.equal(first, model(images(3)).detach())
+    assert not torch.equal(first, second)
     plain = net.export()
     with torch.no_grad():
         assert torch.equal(plain(images(3)), scope.call(net.backbone, net._params, images(3)))
@@ -377,7 +390,8 @@ def test_values_cached_from_parameters_do_not_go_stale(coverage):
     for cache in caches(model):
         cache.clear()
     model(x).sum().backward()  # the cache holds a tensor of this graph
-    assert caches(model) and all(caches(model))
+    assert caches(model)
+    assert all(caches(model))
     net = tp.wrap(model, "source", normalize=False)
     name = next(n for n, _ in model.named_parameters() if n.endswith("attention_biases"))
     start = net(x)
@@ -492,10 +506,12 @@ def test_one_image_without_batch_statistics_is_the_sources(
 def test_describe_says_what_there_is_to_say(coverage):
     model = make("EvoNorm")
     text = tp.wrap(model, "tent", statistics="mix").describe()
-    assert "no BatchNorm" in text and "EvoNorm2dS0" not in text  # S0 keeps no statistics
+    assert "no BatchNorm" in text
+    assert "EvoNorm2dS0" not in text
     evo_b = nn.Sequential(layers.EvoNorm2dB0(3), nn.Flatten(), nn.Linear(12, 2))
     text = tp.wrap(evo_b, "tent", normalize=False).describe()
-    assert "1 EvoNorm2dB0 keep the source's" in text and "preprocessing: none here" in text
+    assert "1 EvoNorm2dB0 keep the source's" in text
+    assert "preprocessing: none here" in text
 
     model = make("LayerNorm, class token")
     heads = coverage._heads("ttt", model, False, torch.rand(1, 3, 64, 64))
@@ -505,8 +521,11 @@ def test_describe_says_what_there_is_to_say(coverage):
     for count in (sum(sizes[n].numel() for n in names) for names in (before, after)):
         assert f"{count:,}" in text
     assert "split: the trunk ends with 'blocks.2'" in text
-    assert "classes: 10" in text and "forward" in text and "MB" in text
-    assert "inside" in text and "[0.5, 0.5, 0.5]" in text
+    assert "classes: 10" in text
+    assert "forward" in text
+    assert "MB" in text
+    assert "inside" in text
+    assert "[0.5, 0.5, 0.5]" in text
 
     bn = make("BatchNorm, NCHW")
     assert (
@@ -538,7 +557,8 @@ def test_coverage_run_resume_and_report(coverage, tmp_path, monkeypatch):
     coverage.run(out, ["source", "tent"], names, limit=2)
     first = json.loads(out.read_text())["models"]
     assert first.keys() == {"test_efficientnet", "no_such_model"}
-    assert "error" in first["no_such_model"] and not first["no_such_model"]["rows"]
+    assert "error" in first["no_such_model"]
+    assert not first["no_such_model"]["rows"]
 
     made = []
     prepare = coverage.prepare
@@ -556,7 +576,8 @@ def test_coverage_run_resume_and_report(coverage, tmp_path, monkeypatch):
     rows = results["models"]["test_byobnet"]["rows"]
     assert rows["tent"]["error"] == "ValueError: on purpose"
     text = coverage.report(results)
-    assert "| test_byobnet | 0." in text and text.count("**fails**") == 4
+    assert "| test_byobnet | 0." in text
+    assert text.count("**fails**") == 4
     assert "- `test_byobnet` × tent: ValueError: on purpose" in text
     assert "- `no_such_model` × source: " in text
     assert "| tent | 1 | 0 | 2 |" in text
@@ -659,7 +680,8 @@ def test_what_torch_func_cannot_transform_adapts_image_by_image(layer, method, c
     with pytest.warns(RuntimeWarning, match="one at a time"):
         logits = nets[0](images)
     assert torch.equal(logits, nets[1](images))
-    assert nets[0].backbone.one_by_one and not nets[1].backbone.one_by_one
+    assert nets[0].backbone.one_by_one
+    assert not nets[1].backbone.one_by_one
 
 
 @pytest.mark.parametrize("method", ["ttt", "mt3"])
@@ -678,11 +700,14 @@ def test_a_chunk_that_does_not_fit_is_halved(method, coverage, monkeypatch):
     monkeypatch.setattr(per_image.PerImage, "_episode_of_many", short_of_memory)
     net.reset()
     assert torch.allclose(net(images), expected, atol=1e-5)
-    assert sizes == [5, 3, 2, 2] and not net.backbone.one_by_one
+    assert sizes == [5, 3, 2, 2]
+    assert not net.backbone.one_by_one
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("method, chunk_size", [("tent", 0), ("ttt", 1), ("ttt", 2), ("mt3", 1)])
+@pytest.mark.parametrize(
+    ("method", "chunk_size"), [("tent", 0), ("ttt", 1), ("ttt", 2), ("mt3", 1)]
+)
 def test_recomputed_activations_are_refused(method, chunk_size, reentrant, coverage):
     images = torch.rand(2, 3, 16, 16)
     fields = {"chunk_size": chunk_size} if chunk_size else {}

@@ -149,7 +149,8 @@ def test_another_precision_in_the_middle_of_a_stream(method, dtype, make_model, 
     net(images(4))
     net.to(dtype)
     assert torch.isfinite(net(images(4, 1).to(dtype))).all()
-    assert net.batches == 2 and net.skipped_updates == 0
+    assert net.batches == 2
+    assert net.skipped_updates == 0
     fresh = tp.wrap(make_model("batchnorm").to(dtype), method)
     fresh(images(4).to(dtype))
     kinds = [{k: t.dtype for k, t in n.adaptation_state().items()} for n in (net, fresh)]
@@ -202,7 +203,8 @@ def test_threads_take_turns(statistics, make_model, images):
     for thread in threads:
         thread.join()
     assert not failures
-    assert net.batches == 9 and net.forwards == 27
+    assert net.batches == 9
+    assert net.forwards == 27
 
 
 @pytest.mark.parametrize("statistics", ["source", "batch", "mix"])

@@ -59,7 +59,7 @@ def distance(net, plain):
 
 
 @pytest.mark.parametrize(
-    "optimizer, make",
+    ("optimizer", "make"),
     [
         ("adam", lambda p: torch.optim.Adam(p, lr=5e-3)),
         ("sgd", lambda p: torch.optim.SGD(p, lr=5e-3, momentum=0.9)),
@@ -224,7 +224,8 @@ def test_sar_without_reliable_samples_moves_nothing(make_model, images, same_ten
     logits = net(images(8))
     assert (entropies(logits) > 0.4 * math.log(10)).all()
     after = net.adaptation_state()
-    assert before.pop("batches") == 0 and after.pop("batches") == 1
+    assert before.pop("batches") == 0
+    assert after.pop("batches") == 1
     assert same_tensors(after, before)
     assert net.skipped_updates == 0  # everything was finite
 

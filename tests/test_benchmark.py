@@ -824,7 +824,8 @@ def test_demo_mistakes(tmp_path):
 
 def test_demo_of_per_image_methods():
     nets = build_per_image_adapters()
-    assert nets["ttt"].config.steps == 1 and nets["mt3"].method == "mt3"
+    assert nets["ttt"].config.steps == 1
+    assert nets["mt3"].method == "mt3"
     sample = load_sample(n=2)
     result = compare(nets, sample, progress=False)
     assert list(result.predictions) == ["ttt's model", "ttt", "mt3's model", "mt3"]

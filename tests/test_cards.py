@@ -31,7 +31,8 @@ def metadata_of(path):
         assert found["base_model_relation"] == "adapter"
     if "model-index" in found:
         name, measured = model_index_to_eval_results(found["model-index"])
-        assert name == data.model_name and measured
+        assert name == data.model_name
+        assert measured
         for result in measured:
             assert 0 <= result.metric_value <= 1
             assert result.task_type == "image-classification"
@@ -42,13 +43,15 @@ def metadata_of(path):
 def test_bundled_cards(name):
     folder = bundled_folder(name)
     found = metadata_of(folder / "README.md")
-    assert found["license"] == "apache-2.0" and found["datasets"] == ["cifar10"]
+    assert found["license"] == "apache-2.0"
+    assert found["datasets"] == ["cifar10"]
     text = ModelCard.load(folder / "README.md").text
     for word in ("## Use", "## Training", "## Limits", f"bundled:{name}", "JPEG"):
         assert word in text
     artifact = read_artifact(folder)
     if artifact.config["method"] != "source":
-        assert "## Citation" in text and "arXiv" in text
+        assert "## Citation" in text
+        assert "arXiv" in text
     # By `ttt-plugins card hub_cards/*`, never by hand.
     assert artifact.card == render_card(name, artifact, bundled=True)
 
@@ -79,7 +82,8 @@ def folder(make_model, make_net, method, tmp_path):
 
 def test_what_a_user_saves(folder, method):
     found = metadata_of(folder / "README.md")
-    assert found["license"] == "mit" and method in found["tags"]
+    assert found["license"] == "mit"
+    assert method in found["tags"]
     text = (folder / "README.md").read_text()
     for word in ("## Results", "A note.", "Mind the gap.", "CIFAR-10-C", "reset-per-cell"):
         assert word in text
@@ -116,7 +120,8 @@ def test_results_of_a_benchmark_run_now(tmp_path):
     reduced = load_measured(json.loads(run.to_json()))["runs"][0]
     assert reduced["accuracy"] == {"tent": run.methods[0].mean()}
     assert (reduced["severities"], reduced["corruptions"]) == ([5], ["fog"])
-    assert reduced["seeds"] == [0, 1] and "tent" in reduced["standard_error"]
+    assert reduced["seeds"] == [0, 1]
+    assert "tent" in reduced["standard_error"]
 
 
 @pytest.mark.parametrize(

@@ -177,8 +177,21 @@ def test_a_demo_into_no_folder(out, here, monkeypatch, refused):
 
 @pytest.mark.parametrize(
     "pair",
-    ["model_dir=x", "model=x", "method=tent", "pretrained=true", "tensors=3", "device=cpu"]
-    + ["seed=3", "head=x", "data=3", "normalize=false", "lrr=1", "backbone=x", "revision=x"],
+    [
+        "model_dir=x",
+        "model=x",
+        "method=tent",
+        "pretrained=true",
+        "tensors=3",
+        "device=cpu",
+        "seed=3",
+        "head=x",
+        "data=3",
+        "normalize=false",
+        "lrr=1",
+        "backbone=x",
+        "revision=x",
+    ],
 )
 def test_set_takes_fields_alone(pair, some_data, refused):
     name = pair.partition("=")[0]
@@ -309,7 +322,8 @@ def test_seeds_of_trainings(kind, seed, no_work, refused):
 @pytest.mark.parametrize("recipe", [SourceRecipe, JointRecipe, MT3Recipe, MGGRecipe])
 def test_recipes_check_their_numbers(recipe):
     numbers = [f.name for f in fields(recipe) if f.type in ("int", "float")]
-    assert "seed" in numbers and len(numbers) > 5
+    assert "seed" in numbers
+    assert len(numbers) > 5
     for name in numbers:
         for value in (float("nan"), float("inf"), -1, "3", None):
             with pytest.raises(tp.InputError, match=f"{recipe.__name__}.{name} "):

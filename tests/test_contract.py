@@ -64,7 +64,8 @@ def test_it_adapts(build, kind, method, moved, images):
         plain = as_it_predicts(method, net.backbone, images(6, 0))
         assert torch.equal(first, plain) is (method == "source")
     assert net.skipped_updates == 0
-    assert first.shape == (6, 10) and net.num_classes == 10
+    assert first.shape == (6, 10)
+    assert net.num_classes == 10
 
 
 #: What a third party's methods are held to as well; the rest of this file asks for more.
@@ -251,7 +252,8 @@ def test_export_predicts_with_the_adapted_parameters(build, method, images, move
     net = build()
     stream(net, images, range(3))
     plain = net.export()
-    assert isinstance(plain, nn.Module) and not isinstance(plain, tp.Adapter)
+    assert isinstance(plain, nn.Module)
+    assert not isinstance(plain, tp.Adapter)
     state = net.adaptation_state()
     adapted = {
         n.removeprefix("params."): t for n, t in state.items() if n.startswith("params.model.")
@@ -347,7 +349,8 @@ def test_images_of_another_precision_or_layout(build, images):
     strided = images(6, 1).to(memory_format=torch.channels_last).requires_grad_()
     logits = net(strided)
     assert torch.allclose(logits, expected[1], atol=1e-4)
-    assert not logits.requires_grad and strided.grad is None
+    assert not logits.requires_grad
+    assert strided.grad is None
 
 
 class Stop(Exception):
@@ -420,7 +423,8 @@ def test_describe_says_how_many_scalars_adapt(build, method, kind, make_model):
         if method == "ttt":  # its head moves along
             head = net.learned_tensors().items()
             scalars += sum(t.numel() for n, t in head if "running_" not in n)
-        assert scalars > 0 and f"{scalars:,} scalars" in text
+        assert scalars > 0
+        assert f"{scalars:,} scalars" in text
         forwards = {"sar": 2, "ttt": 5, "mt3": 9}.get(method, 1)  # 4 views, 8, and the image
         assert f"{forwards} forward" in text
     wanted = "source" if method in PER_IMAGE else "batch"

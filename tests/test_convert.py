@@ -153,7 +153,8 @@ def test_mt3_is_the_released_network(tmp_path, images):
     variables = released_variables()
     folder = convert.convert_mt3("prefix", tmp_path / "out", read=lambda prefix: variables)
     net = tp.from_pretrained(folder, copies=2)
-    assert net.method == "mt3" and net.config.lr == 0.1
+    assert net.method == "mt3"
+    assert net.config.lr == 0.1
     x = images(2)
     plain = tp.wrap(str(folder), "source")
     model = plain.backbone.model
@@ -161,7 +162,8 @@ def test_mt3_is_the_released_network(tmp_path, images):
         expected = restated(variables, x)  # on images in [0, 1], as they are
     assert not torch.allclose(expected[0], expected[1], atol=1e-2)
     assert torch.allclose(plain(x), expected, atol=1e-4)
-    assert torch.isfinite(net(x)).all() and not torch.equal(net(x), plain(x))
+    assert torch.isfinite(net(x)).all()
+    assert not torch.equal(net(x), plain(x))
     kernel = variables["model/projector/dense_in/kernel/.ATTRIBUTES/VARIABLE_VALUE"]
     learned = net.learned_tensors()["projector.in.weight"]
     assert np.array_equal(learned.numpy(), kernel.T)

@@ -61,7 +61,8 @@ def test_bad_batches(what, method, make_model, make_net, images, same_tensors):
     counters = (net.forwards, net.backwards, net.batches, net.skipped_updates)
     with pytest.raises(tp.InputError, match=words) as caught:
         net(batch)
-    assert isinstance(caught.value, tp.TTTError) and isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, tp.TTTError)
+    assert isinstance(caught.value, ValueError)
     assert same_tensors(net.adaptation_state(), before)
     assert counters == (net.forwards, net.backwards, net.batches, net.skipped_updates)
 
@@ -135,7 +136,8 @@ def test_nothing_to_adapt(method, make_net):
     with pytest.raises(tp.InputError, match="PlainConvNet") as caught:
         split = {"split": "end"} if method == "ttt" else {}  # there is one stage only
         make_net(method, PlainConvNet(), mean=0.5, std=0.25, params="norm", **split)
-    assert "params='all'" in str(caught.value) and "conv.weight" in str(caught.value)
+    assert "params='all'" in str(caught.value)
+    assert "conv.weight" in str(caught.value)
 
 
 def test_norms_without_affine_parameters_are_nothing_to_adapt():
@@ -152,7 +154,7 @@ def test_what_the_error_proposes_works(images):
 
 
 @pytest.mark.parametrize(
-    "params, words",
+    ("params", "words"),
     [
         ("nothing-matches-this", "selects nothing"),
         ("(", "regular expression"),
@@ -198,7 +200,7 @@ def test_unknown_field_lists_the_real_ones(method, make_model):
 
 
 @pytest.mark.parametrize(
-    "config, field, value",
+    ("config", "field", "value"),
     [
         (tp.Tent, "lr", -1e-3),
         (tp.Tent, "lr", "0.001"),
@@ -261,7 +263,7 @@ def test_mean_and_std_belong_together():
 
 
 @pytest.mark.parametrize(
-    "mean, std, words",
+    ("mean", "std", "words"),
     [
         ([0.5, 0.5], [0.25] * 3, "mean"),
         ([0.5] * 3, [0.25, 0.0, 0.25], "positive"),
@@ -395,7 +397,8 @@ def test_a_non_finite_batch_is_skipped(
         assert net.skipped_updates == 2
         for seed in range(at, at + 3):  # exactly as if the dark batches had not been there
             assert torch.equal(net(images(4, seed)), reference(images(4, seed)))
-    assert net.skipped_updates == 2 and reference.skipped_updates == 0
+    assert net.skipped_updates == 2
+    assert reference.skipped_updates == 0
 
 
 @pytest.mark.parametrize("method", BATCHWISE)
@@ -581,7 +584,8 @@ def test_damaged_artifacts(damage, artifact, make_model):
     DAMAGES[damage](artifact)
     with pytest.raises(tp.ArtifactError) as caught:
         tp.from_pretrained(artifact, backbone=make_model("groupnorm"))
-    assert isinstance(caught.value, tp.TTTError) and isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, tp.TTTError)
+    assert isinstance(caught.value, ValueError)
     assert len(str(caught.value)) > 20
 
 
@@ -678,7 +682,8 @@ def test_error_types_are_also_the_built_in_ones():
         (tp.MissingDependencyError, ImportError),
     ]
     for error, builtin in pairs:
-        assert issubclass(error, tp.TTTError) and issubclass(error, builtin)
+        assert issubclass(error, tp.TTTError)
+        assert issubclass(error, builtin)
         assert str(error("what went wrong")) == "what went wrong"
 
 

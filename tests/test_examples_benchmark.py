@@ -64,7 +64,8 @@ def test_overhead(make_net, make_model, data_dir):
     speed = _load("benchmark_speed")
     net = make_net("tent", make_model("batchnorm"))
     found = speed.overhead(net, data_dir, 4, 1, corruptions=["fog", "snow"], severities=[5])
-    assert found["bare_s"] > 0 and found["outside"] > 0
+    assert found["bare_s"] > 0
+    assert found["outside"] > 0
     assert found["overhead"] == pytest.approx(found["benchmark_s"] / found["bare_s"] - 1)
 
 

@@ -104,7 +104,8 @@ def test_single_samples_through_a_window(host, config, make_model, images, kind)
     outputs = [hosted(x[None]) for x in samples]
     assert hosted.model.batches == 2
     first, second = net(samples[:3]), net(samples[3:])
-    assert torch.equal(outputs[2], first[2:]) and torch.equal(outputs[5], second[2:])
+    assert torch.equal(outputs[2], first[2:])
+    assert torch.equal(outputs[5], second[2:])
     same = {"statistics": net.config.statistics, "prior": net.config.prior}
     plain = tp.wrap(model, "source", normalize=False, **same)
     seen = samples[:2] if kind == "batchnorm" else samples[1:2]
@@ -153,7 +154,8 @@ def test_the_model_and_its_modes_are_left_alone(host, config, make_model, images
     cfg, _ = config("mgg", model)
     hosted = host.get("mgg")(cfg, model, 10)
     hosted(images(4))
-    assert same_tensors(model.state_dict(), before) and not model.training
+    assert same_tensors(model.state_dict(), before)
+    assert not model.training
 
 
 def test_a_bundled_artifact_brings_its_classifier(host, make_model, images):
@@ -207,7 +209,8 @@ def test_outside_that_repository(monkeypatch):
 def test_configuration_files(host, path):
     cfg = sys.modules["conf"].cfg.merge(yaml.safe_load(path.read_text()))
     assert path.parent.name == cfg.CORRUPTION.DATASET
-    assert path.stem == cfg.MODEL.ADAPTATION and host.get(path.stem)
+    assert path.stem == cfg.MODEL.ADAPTATION
+    assert host.get(path.stem)
     record = tp.registry.get_method(path.stem)
     steps = {} if path.stem == "mgg" else {"steps": cfg.OPTIM.STEPS}
     record.config(lr=cfg.OPTIM.LR, **steps, **cfg.TTT_PLUGINS.FIELDS)

@@ -80,7 +80,9 @@ def test_outputs_are_the_adapters_own(make, images, kind, method, mode, monkeypa
         for seed in (0, 1):
             logits, loss = engine(images(3, seed))
             assert torch.equal(logits, net(images(3, seed)))
-            assert torch.equal(loss, net.loss) and loss.ndim == 0 and torch.isfinite(loss)
+            assert torch.equal(loss, net.loss)
+            assert loss.ndim == 0
+            assert torch.isfinite(loss)
             assert not logits.requires_grad
     engine.reset()
     net.reset()
@@ -118,7 +120,8 @@ def test_trained_weights_are_what_adapts(make, images, method):
     first = stream(lambda x: engine.eval()(x)[0])
     step(engine, images(4), optimizer=optimizer)
     logits = stream(lambda x: engine.eval()(x)[0])
-    assert torch.equal(logits, stream(own(engine))) and not torch.equal(logits, first)
+    assert torch.equal(logits, stream(own(engine)))
+    assert not torch.equal(logits, first)
     other = make(method)
     other.load_state_dict(engine.state_dict())
     assert torch.equal(stream(lambda x: other.eval()(x)[0]), logits)
@@ -211,7 +214,8 @@ def test_a_script_of_theirs_with_one_name_changed(registry, name):
     for steps in (0, 1, 2):
         engine.optimization_parameters["num_steps"] = steps
         outputs, loss_ttt = engine(x)
-        assert outputs.shape == (4, 10) and loss_ttt.numel() == 1
+        assert outputs.shape == (4, 10)
+        assert loss_ttt.numel() == 1
         assert torch.allclose(outputs, plain, atol=1e-6) is (steps == 0)
 
 
@@ -254,7 +258,7 @@ def test_mistakes(make, images, make_model):
 
 def _installed(monkeypatch, version):
     real = importlib.metadata.version
-    fake = lambda name: version if name == "torch-ttt" and version else real(name)  # noqa: E731
+    fake = lambda name: version if name == "torch-ttt" and version else real(name)
     if version is None:
 
         def fake(name):
@@ -268,7 +272,8 @@ def _fail(monkeypatch, match):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(tp.MissingDependencyError, match=match) as caught:
         importlib.import_module(MODULE)
-    assert "\n" not in str(caught.value) and "ttt-plugins[torch-ttt]" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "ttt-plugins[torch-ttt]" in str(caught.value)
 
 
 @pytest.fixture

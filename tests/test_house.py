@@ -6,48 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from layers import (
+    FORBIDDEN,
+    LAYERS,
+    MOST_FILES_IN_BENCHMARK,
+    MOST_LINES_OF_A_FILE,
+    MOST_LINES_OF_A_FUNCTION,
+)
 
 import ttt_plugins as tp
 
 PACKAGE = Path(tp.__file__).parent
 
-#: A room imports only rooms above it. A new module needs a place here.
-ROOMS = (
-    "errors",
-    "version",
-    "flags",
-    "data",
-    "networks",
-    "structure",
-    "backbone",
-    "scope",
-    "views",
-    "objectives",
-    "gradient_memory",
-    "heads",
-    "memory",
-    "updates",
-    "registry",
-    "methods",
-    "adapter",
-    "trust",
-    "results",
-    "artifacts",
-    "hub",
-    "models",
-    "cards",
-    "info",
-    "publish",
-    "wrapping",
-    "testing",
-    "convert",
-    "train",
-    "robustbench_bridge",
-    "hosts",
-    "benchmark",
-    "demo",
-    "cli",
-)
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "hub_cards" not in p.parts)
 
 
@@ -62,38 +32,71 @@ def label(path):
 
 
 def imports(tree, path):
-    """Rooms of ours that a module imports as it is loaded; imports inside functions are free."""
+    """Modules of ours that a module imports, as tuples of names; those inside functions too."""
     package = ("ttt_plugins", *path.relative_to(PACKAGE).parts[:-1])
-    todo, found = [tree], []
-    while todo:
-        node = todo.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
-        todo += ast.iter_child_nodes(node)
+    found = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [alias.name.split(".") for alias in node.names]
+            found += [tuple(alias.name.split(".")) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            base = [*base, *(node.module.split(".") if node.module else [])]
-            found += [[*base, alias.name] for alias in node.names]
-    return [names[1] for names in found if names[0] == "ttt_plugins" and len(names) > 1]
+            base = (*base, *(node.module.split(".") if node.module else []))
+            found += [(*base, alias.name) for alias in node.names]
+    return [names[1:] for names in found if names[0] == "ttt_plugins" and len(names) > 1]
+
+
+FLOORS = {room: floor for floor, rooms in enumerate(LAYERS) for room in rooms}
 
 
 @pytest.mark.parametrize("path", FILES, ids=label)
-def test_a_room_imports_only_rooms_above_it(path):
+def test_a_room_imports_only_rooms_before_it(path):
     name = dotted(path)
     if not name or name == ("__main__",):
         return  # the front doors see everything
-    assert name[0] in ROOMS, f"{name[0]} has no place in ROOMS"
-    place = ROOMS.index(name[0])
-    for room in imports(ast.parse(path.read_text()), path):
-        assert room in ROOMS, f"{label(path)} imports {room} of the package itself"
-        assert ROOMS.index(room) <= place, f"{label(path)} imports {room}, which is below it"
+    own = name[0]
+    assert own in FLOORS, f"{own} has no place in LAYERS"
+    for room, *_ in imports(ast.parse(path.read_text()), path):
+        assert room in FLOORS, f"{label(path)} imports {room} of the package itself"
+        if room != own:
+            assert FLOORS[room] < FLOORS[own], f"{label(path)} imports {room}, which is after it"
+            assert room not in FORBIDDEN.get(own, ()), f"{label(path)} must not import {room}"
 
 
 def test_there_are_no_empty_rooms():
     # Otherwise the test above could look in the wrong place.
-    assert {dotted(p)[0] for p in FILES if dotted(p)} - {"__main__"} == set(ROOMS)
+    assert {dotted(p)[0] for p in FILES if dotted(p)} - {"__main__"} == set(FLOORS)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    modules = {dotted(p): p for p in FILES if p.stem != "__init__"}
+    arrows = {
+        name: {
+            next(target[:n] for n in (len(target), len(target) - 1) if target[:n] in modules)
+            for target in imports(ast.parse(path.read_text()), path)
+            if target in modules or target[:-1] in modules
+        }
+        - {name}
+        for name, path in modules.items()
+    }
+    while arrows:
+        free = {name for name, targets in arrows.items() if not targets & arrows.keys()}
+        assert free, f"in circles: {sorted('.'.join(n) for n in arrows)}"
+        arrows = {name: targets for name, targets in arrows.items() if name not in free}
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_files_and_functions_fit_one_sitting(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= MOST_LINES_OF_A_FILE, label(path)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MOST_LINES_OF_A_FUNCTION, f"{label(path)}: {node.name} has {lines}"
+
+
+def test_the_benchmark_has_few_files():
+    files = [p for p in (PACKAGE / "benchmark").glob("*.py") if p.stem != "__init__"]
+    assert len(files) <= MOST_FILES_IN_BENCHMARK
 
 
 def calls(tree):
@@ -122,7 +125,7 @@ def test_no_pickle_is_read(path):
 
 @pytest.mark.parametrize("path", FILES, ids=label)
 def test_robustbench_is_imported_in_one_place(path):
-    if path.stem == "robustbench_bridge":
+    if dotted(path) == ("utils", "robustbench"):
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -194,7 +197,8 @@ def test_methods_cite_their_papers():
     for name in set(tp.list_methods()) - {"source"}:
         record = get_method(name)
         assert "arXiv" in record.citation
-        assert record.name == name and get_method(record.config()) is record
+        assert record.name == name
+        assert get_method(record.config()) is record
 
 
 def test_tests_import_no_package_called_tests():

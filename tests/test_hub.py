@@ -158,7 +158,8 @@ def error_of(answer, *words):
     assert "ValueError" in answer["kinds"] or "FileNotFoundError" in answer["kinds"]
     for word in words:
         assert word in answer["error"], answer["error"]
-    assert "\n" not in answer["error"] and len(answer["error"]) < 700
+    assert "\n" not in answer["error"]
+    assert len(answer["error"]) < 700
     return answer["error"]
 
 
@@ -212,7 +213,8 @@ def test_the_client_says_who_it_is(artifact, client, hub):
     named = [agent for _, path, agent in ours if f"ttt_plugins/{tp.__version__}" in agent]
     assert len(named) > 5
     downloads = [agent for verb, path, agent in ours if "/resolve/" in path]
-    assert downloads and all(f"ttt_plugins/{tp.__version__}" in agent for agent in downloads)
+    assert downloads
+    assert all(f"ttt_plugins/{tp.__version__}" in agent for agent in downloads)
 
 
 def test_one_commit_for_all_files_of_a_revision(artifact, expected, client, hub, make_model):
@@ -243,7 +245,8 @@ def test_a_progress_bar_is_shown(artifact, client, start):
     client("push", name=str(folder), repository="tests/progress")
     fresh = start(home="progress", TQDM_POSITION="-1")  # bars without a terminal
     fresh("load", name="tests/progress")
-    assert "100%" in fresh.log.read_text() and "model.safetensors" in fresh.log.read_text()
+    assert "100%" in fresh.log.read_text()
+    assert "model.safetensors" in fresh.log.read_text()
 
 
 def test_private_repositories_and_tokens(artifact, client, start, hub):
@@ -298,7 +301,8 @@ def test_a_classifier_in_another_repository(artifact, client, offline, hub, tmp_
     (folder / "config.json").write_text(json.dumps(config))
     client("push", name=str(folder), repository="tests/adapter")
     card = hub.repositories["tests/adapter"].files["README.md"].decode()
-    assert "base_model: tests/classifier" in card and "base_model_relation: adapter" in card
+    assert "base_model: tests/classifier" in card
+    assert "base_model_relation: adapter" in card
     published = json.loads(hub.repositories["tests/adapter"].files["config.json"])
     assert published["backbone"]["name"] == "tests/classifier"
     assert published["backbone"]["revision"] == pinned
@@ -373,7 +377,8 @@ def test_the_classifier_of_a_local_folder_goes_along(artifact, client, hub, expe
     shutil.move(model, tmp_path / "elsewhere")
     commits = len(hub.repositories)
     again = client("command_line", arguments=["publish", str(folder), "tests/embedded2"])
-    assert again["code"] == 2 and "publish that folder first" in again["error_text"]
+    assert again["code"] == 2
+    assert "publish that folder first" in again["error_text"]
     assert len(hub.repositories) == commits
 
 
@@ -401,7 +406,8 @@ def test_publish_with_results_and_info(artifact, client, hub, tmp_path):
     assert client("command_line", arguments=arguments)["code"] == 0
     files = hub.repositories["tests/results"].files
     card = files["README.md"].decode()
-    assert "model-index" in card and 'from_pretrained("tests/results")' in card
+    assert "model-index" in card
+    assert 'from_pretrained("tests/results")' in card
     assert json.loads(files["results.json"])["runs"][0]["protocol"] == "reset-per-cell"
     info = client("command_line", arguments=["info", "tests/results"])
     assert info["code"] == 0, info
@@ -411,7 +417,8 @@ def test_publish_with_results_and_info(artifact, client, hub, tmp_path):
     assert "Traceback" not in info["error_text"]
     # The command line loads it by its name too.
     missing = client("command_line", arguments=["info", "tests/no-such-thing"])
-    assert missing["code"] == 2 and "Traceback" not in missing["error_text"]
+    assert missing["code"] == 2
+    assert "Traceback" not in missing["error_text"]
     assert len(missing["error_text"].strip().splitlines()) == 1
 
 

@@ -6,6 +6,7 @@ with forward hooks on a copy of the plain model.
 """
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -178,7 +179,8 @@ def test_the_learned_rate_is_cut_at_zero(slow):
     slow = double(slow) | {"learnable_token_idx": torch.tensor([-2.0], dtype=F64)}
     state = gradient_memory.init_state(slow, 3)
     update, new = gradient_memory.step(slow, state, torch.tensor([1.0, -2.0, 3.0], dtype=F64))
-    assert torch.equal(new["W"], state["W"]) and torch.equal(new["b"], state["b"])
+    assert torch.equal(new["W"], state["W"])
+    assert torch.equal(new["b"], state["b"])
     assert abs(update[1].item() - ScalarMemory(slow).update(-2.0)) < TOLERANCE
 
 
@@ -276,7 +278,7 @@ def statistics_of(model, net, kind, images):
 def test_whole_step_with_discrepancy(kind, make_model, make_net, slow, images):
     slow, lr, discrepancy = double(slow), 5e-2, 0.4
     model = make_model(kind, F64)
-    fields = dict(lr=lr, discrepancy=discrepancy)
+    fields = {"lr": lr, "discrepancy": discrepancy}
     if kind == "batchnorm":
         fields["statistics"] = "batch"
     source, tensors = statistics_of(
@@ -559,7 +561,7 @@ def test_meta_gradient_of_a_sequence(truncation, slow, images):
 
     fixed = {n: t.detach() for n, t in slow.items()}
     floats = [(images.double() / 255).float().double() for images, _ in batches]
-    pairs = list(zip(floats, floats[1:], strict=False))
+    pairs = list(itertools.pairwise(floats))
     params = algorithm.source
     # At the very start the memory is the learned one and moves with the slow weights; later
     # windows start from a memory that is a constant (truncation).
@@ -672,3 +674,27 @@ def test_a_batchnorm_model_is_never_on_entropy_alone(make_model):
 def test_the_bound_is_a_number():
     with pytest.raises(tp.InputError, match="lr_alone"):
         tp.MGG(lr_alone=-1.0)
+
+
+@pytest.mark.parametrize("rule", ["adam", "sgd"])
+def test_hand_made_rules_on_the_same_objective(rule, make_model, images):
+    """A step equals torch.optim's on the gradient of the same loss; lr=0 is the plain model."""
+    model = make_model("batchnorm")
+    net = tp.wrap(model, "mgg", rule=rule, lr=1e-2)
+    algorithm = net.algorithm()
+    leaves = {n: p.clone().requires_grad_() for n, p in algorithm.source.items()}
+    first = evaluate(net.backbone, algorithm.objective, dict(leaves), images(8))
+    classes = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    options = {} if rule == "adam" else {"momentum": 0.9}
+    optimizer = classes[rule](leaves.values(), lr=1e-2, **options)
+    for name, leaf in leaves.items():
+        leaf.grad = first.grads[name]
+    optimizer.step()
+    net(images(8))
+    for name, tensor in net.adaptation_state().items():
+        if name.startswith("params."):
+            wanted = leaves[name.removeprefix("params.")].detach()
+            torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-7)
+    still = tp.wrap(model, "mgg", rule=rule, lr=0)
+    still(images(8))
+    assert torch.equal(still(images(8)), tp.wrap(model, "source", statistics="batch")(images(8)))

@@ -165,7 +165,8 @@ def test_resized_crops_against_interpolate():
             expected = expected.flip(-2) if u[i, j, 3] < 0.5 else expected
             assert torch.allclose(got[i, j], expected, atol=1e-6)
             sizes.add(size)
-    assert min(sizes) == 20 and max(sizes) == 31
+    assert min(sizes) == 20
+    assert max(sizes) == 31
 
 
 def test_colour_jitter_against_colorsys():
@@ -188,7 +189,8 @@ def test_colour_jitter_against_colorsys():
 def test_views_stay_in_range_and_use_their_chances():
     x, u = torch.rand(1, 3, 16, 16), torch.rand(1, 400, views.BYOL_NUMBERS)
     seen = views.byol_view(x, u)[0]
-    assert seen.min() >= 0 and seen.max() <= 1
+    assert seen.min() >= 0
+    assert seen.max() <= 1
     grey = (seen[:, 0] - seen[:, 1]).abs().amax((1, 2)) < 1e-6
     assert torch.equal(grey, u[0, :, 9] < 0.2)
     plain = views.resized_crops(x, u[..., :4])[0]
@@ -330,7 +332,8 @@ def test_each_tensor_is_clipped_on_its_own():
     grads = {n: g.requires_grad_() for n, g in grads.items()}
     clipped = clip_each(grads, 10.0)
     assert torch.allclose(clipped["long"].norm(), torch.tensor(10.0))
-    assert torch.equal(clipped["short"], grads["short"]) and not clipped["zero"].any()
+    assert torch.equal(clipped["short"], grads["short"])
+    assert not clipped["zero"].any()
     sum(g.square().sum() for g in clipped.values()).backward()
     assert all(torch.isfinite(g.grad).all() for g in grads.values())
     assert all(clip_each(grads, 0.0)[n] is g for n, g in grads.items())
@@ -428,8 +431,10 @@ def test_resumed_equals_unbroken(data, tmp_path, same_tensors, monkeypatch):
         train_mt3(recipe, data, tmp_path / "b", progress=False)
     monkeypatch.undo()
     again, other, other_log = train_mt3(recipe, data, tmp_path / "b", resume=True, progress=False)
-    assert log == other_log and [e["epoch"] for e in log["epochs"]] == [1, 2]
-    assert same_model(model, again) and same_tensors(head, other)
+    assert log == other_log
+    assert [e["epoch"] for e in log["epochs"]] == [1, 2]
+    assert same_model(model, again)
+    assert same_tensors(head, other)
     with pytest.raises(tp.InputError, match="another recipe"):
         train_mt3(recipe_of(lr=1.0), data, tmp_path / "b", resume=True, progress=False)
 
@@ -522,7 +527,8 @@ def test_a_process_without_tasks_adds_nothing(make_model, data):
     meta, tasks = meta_of(model), tasks_of(data, recipe_of())
     none = tuple(t[:0] for t in tasks)
     grads, record = meta_gradient(meta, none, Backbone(model), recipe_of())
-    assert grads.keys() == meta.keys() and not any(g.any() for g in grads.values())
+    assert grads.keys() == meta.keys()
+    assert not any(g.any() for g in grads.values())
     assert not record.any()
 
 
@@ -530,7 +536,8 @@ def test_first_order_without_the_outer_self_supervision(make_model, data):
     model = make_model("groupnorm", torch.float64)
     recipe = recipe_of(first_order=True, self_supervised=0.0)
     grads, _ = meta_gradient(meta_of(model), tasks_of(data, recipe), Backbone(model), recipe)
-    assert not grads["predictor.out.bias"].any() and grads["model.head.weight"].any()
+    assert not grads["predictor.out.bias"].any()
+    assert grads["model.head.weight"].any()
 
 
 def test_tasks_share_their_corruption(data):

@@ -67,7 +67,8 @@ GOOD = """
 
 def test_a_plugin_is_found_when_it_is_asked_for(plugin, make_model, images):
     plugin("plug_good", GOOD.format(""))
-    assert registry.get_method("tent") and "plug_good" not in sys.modules
+    assert registry.get_method("tent")
+    assert "plug_good" not in sys.modules
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         net = tp.wrap(make_model("groupnorm"), "plain", lr=0.01)
@@ -101,10 +102,13 @@ def test_a_broken_plugin_is_one_warning(plugin, code, reason):
     mgg = registry.get_method("mgg")
     with pytest.warns(RuntimeWarning, match=reason) as caught:
         names = tp.list_methods()
-    assert names == sorted([*OURS, "other"]) and registry.get_method("mgg") is mgg
+    assert names == sorted([*OURS, "other"])
+    assert registry.get_method("mgg") is mgg
     assert len(caught) == 1
     said = str(caught[0].message)
-    assert "'plug_broken'" in said and "plug_broken 1.2" in said and "\n" not in said
+    assert "'plug_broken'" in said
+    assert "plug_broken 1.2" in said
+    assert "\n" not in said
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tp.list_methods() == names  # said once
@@ -242,6 +246,8 @@ def test_the_example_installed_into_a_fresh_environment(tmp_path):
     found = json.loads(last)
     assert found["names"] == sorted([*tp.list_methods(), "signsgd"])
     assert found["held"] == 3 * len(testing.LAWS)
-    assert found["same"] == [True, True] and found["codes"] == [0, 0]
+    assert found["same"] == [True, True]
+    assert found["codes"] == [0, 0]
     assert Path(found["file"]).is_relative_to(venv)
-    assert "  signsgd" in printed and any("method:" in p and "signsgd" in p for p in printed)
+    assert "  signsgd" in printed
+    assert any("method:" in p and "signsgd" in p for p in printed)

@@ -60,7 +60,8 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert 0 <= namespace["right"] <= 8
     assert [p.shape for p in namespace["predictions"]] == [(4,), (4,)]
     found = namespace["classify"]([Image.new("RGB", (48, 48))] * 2)
-    assert [len(each) for each in found] == [3, 3] and found[0][0].keys() == {"label", "score"}
+    assert [len(each) for each in found] == [3, 3]
+    assert found[0][0].keys() == {"label", "score"}
     scores = [label["score"] for label in found[0]]
     assert scores == sorted(scores, reverse=True)
     if not without:

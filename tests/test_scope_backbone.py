@@ -245,7 +245,8 @@ def test_without_batch_norm_statistics_change_nothing(make_model, images):
         logits = [
             tp.wrap(model, "source", statistics=s)(images(4)) for s in ("source", "batch", "mix")
         ]
-        assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+        assert torch.equal(logits[0], logits[1])
+        assert torch.equal(logits[0], logits[2])
 
 
 def test_unknown_statistics(make_model):
@@ -371,14 +372,16 @@ def test_tied_weights_stay_tied(images):
 
 def test_number_of_classes_and_input_size(make_model, images):
     net = tp.wrap(make_model("layernorm"), "source")
-    assert net.num_classes == 10 and net.input_size == (3, 32, 32)
+    assert net.num_classes == 10
+    assert net.input_size == (3, 32, 32)
 
     bare = tp.wrap(
         nn.Sequential(nn.Conv2d(1, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         "source",
         normalize=False,
     )
-    assert bare.num_classes is None and bare.input_size == (1, None, None)
+    assert bare.num_classes is None
+    assert bare.input_size == (1, None, None)
     bare(torch.rand(2, 1, 9, 9))
     assert bare.num_classes == 7
 

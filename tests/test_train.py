@@ -155,7 +155,8 @@ def test_weight_decay_spares_norms_and_biases(make_model):
         decayed = [p for g in optimizer.param_groups for p in g["params"] if g["weight_decay"] > 0]
         spared = [p for g in optimizer.param_groups for p in g["params"] if not g["weight_decay"]]
         assert {p.ndim for p in spared} == {1}
-        assert decayed and all(p.ndim >= 2 for p in decayed)
+        assert decayed
+        assert all(p.ndim >= 2 for p in decayed)
         assert len(decayed) + len(spared) == len(list(model.parameters()))
 
 
@@ -174,7 +175,9 @@ def test_augmented_targets_are_distributions():
         x, target = supervised._augment(
             data.images, data.labels, 4, recipe, torch.Generator().manual_seed(0)
         )
-        assert x.shape == data.images.shape and x.min() >= 0 and x.max() <= 1
+        assert x.shape == data.images.shape
+        assert x.min() >= 0
+        assert x.max() <= 1
         assert torch.allclose(target.sum(1), torch.ones(32))
         sure = target.gather(1, data.labels[:, None])
         assert torch.allclose(sure, torch.full_like(sure, 0.925)) is (cutmix == 0)
@@ -243,7 +246,8 @@ def test_images_of_a_size_that_the_model_does_not_take(kind, more, tmp_path, cap
     argv = command(kind, tmp_path / "out", "--arch", "vit_tiny_patch16_224", *more)
     assert main(argv) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert "cannot take images of shape (3, 32, 32)" in said and "(3, 224, 224)" in said
+    assert "cannot take images of shape (3, 32, 32)" in said
+    assert "(3, 224, 224)" in said
     assert "train on images that vit_tiny_patch16_224 takes" in said
     assert not list(tmp_path.iterdir())
 
@@ -265,9 +269,11 @@ def test_the_command_meta_trains_another_architecture(tmp_path, sixteen, images)
     out = tmp_path / "net"
     assert main(command("mt3", out, "--arch", "ttt_vit_tiny_patch4_32", *ONE_STEP)) == 0
     recipe = recipe_in(out)
-    assert recipe["arch"] == "ttt_vit_tiny_patch4_32" and recipe["model_args"] == {}
+    assert recipe["arch"] == "ttt_vit_tiny_patch4_32"
+    assert recipe["model_args"] == {}
     net = tp.from_pretrained(out, copies=2)
-    assert net.method == "mt3" and torch.isfinite(net(images(1))).all()
+    assert net.method == "mt3"
+    assert torch.isfinite(net(images(1))).all()
     log = json.loads((out / "config.json").read_text())["training"]["epochs"]
     assert [entry["epoch"] for entry in log] == [1]
 
@@ -284,7 +290,8 @@ def test_the_command_meta_trains_an_artifact(tmp_path, sixteen):
     argv = command("mt3", tmp_path / "net", "--init", str(first), *ONE_STEP)
     assert main(argv) == 0
     recipe = recipe_in(tmp_path / "net")
-    assert recipe["arch"] == "ttt_resnet26" and recipe["model_args"] == GROUPED
+    assert recipe["arch"] == "ttt_resnet26"
+    assert recipe["model_args"] == GROUPED
     assert recipe["init"] == str(first)
     weights = (tmp_path / "net" / "model.safetensors").read_bytes()
     assert main([*argv, "--resume"]) == 0
@@ -298,7 +305,8 @@ def test_the_command_trains_a_head(tmp_path, sixteen, images):
     expected = {"split": -1, "epochs": 1, "batch_size": 8, "lr": 1e-3, "padding": 4, "seed": 3}
     assert recipe_in(out) == expected
     net = tp.from_pretrained(out, lr=0.0, copies=2, steps=1)
-    assert net.method == "ttt" and torch.isfinite(net(images(2))).all()
+    assert net.method == "ttt"
+    assert torch.isfinite(net(images(2))).all()
     assert torch.allclose(net(images(2)), tp.from_pretrained(first)(images(2)), atol=1e-6)
 
 
@@ -344,7 +352,7 @@ def slow_of(net):
 )
 def test_meta_training_resumes_bit_for_bit(options, tmp_path, monkeypatch, make_model, corrupted):
     recipe, model = replace(RECIPE, **options), make_model("batchnorm")
-    kwargs = dict(progress=False)
+    kwargs = {"progress": False}
     unbroken, log = meta.train_mgg(
         recipe, untrained(model), corrupted, tmp_path / "unbroken", **kwargs
     )
@@ -536,7 +544,8 @@ def test_the_adapter_says_what_to_train_on(tmp_path, make_model, corrupted, imag
     for name, net in nets.items():
         before = net.learned_tensors()
         trained[name], _ = meta.train_mgg(recipe, net, corrupted, tmp_path / name, progress=False)
-        assert tensors_equal(net.learned_tensors(), before) and net.batches == 0
+        assert tensors_equal(net.learned_tensors(), before)
+        assert net.batches == 0
         assert trained[name].config == replace(net.config, lr=trained[name].config.lr)
         assert trained[name].names == net.names
     assert tensors_equal(
@@ -577,7 +586,8 @@ def test_a_finished_run_only_reports(tmp_path, monkeypatch, make_model, corrupte
     again, same = meta.train_mgg(
         recipe, untrained(model), corrupted, tmp_path, resume=True, progress=False
     )
-    assert same == log and tensors_equal(again.learned_tensors(), net.learned_tensors())
+    assert same == log
+    assert tensors_equal(again.learned_tensors(), net.learned_tensors())
 
 
 def test_stream_accuracy_is_the_share_of_right_answers(make_model):
@@ -652,14 +662,17 @@ def test_cutout_fills_one_square():
     sizes = set()
     for one, image in zip(cut, images, strict=True):
         hole = one[0] == -1
-        assert torch.equal(one[1] == -2, hole) and torch.equal(one[2] == -3, hole)
+        assert torch.equal(one[1] == -2, hole)
+        assert torch.equal(one[2] == -3, hole)
         assert torch.equal(one[:, ~hole], image[:, ~hole])
         rows, cols = hole.any(1).nonzero().flatten(), hole.any(0).nonzero().flatten()
         # a rectangle, at most as large as asked for, smaller where the border cuts it
         assert hole.sum() == len(rows) * len(cols) > 0
-        assert len(rows) <= 6 and len(cols) <= 6
+        assert len(rows) <= 6
+        assert len(cols) <= 6
         sizes.add((len(rows), len(cols)))
-    assert (6, 6) in sizes and len(sizes) > 1
+    assert (6, 6) in sizes
+    assert len(sizes) > 1
 
 
 def test_cutmix_share_is_the_area_left():
@@ -670,7 +683,8 @@ def test_cutmix_share_is_the_area_left():
     for seed in range(5):
         mixed = images.clone()
         out, partner, share = views.cutmix_(mixed, 1.0, generator(seed))
-        assert out is mixed and sorted(partner.tolist()) == list(range(b))
+        assert out is mixed
+        assert sorted(partner.tolist()) == list(range(b))
         for i in range(b):
             own = mixed[i] == i
             pasted = mixed[i] == partner[i]
@@ -680,7 +694,9 @@ def test_cutmix_share_is_the_area_left():
                 rows, cols = pasted[0].any(1).sum(), pasted[0].any(0).sum()
                 assert pasted[0].sum() == rows * cols  # one box, the same in every channel
         shares.append(share.mean().item())
-    assert min(shares) >= 0 and max(shares) <= 1 and max(shares) - min(shares) > 0.1
+    assert min(shares) >= 0
+    assert max(shares) <= 1
+    assert max(shares) - min(shares) > 0.1
 
 
 def test_views_draw_from_their_generator_alone():

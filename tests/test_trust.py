@@ -208,7 +208,8 @@ def fuzz_configs(name, examples, copies, images, monkeypatch):
 
     run()
     (folder / "config.json").write_bytes(original)
-    assert sum(counts.values()) >= examples and counts["refused"] > examples / 2
+    assert sum(counts.values()) >= examples
+    assert counts["refused"] > examples / 2
 
 
 @st.composite
@@ -265,7 +266,8 @@ def test_mutated_weights(name, file, copies, images):
 
     run()
     (folder / file).write_bytes(original)
-    assert sum(counts.values()) >= 180 and counts["refused"] > 100
+    assert sum(counts.values()) >= 180
+    assert counts["refused"] > 100
 
 
 @pytest.mark.parametrize("bit", range(0, 1600 * 8, 997))
@@ -473,7 +475,8 @@ def test_an_optimizer_without_statistics_fits_anything(
     folder = make_net("mgg", make_model("groupnorm")).save_pretrained(tmp_path / "mgg")
     assert json.loads((folder / "config.json").read_text())["backbone"]["fits"] == "any"
     net = tp.from_pretrained(folder, backbone=make_model(kind, seed=4))
-    assert torch.isfinite(net(images(8))).all() and moved(net)
+    assert torch.isfinite(net(images(8))).all()
+    assert moved(net)
 
 
 def test_an_optimizer_with_statistics_fits_its_own(make_model, make_net, tmp_path, images):

@@ -124,11 +124,12 @@ def test_batched_equals_the_loop(kind, chunk_size, make_model, images):
     assert torch.equal(one(x), expected)
     together = rotation_net(model, chunk_size=chunk_size)
     assert torch.allclose(together(x), expected, atol=1e-10)
-    assert together.forwards == one.forwards / 2 and together.backwards == one.backwards / 2
+    assert together.forwards == one.forwards / 2
+    assert together.backwards == one.backwards / 2
 
 
 @pytest.mark.parametrize(
-    "kind, params",
+    ("kind", "params"),
     [("batchnorm", "norm"), ("groupnorm", "norm"), ("layernorm", "norm"), ("layernorm", "lora")],
 )
 def test_batched_equals_the_loop_in_every_scope(kind, params, make_model, images):
@@ -152,7 +153,8 @@ def test_batched_equals_the_loop_where_some_are_skipped(kind, chunk_size, make_m
     together = rotation_net(model, threshold=threshold, chunk_size=chunk_size)
     assert torch.allclose(together(x), expected, atol=1e-10)
     still = (expected - source(x)).abs().amax(1) < 1e-9
-    assert torch.equal(still, sure > threshold) and still.sum() == 3
+    assert torch.equal(still, sure > threshold)
+    assert still.sum() == 3
 
 
 def test_an_image_is_predicted_alike_in_any_batch(make_model, images):
@@ -164,7 +166,8 @@ def test_an_image_is_predicted_alike_in_any_batch(make_model, images):
 def test_seeds_change_the_views(make_model, images):
     model, x = make_model("groupnorm"), images(2)
     one, same, other = (rotation_net(model, seed=s)(x) for s in (0, 0, 1))
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
 
 
 # -- what the paper says -------------------------------------------------------------------
@@ -248,8 +251,10 @@ def test_uniform_numbers_are_uniform_and_independent():
     keys = image_keys(torch.rand(500, 3, 4, 4), 0)
     assert len(keys.unique()) == 500
     u = views.uniforms(keys, (40,))
-    assert u.min() >= 0 and u.max() < 1
-    assert abs(u.mean() - 0.5) < 0.01 and abs(u.std() - 12**-0.5) < 0.01
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.01
+    assert abs(u.std() - 12**-0.5) < 0.01
     noise = torch.corrcoef(u.T) - torch.eye(40)
     assert noise.abs().max() < 5 / math.sqrt(500)
     assert not torch.equal(u, views.uniforms(keys, (40,), salt=1))
@@ -262,7 +267,7 @@ def test_uniform_numbers_are_uniform_and_independent():
     ).sum() < 3
 
 
-@pytest.mark.parametrize("size, padding", [(32, 4), (48, 6)])
+@pytest.mark.parametrize(("size", "padding"), [(32, 4), (48, 6)])
 def test_turning_a_view_back_by_its_label_rights_it(size, padding):
     x = torch.rand(3, 3, size, size)
     keys = image_keys(x, 0)
@@ -278,7 +283,8 @@ def test_turning_a_view_back_by_its_label_rights_it(size, padding):
 def test_views_and_labels_cover_everything(images):
     _, quarters = rotation_views(images(4), image_keys(images(4), 0), 0, 32)
     counts = quarters.flatten().bincount(minlength=4)
-    assert counts.sum() == 128 and counts.min() > 15
+    assert counts.sum() == 128
+    assert counts.min() > 15
 
 
 # -- gradients -----------------------------------------------------------------------------
@@ -299,7 +305,8 @@ def test_gradients_reach_the_trunk_and_not_the_main_head(kind, make_model, image
     assert all(grads[f"model.{n}"].any() for n in shared if n.endswith("weight"))
     # What lies behind the split is the head's own, and the classifier is not on the way.
     others = [n for n, _ in model.named_parameters() if n not in set(shared)]
-    assert {"head.weight", "head.bias"} <= set(others) and set(rest) < set(others)
+    assert {"head.weight", "head.bias"} <= set(others)
+    assert set(rest) < set(others)
     assert not any(grads[f"model.{n}"].any() for n in others)
     assert set(rotation_net(model).names) == set(shared)
 
@@ -333,7 +340,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_for_its_image_alone(
     net = rotation_net(model, chunk_size=chunk_size)
     expected, plain = net(x), tp.wrap(model, "source")(x)
     turns = rotation_views(x, image_keys(x, 0), 0, FAST["copies"])[1]
-    assert not torch.equal(turns[0], turns[1]) and not torch.equal(turns[2], turns[1])
+    assert not torch.equal(turns[0], turns[1])
+    assert not torch.equal(turns[2], turns[1])
     task = net._algorithm.task
 
     def poisoned(params, views, quarters):
@@ -366,7 +374,8 @@ def test_low_rank_changes_start_at_the_source_bit_for_bit(make_model, images):
     source = net._algorithm_now().source
     assert all(n.startswith("lora.blocks.0.") for n in source)
     a = source["lora.blocks.0.attn.qkv.weight.A"]
-    assert a.shape == (2, 24) and a.any()
+    assert a.shape == (2, 24)
+    assert a.any()
     assert not source["lora.blocks.0.attn.qkv.weight.B"].any()
 
 
@@ -423,7 +432,8 @@ def test_low_rank_changes_are_for_linear_layers_and_plain_1x1_convolutions(image
         config = method(params="lora", rank=3)
         net = tp.wrap(mobile, config, tensors=random_heads(method.__name__.lower(), mobile))
         weights = dict(mobile.named_parameters())
-        assert net.names and all(weights[n].shape[2:] == (1, 1) for n in net.names)
+        assert net.names
+        assert all(weights[n].shape[2:] == (1, 1) for n in net.names)
         for n in net.names:
             rows, columns = weights[n].shape[:2]
             factors = [net._algorithm_now().source[f"lora.{n}.{f}"] for f in "AB"]
@@ -436,7 +446,8 @@ def test_scopes_stay_inside_the_trunk(params, make_model):
     model = make_model("groupnorm")
     shared, _ = trunk(model, -1)
     net = rotation_net(model, params=params)
-    assert net.names and set(net.names) <= set(shared)
+    assert net.names
+    assert set(net.names) <= set(shared)
     moved = net._algorithm_now().source
     assert any(n.startswith("head.") for n in moved) is (params == "all")
 
@@ -475,7 +486,7 @@ MEASURED = [
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("method, arch, params", MEASURED)
+@pytest.mark.parametrize(("method", "arch", "params"), MEASURED)
 def test_the_memory_estimate_is_near_the_measured_peak(
     method, arch, params, steps, make_model, images
 ):
@@ -537,7 +548,7 @@ def test_heads_of_another_model(make_model):
 
 
 @pytest.mark.parametrize(
-    "shape, message",
+    ("shape", "message"),
     [((0, 3, 32, 32), "empty"), ((2, 3, 1, 1), "at least 2 x 2"), ((2, 3, 32, 24), "square")],
 )
 def test_images_that_do_not_fit(shape, message, make_model):
@@ -663,7 +674,7 @@ def test_turned_images_turn_back(rotations, images):
         assert torch.equal(torch.rot90(one, -k, (1, 2)), x[i % 24])
 
 
-@pytest.mark.parametrize("rotations, ema", [("all", 0.0), ("random", 0.9)])
+@pytest.mark.parametrize(("rotations", "ema"), [("all", 0.0), ("random", 0.9)])
 def test_joint_training_resumed_equals_unbroken(rotations, ema, data, tmp_path):
     recipe = joint_recipe(rotations=rotations, ema=ema, schedule="cosine")
     quiet = {"progress": False}
@@ -688,7 +699,8 @@ def test_joint_training_resumed_equals_unbroken(rotations, ema, data, tmp_path):
     again, other_head, other_log = train_joint(
         recipe, data, data, tmp_path / "b", resume=True, **quiet
     )
-    assert len(saved) == 1 and log == other_log
+    assert len(saved) == 1
+    assert log == other_log
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
     assert head.keys() == other_head.keys()
@@ -711,7 +723,8 @@ def test_a_head_on_a_frozen_model(make_model, same_tensors):
     net, log = fit_rotation_head(model, images, recipe, progress=False)
     assert same_tensors(model.state_dict(), before)
     assert log["epochs"][-1]["rotation_accuracy"] > 0.6
-    assert net.method == "ttt" and net.config.split == 1
+    assert net.method == "ttt"
+    assert net.config.split == 1
     assert torch.isfinite(net(images[:2])).all()
     for k in range(4):
         turned = torch.rot90(images, k, (2, 3))
@@ -747,7 +760,8 @@ def test_wrap_trains_a_head_by_its_seed(make_model, same_tensors):
         tp.wrap(model, "ttt", head="train", data=images, seed=seed).learned_tensors()
         for seed in (None, 0, 1, 1)
     ]
-    assert same_tensors(learned[0], learned[1]) and same_tensors(learned[2], learned[3])
+    assert same_tensors(learned[0], learned[1])
+    assert same_tensors(learned[2], learned[3])
     assert not same_tensors(learned[1], learned[2])
 
 
@@ -779,7 +793,8 @@ def test_the_head_belongs_to_the_returned_model(tmp_path):
     net, _ = fit_rotation_head("ttt_resnet26", images, recipe, progress=False)
     own = dict(net.backbone.model.named_parameters())
     rest = {n.removeprefix("rest."): t for n, t in net.learned_tensors().items() if "rest." in n}
-    assert rest and all(torch.equal(t, own[n]) for n, t in rest.items())
+    assert rest
+    assert all(torch.equal(t, own[n]) for n, t in rest.items())
 
 
 def test_estimating_memory_keeps_nothing_alive(make_model, images):
@@ -816,4 +831,5 @@ def test_command_line_mistakes(tmp_path, capsys, monkeypatch):
     ):
         assert main(base + more) == 2, more
         error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1
+        assert words in error
+        assert error.count("\n") == 1

@@ -12,7 +12,7 @@ import warnings as _warnings
 with _warnings.catch_warnings():
     # timm's import trips over torch's deprecations; they are no business of our users.
     _warnings.simplefilter("ignore", FutureWarning)
-    from .backbones import networks  # noqa: F401  (registers our networks with timm)
+    from .backbones import networks
 
 from .adapter import Adapter
 from .artifacts.folder import list_bundled

@@ -181,7 +181,8 @@ def compare(
 
 def _examples(result: DemoResult, before: str, after: str, count: int) -> list[tuple[str, int]]:
     """(corruption, row) of images that only ``after`` gets right: kinds taking turns, no image
-    in two kinds."""
+    in two kinds.
+    """
     labels = result.sample.labels
     queues = {}
     for name in result.sample.corruptions:

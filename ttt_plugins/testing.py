@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .backbones import networks  # noqa: F401  (registers the tiny models with timm)
+from .backbones import networks
 from .core.registry import get_method
 from .errors import InputError
 from .wrapping import from_pretrained, wrap
@@ -124,7 +124,9 @@ def a_batch_of_one_is_a_batch(build: Build, images: Images) -> None:
     net = build()
     for seed in range(3):
         logits = net(images(1, seed))
-        assert logits.ndim == 2 and len(logits) == 1 and torch.isfinite(logits).all()
+        assert logits.ndim == 2
+        assert len(logits) == 1
+        assert torch.isfinite(logits).all()
     state = net.adaptation_state().items()
     assert all(torch.isfinite(t).all() for n, t in state if n.startswith("params."))
     assert net.skipped_updates == 0

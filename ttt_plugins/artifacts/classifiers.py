@@ -229,7 +229,7 @@ def load_model(
     pretrained: bool = False,
     model_dir: str | Path = "models",
     seed: int | None = None,
-    access: Access = Access(),  # noqa: B008 (frozen)
+    access: Access = Access(),
 ) -> tuple[nn.Module, dict[str, Any], Artifact | None]:
     """A classifier, its origin, and the artifact it was in.
 

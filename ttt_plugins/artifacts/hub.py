@@ -315,7 +315,7 @@ def _snapshot(repository: str, access: Access) -> tuple[Path, str]:
     return folder, commit
 
 
-def find(name: str | Path, access: Access = Access()) -> Found | None:  # noqa: B008 (frozen)
+def find(name: str | Path, access: Access = Access()) -> Found | None:
     """The folder that a name means; what is on the Hub is downloaded first, with progress bars.
 
     Args:
@@ -366,7 +366,7 @@ def download_weights(repository: str, access: Access) -> tuple[Path, str]:
         return _needed(repository, commit, MODEL, access), commit
 
 
-def read_named(name: str, access: Access = Access()) -> Artifact:  # noqa: B008 (frozen)
+def read_named(name: str, access: Access = Access()) -> Artifact:
     """Read the artifact that ``"bundled:<name>"``, a folder or a Hub repository names.
 
     Raises:

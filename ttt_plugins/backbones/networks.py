@@ -226,7 +226,14 @@ def ttt_resnet26_bn(pretrained: bool = False, **kwargs) -> PreActResNet:
 @register_model
 def ttt_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
     """Vision transformer for 32x32 images: 64 patches of 4x4, width 192, 6 blocks, LayerNorm."""
-    defaults = dict(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3, mlp_ratio=2.0)
+    defaults = {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 192,
+        "depth": 6,
+        "num_heads": 3,
+        "mlp_ratio": 2.0,
+    }
     return build_model_with_cfg(
         VisionTransformer, "ttt_vit_tiny_patch4_32", pretrained, **{**defaults, **kwargs}
     )

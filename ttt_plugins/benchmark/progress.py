@@ -37,7 +37,7 @@ def _read(path: Path) -> tuple[State, dict] | None:
     """Tensors and metadata of a file; None if it is not there or not whole."""
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_tensor(name) for name in file.keys()}
             return found, json.loads(file.metadata()["json"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None

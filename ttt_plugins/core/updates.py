@@ -17,7 +17,7 @@ from . import gradient_memory
 from .objectives import all_finite
 from .scope import flatten, unflatten
 
-__all__ = ["Adam", "Evaluation", "GradientMemory", "SGD", "SharpnessAware", "UpdateRule", "choose"]
+__all__ = ["SGD", "Adam", "Evaluation", "GradientMemory", "SharpnessAware", "UpdateRule", "choose"]
 
 Tensors = dict[str, Tensor]
 

@@ -50,7 +50,7 @@ def _labels(table) -> Tensor:
 
 @contextlib.contextmanager
 def _reading(path: str | Path) -> Iterator[ModuleType]:
-    """pyarrow's parquet module, for a file that is there; what goes wrong becomes one error."""
+    """Pyarrow's parquet module, for a file that is there; what goes wrong becomes one error."""
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; expected CIFAR-10 in the Hub's parquet layout")
     try:

@@ -30,7 +30,7 @@ try:
 
     if not (issubclass(BaseEngine, nn.Module) and hasattr(BaseEngine, "ttt_forward")):
         raise TypeError("BaseEngine is no module with ttt_forward")
-    EngineRegistry.register, EngineRegistry.get_engine  # noqa: B018  (are they there?)
+    EngineRegistry.register, EngineRegistry.get_engine
 except Exception as error:  # it imports all of its engines, and they whatever they need
     raise MissingDependencyError(_explain(error)) from error
 

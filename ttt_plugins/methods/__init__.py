@@ -8,4 +8,4 @@ from .source import Source
 from .tent import Tent
 from .ttt import TTT
 
-__all__ = ["MGG", "MT3", "SAR", "Source", "TTT", "Tent", "register_update_rule"]
+__all__ = ["MGG", "MT3", "SAR", "TTT", "Source", "Tent", "register_update_rule"]

@@ -31,7 +31,7 @@ from ..core import gradient_memory
 from ..core.objectives import entropy, feature_discrepancy
 from ..core.online import Loss, Objective, Online
 from ..core.registry import Method, register
-from ..core.updates import GradientMemory
+from ..core.updates import SGD, Adam, GradientMemory, UpdateRule
 from ..errors import ArtifactError, InputError
 from ..utils.checks import check_choice, check_number
 
@@ -53,6 +53,9 @@ class MGG:
         statistics: BatchNorm statistics, ``"batch"``, ``"source"`` or ``"mix"``.
         prior: images the source statistics count for in ``"mix"``.
         params: what adapts unless `wrap` is told otherwise.
+        rule: what turns a gradient into an update: ``"memory"``, the learned optimizer, or
+            ``"adam"`` or ``"sgd"`` with step size ``lr`` and their usual momenta. The hand-made
+            rules show what the objective and the statistics earn without the learned optimizer.
     """
 
     lr: float = 1e-3
@@ -61,9 +64,11 @@ class MGG:
     statistics: str = "batch"
     prior: float = 16.0
     params: str | tuple[str, ...] = "norm"
+    rule: str = "memory"
 
     def __post_init__(self):
         check_number(self, "lr", 0)
+        check_choice(self, "rule", ("memory", "adam", "sgd"))
         if self.lr_alone is not None:
             check_number(self, "lr_alone", 0)
         check_number(self, "discrepancy", 0)
@@ -124,7 +129,9 @@ def build(config: MGG, backbone, source, tensors, seed) -> Online:
         zero = torch.zeros((), dtype=backbone.dtype, device=backbone.device)
         statistics = zero, zero + 1
     objective = unlabelled_loss(config, backbone, statistics)
-    rule = GradientMemory(step_size(config, statistics), slow)
+    alpha = step_size(config, statistics)
+    hand_made: dict[str, UpdateRule] = {"adam": Adam(alpha), "sgd": SGD(alpha)}
+    rule = hand_made.get(config.rule) or GradientMemory(alpha, slow)
     return Online(backbone, objective, rule, source)
 
 
