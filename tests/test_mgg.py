@@ -697,4 +697,5 @@ def test_hand_made_rules_on_the_same_objective(rule, make_model, images):
             torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-7)
     still = tp.wrap(model, "mgg", rule=rule, lr=0)
     still(images(8))
-    assert torch.equal(still(images(8)), tp.wrap(model, "source", statistics="batch")(images(8)))
+    same = {"statistics": net.config.statistics, "prior": net.config.prior}
+    assert torch.equal(still(images(8)), tp.wrap(model, "source", **same)(images(8)))
