@@ -115,8 +115,8 @@ def _no_downloads() -> Iterator[None]:
 
     create, resnet50 = timm.create_model, models.resnet50
     with (
-        mock.patch.object(timm, "create_model", lambda name, **k: create(name)),
-        mock.patch.object(models, "resnet50", lambda **k: resnet50()),
+        mock.patch.object(timm, "create_model", side_effect=lambda name, **_: create(name)),
+        mock.patch.object(models, "resnet50", side_effect=lambda **_: resnet50()),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

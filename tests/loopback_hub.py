@@ -13,6 +13,7 @@ import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
@@ -275,7 +276,7 @@ def _handler(hub: LoopbackHub) -> type:
             return None
 
         name = r"([\w.\-]+/[\w.\-]+)"
-        routes = [
+        routes: ClassVar[list] = [
             (r"POST /api/repos/create", create),
             (r"POST /api/validate-yaml", validate),
             (rf"GET /api/models/{name}", info),

@@ -11,6 +11,7 @@ import re
 import time
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import timm
@@ -339,7 +340,7 @@ def test_a_classifier_that_cannot_be_asked_for(coverage):
 
 def test_a_model_that_returns_a_pair():
     class Pair(nn.Module):
-        pretrained_cfg = {"classifier": ("a", "b"), "input_size": (3, 8, 8)}
+        pretrained_cfg: ClassVar = {"classifier": ("a", "b"), "input_size": (3, 8, 8)}
         num_classes = 5
 
         def __init__(self):
@@ -407,13 +408,13 @@ def test_values_cached_from_parameters_do_not_go_stale(coverage):
 
 def test_no_classifier():
     model = timm.create_model("test_vit", num_classes=0)
-    with pytest.raises(tp.InputError, match="num_classes=0.*num_classes=<number"):
+    with pytest.raises(tp.InputError, match=r"num_classes=0.*num_classes=<number"):
         tp.wrap(model, "tent")
 
 
 def test_frozen_norms_say_so():
     model = layers.freeze_batch_norm_2d(make("BatchNorm with activation"))
-    with pytest.raises(tp.InputError, match="frozen.*params='all'"):
+    with pytest.raises(tp.InputError, match=r"frozen.*params='all'"):
         tp.wrap(model, "tent")
     net = tp.wrap(model, "tent", params="classifier")
     assert "FrozenBatchNormAct2d keep the source's" in net.describe()
@@ -712,7 +713,7 @@ def test_recomputed_activations_are_refused(method, chunk_size, reentrant, cover
     images = torch.rand(2, 3, 16, 16)
     fields = {"chunk_size": chunk_size} if chunk_size else {}
     net = _adapter(coverage, method, _small_network(_Recomputing(reentrant)), images, **fields)
-    with pytest.raises(tp.InputError, match="checkpoint.*switch that off"):
+    with pytest.raises(tp.InputError, match=r"checkpoint.*switch that off"):
         net(images)
     assert net.batches == 0
 

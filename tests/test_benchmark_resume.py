@@ -215,7 +215,7 @@ def test_an_unfinished_run_is_not_lost_by_accident(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         run(out, Stopping(9))
-    with pytest.raises(InputError, match="unfinished run.*--resume.*--overwrite"):
+    with pytest.raises(InputError, match=r"unfinished run.*--resume.*--overwrite"):
         run(out)
     again = Stopping()
     run(out, again, overwrite=True)
@@ -281,7 +281,7 @@ def test_other_versions_are_refused(tmp_path):
     header = json.loads(file.read_text())
     header["versions"]["torch"] = "1.0"
     file.write_text(json.dumps(header))
-    with pytest.raises(InputError, match="other versions.*torch 1.0, now 2"):
+    with pytest.raises(InputError, match=r"other versions.*torch 1.0, now 2"):
         run(out, resume=True)
 
 

@@ -122,7 +122,7 @@ def test_a_benchmark_spoils_no_artifact(more, here, no_work, refused):
     before = {p.name: p.read_bytes() for p in (here / "artifact").iterdir()}
     said = refused(*benchmark("--method", "tent", *more, out="artifact"))
     assert "artifact holds a config.json" in said
-    with pytest.raises(tp.InputError, match="holds a config.json"):
+    with pytest.raises(tp.InputError, match=r"holds a config.json"):
         run_benchmark(
             FakeAdapter(), memory_data({("fog", 5): 4}), out=here / "artifact", overwrite=bool(more)
         )

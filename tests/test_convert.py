@@ -104,7 +104,7 @@ def test_mgg_files_that_are_something_else(released, tmp_path, capsys):
     torch.save(released, file)
     for content in ((torch.ones(3),), (torch.ones(3), torch.ones(4)), ("a", "b"), {"a": 1}):
         torch.save(content, tmp_path / "info.pt")
-        with pytest.raises(tp.ArtifactError, match="info.pt"):
+        with pytest.raises(tp.ArtifactError, match=r"info.pt"):
             convert.convert_mgg(file, out, tmp_path / "info.pt")
     assert not out.exists()
 

@@ -133,8 +133,8 @@ class PlainConvNet(nn.Module):
 
 @pytest.mark.parametrize("method", ADAPTING)
 def test_nothing_to_adapt(method, make_net):
+    split = {"split": "end"} if method == "ttt" else {}  # there is one stage only
     with pytest.raises(tp.InputError, match="PlainConvNet") as caught:
-        split = {"split": "end"} if method == "ttt" else {}  # there is one stage only
         make_net(method, PlainConvNet(), mean=0.5, std=0.25, params="norm", **split)
     assert "params='all'" in str(caught.value)
     assert "conv.weight" in str(caught.value)

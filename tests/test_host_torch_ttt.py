@@ -105,7 +105,8 @@ def test_a_users_optimizer_reaches_every_head_from_the_first_step(make, images, 
         assert still == {n for n in before if n.startswith("model.")}
     else:
         # A bias in front of a norm that takes the mean away has no gradient.
-        assert not {n for n in still if n.startswith("heads.")} and len(still) < 3, still
+        assert not {n for n in still if n.startswith("heads.")}, still
+        assert len(still) < 3, still
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
@@ -258,11 +259,11 @@ def test_mistakes(make, images, make_model):
 
 def _installed(monkeypatch, version):
     real = importlib.metadata.version
-    fake = lambda name: version if name == "torch-ttt" and version else real(name)
-    if version is None:
 
-        def fake(name):
+    def fake(name):
+        if version is None:
             raise importlib.metadata.PackageNotFoundError(name)
+        return version if name == "torch-ttt" else real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", fake)
 

@@ -116,7 +116,8 @@ def test_no_pickle_is_read(path):
         keywords = {k.arg: k.value for k in node.keywords}
         if name == "torch.load":
             only = keywords.get("weights_only")
-            assert isinstance(only, ast.Constant) and only.value is True, ast.unparse(node)
+            assert isinstance(only, ast.Constant), ast.unparse(node)
+            assert only.value is True, ast.unparse(node)
         if name.endswith(("np.load", "numpy.load")):
             allowed = keywords.get("allow_pickle")
             assert allowed is None or allowed.value is False, ast.unparse(node)

@@ -191,7 +191,8 @@ def test_round_trip_bit_for_bit(
 def test_publishing_again_makes_no_commit(artifact, client, hub, tmp_path):
     folder, _ = artifact("mgg")
     first = client("command_line", arguments=["publish", str(folder), "tests/again"])
-    assert first["code"] == 0 and "published" in first["out"], first
+    assert first["code"] == 0, first
+    assert "published" in first["out"], first
     commits = len(hub.repositories["tests/again"].commits)
     second = client("command_line", arguments=["publish", str(folder), "tests/again"])
     assert "unchanged" in second["out"], second

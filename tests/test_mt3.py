@@ -282,8 +282,10 @@ def test_the_outer_gradient_against_finite_differences(kind, together, make_mode
                 total += F.cross_entropy(run(phi, x), y) + 0.1 * plain_byol(
                     partial(run, phi, pooled=True), phi, x1, x2, at_phi
                 )
-                for p in (meta, phi):
-                    targets.append([two_layers(p, "projector", run(p, z, True)) for z in (x1, x2)])
+                targets += [
+                    [two_layers(p, "projector", run(p, z, True)) for z in (x1, x2)]
+                    for p in (meta, phi)
+                ]
         return total, targets
 
     value, stopped = outer(meta, None)

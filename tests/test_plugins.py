@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ class Writes(Rule):
 
 
 class Remembers(Rule):
-    calls: list = []
+    calls: ClassVar[list] = []
 
     def spoil(self, params, first):
         self.calls.append(1)

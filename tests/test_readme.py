@@ -81,9 +81,8 @@ def test_it_opens_with_exactly_two_commands():
 def _commands() -> list[str]:
     found = []
     for _, block in _blocks():
-        for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith("ttt-plugins "):
-                found.append(line)
+        lines = block.replace("\\\n", " ").splitlines()
+        found += [line for line in lines if line.startswith("ttt-plugins ")]
     return found
 
 

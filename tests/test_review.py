@@ -103,7 +103,7 @@ def test_a_models_own_fault_is_not_called_a_shape(images):
             raise RuntimeError("out of coffee")
 
     net = tp.wrap(Faulty(), "tent", normalize=False)
-    with pytest.raises(RuntimeError, match="^out of coffee$"):
+    with pytest.raises(RuntimeError, match=r"^out of coffee$"):
         net(images(2))
 
 

@@ -58,7 +58,7 @@ def test_norms_of_timm_models(name):
 
 def test_a_model_without_norms_says_what_to_pass():
     model = timm.create_model("vgg11", num_classes=10)
-    with pytest.raises(tp.InputError, match="no norm layers.*regular expression"):
+    with pytest.raises(tp.InputError, match=r"no norm layers.*regular expression"):
         tp.wrap(model, "tent")
     net = tp.wrap(model, "tent", params=r"features\.0\.")
     assert net.names == ["features.0.weight", "features.0.bias"]

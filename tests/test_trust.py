@@ -171,13 +171,12 @@ FUZZ = {
 def attempt(folder, images):
     """Loads and runs, or says in one of our errors what is wrong; soon, and in little memory."""
     start, memory = time.monotonic(), peak()
+    result, message = "loaded", "loaded"
     try:
         load(folder)(images)
     except tp.TTTError as error:
-        assert str(error)
-        result = "refused"
-    else:
-        result = "loaded"
+        result, message = "refused", str(error)
+    assert message
     assert time.monotonic() - start < 20
     assert peak() - memory < 300 << 20
     return result
