@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ttt_plugins as tp
-from ttt_plugins.cli.main import main
+from ttt_plugins.cli import main
 
 
 def logits(net, job):

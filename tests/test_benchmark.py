@@ -31,8 +31,8 @@ from ttt_plugins.benchmark.execution import to_unit
 from ttt_plugins.benchmark.leaderboard import INELIGIBLE, model_info, unaggregated_csv
 from ttt_plugins.benchmark.orders import shuffled
 from ttt_plugins.benchmark.protocols import plan
+from ttt_plugins.cli import main
 from ttt_plugins.cli.flags import Parser, add_dataclass_flags, dataclass_from_args
-from ttt_plugins.cli.main import main
 from ttt_plugins.demo import Sample, build_per_image_adapters, compare, draw, load_sample
 from ttt_plugins.errors import DataError, InputError, MissingDependencyError, TTTError
 from ttt_plugins.utils import robustbench as bridge

@@ -36,7 +36,7 @@ from ttt_plugins.benchmark.leaderboard import (
 )
 from ttt_plugins.benchmark.orders import correlated
 from ttt_plugins.benchmark.protocols import plan, streams
-from ttt_plugins.cli.main import main
+from ttt_plugins.cli import main
 from ttt_plugins.errors import DataError, InputError, MissingDependencyError
 from ttt_plugins.utils import robustbench as bridge
 

@@ -20,7 +20,7 @@ from ttt_plugins.benchmark import output as output_module
 from ttt_plugins.benchmark import tasks as tasks_module
 from ttt_plugins.benchmark.output import locked
 from ttt_plugins.benchmark.progress import UNFINISHED, Progress
-from ttt_plugins.cli.main import main
+from ttt_plugins.cli import main
 from ttt_plugins.core.heads import init_byol, init_rotation
 from ttt_plugins.errors import DataError, InputError
 

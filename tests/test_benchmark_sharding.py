@@ -19,7 +19,7 @@ from torch.distributed import HashStore, TCPStore
 
 from ttt_plugins.benchmark import Results, Worker, run_benchmark, worker_from_environment
 from ttt_plugins.benchmark.progress import UNFINISHED
-from ttt_plugins.cli.main import main
+from ttt_plugins.cli import main
 from ttt_plugins.errors import DataError, DistributedError, InputError
 
 LEASE = 0.4

@@ -14,7 +14,7 @@ import ttt_plugins as tp
 from ttt_plugins.artifacts.card import render_card
 from ttt_plugins.artifacts.folder import bundled_folder, read_artifact
 from ttt_plugins.artifacts.measured import load_measured
-from ttt_plugins.cli.main import main
+from ttt_plugins.cli import main
 
 ROOT = Path(__file__).parent.parent
 BENCHMARK = ROOT / "tests/frozen/benchmark-results.json"

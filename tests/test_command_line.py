@@ -13,7 +13,7 @@ from benchmark_fakes import FakeAdapter, memory_data
 import ttt_plugins as tp
 from ttt_plugins.artifacts.folder import FILES, bundled_folder, check_target
 from ttt_plugins.benchmark import Execution, run_benchmark
-from ttt_plugins.cli.main import main
+from ttt_plugins.cli import main
 from ttt_plugins.data.cifar10 import EXTRA_ROWS
 from ttt_plugins.data.images import LabelledImages
 from ttt_plugins.train import common

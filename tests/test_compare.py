@@ -14,7 +14,7 @@ from benchmark_fakes import FakeAdapter, memory_data
 from ttt_plugins.benchmark import CellRecord, MethodRecord, Results, compare, run_benchmark
 from ttt_plugins.benchmark.compare import differences, read_entries, rows
 from ttt_plugins.benchmark.report import accuracy_along, page
-from ttt_plugins.cli.main import main
+from ttt_plugins.cli import main
 from ttt_plugins.errors import DataError, InputError
 
 COUNTS = {("fog", 1): 20, ("fog", 5): 30, ("snow", 5): 21}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import ttt_plugins as tp
 from ttt_plugins.backbones.networks import PreActUnit
-from ttt_plugins.cli.main import main
+from ttt_plugins.cli import main
 from ttt_plugins.core import gradient_memory
 from ttt_plugins.train import released as convert
 

@@ -11,7 +11,7 @@ import torch
 from benchmark_fakes import random_cell, write_parquet
 
 from ttt_plugins.benchmark import Execution
-from ttt_plugins.cli.main import main
+from ttt_plugins.cli import main
 from ttt_plugins.errors import MissingDependencyError
 from ttt_plugins.utils import robustbench as bridge
 

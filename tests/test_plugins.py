@@ -53,7 +53,7 @@ def plugin(empty_registry, monkeypatch, tmp_path):
 GOOD = """
     from dataclasses import dataclass
     from ttt_plugins.methods import register_update_rule
-    from ttt_plugins.updates import SGD
+    from ttt_plugins.core.updates import SGD
 
     @dataclass(frozen=True)
     class Plain:
@@ -79,7 +79,7 @@ def test_a_plugin_is_found_when_it_is_asked_for(plugin, make_model, images):
 
 
 def test_an_entry_point_may_name_the_method_itself(plugin):
-    code = GOOD.format("METHOD = ") + "    from ttt_plugins import registry\n"
+    code = GOOD.format("METHOD = ") + "    from ttt_plugins.core import registry\n"
     plugin("plug_named", code + "    del registry._METHODS['plain']\n", "plug_named:METHOD")
     assert "plain" in tp.list_methods()
 
@@ -94,7 +94,7 @@ def test_an_entry_point_may_name_the_method_itself(plugin):
         (GOOD.format("").replace('"plain"', '"mgg"'), "would replace.*mgg"),
         (GOOD.format("").replace('"plain"', '"my-rule"'), "letters, digits and _"),
         (GOOD.format("").replace("prior: float = 16.0", ""), "lacks the field.*prior"),
-        ("from ttt_plugins import registry; registry.register('mgg')", "takes a Method"),
+        ("from ttt_plugins.core import registry; registry.register('mgg')", "takes a Method"),
     ],
 )
 def test_a_broken_plugin_is_one_warning(plugin, code, reason):

@@ -10,7 +10,7 @@ import torch
 
 import ttt_plugins as tp
 from ttt_plugins.artifacts.saving import save_with_model
-from ttt_plugins.cli.main import main
+from ttt_plugins.cli import main
 from ttt_plugins.core import gradient_memory, views
 from ttt_plugins.data.cifar10 import EXTRA_ROWS
 from ttt_plugins.data.images import LabelledImages, to_float

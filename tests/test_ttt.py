@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import ttt_plugins as tp
 from ttt_plugins.backbones.stages import trunk
-from ttt_plugins.cli.main import main
+from ttt_plugins.cli import main
 from ttt_plugins.core import chunks as memory
 from ttt_plugins.core import heads, views
 from ttt_plugins.core.per_image import loss_and_gradient
@@ -683,7 +683,7 @@ def test_joint_training_resumed_equals_unbroken(rotations, ema, data, tmp_path):
     class Broken(Exception):
         pass
 
-    import ttt_plugins.train.ttt as module
+    import ttt_plugins.train.joint as module
 
     saved, real = [], module.save_checkpoint
 
