@@ -445,7 +445,7 @@ _WORKER = """
 import json, sys, torch
 torch.set_num_threads(1)
 import ttt_plugins
-from ttt_plugins.data import LabelledImages
+from ttt_plugins.data.images import LabelledImages
 from ttt_plugins.train.mt3 import MT3Recipe, train_mt3
 out, fields = sys.argv[1], json.loads(sys.argv[2])
 saved = torch.load(f"{out}/data.pt", weights_only=True)
