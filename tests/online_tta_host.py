@@ -1,8 +1,8 @@
 """A stand-in for mariodoebler/test-time-adaptation: its documented contract, in our own words.
 
-Its modules ``conf``, ``methods.base`` and ``utils.registry``, as far as a method meets them: the
-configuration that takes known keys only, the order in which the base class sets itself up, and how
-its ``forward`` deals with batches, single samples, several steps and resets.
+Its modules ``conf`` (on the real yacs), ``methods.base``, ``utils.registry`` and
+``datasets.data_loading``, as far as a method meets them: the order in which the base class sets
+itself up, and how its ``forward`` deals with batches, single samples, several steps and resets.
 """
 
 from __future__ import annotations
@@ -13,54 +13,51 @@ from types import ModuleType
 
 import torch
 from torch import nn
+from yacs.config import CfgNode
 
 
-class Node(dict):
-    """Attributes and items are the same; merging an unknown key is an error unless allowed."""
-
-    def __init__(self, entries=None, new_allowed=False):
-        super().__init__(entries or {})
-        self.__dict__["new_allowed"] = new_allowed
-
-    def __getattr__(self, name):
-        if name not in self:
-            raise AttributeError(name)
-        return self[name]
-
-    def __setattr__(self, name, value):
-        self[name] = value
-
-    def merge(self, other):
-        for key, value in other.items():
-            if isinstance(self.get(key), Node):
-                self[key].merge(value)
-                continue
-            if not self.new_allowed:
-                assert key in self, f"Non-existent config key: {key}"
-                assert type(value) is type(self[key]), (key, value)
-            self[key] = value
-        return self
-
-
-def configuration() -> Node:
-    return Node(
+def configuration() -> CfgNode:
+    """The keys that our methods read, with that repository's defaults."""
+    return CfgNode(
         {
             "SETTING": "continual",
+            "DATA_DIR": "./data",
             "RNG_SEED": 1,
             "MIXED_PRECISION": False,
-            "MODEL": Node(
-                {
-                    "ADAPTATION": "source",
-                    "ARCH": "Standard",
-                    "EPISODIC": False,
-                    "RESET_AFTER_NUM_UPDATES": 0,
-                }
-            ),
-            "CORRUPTION": Node({"DATASET": "cifar10_c", "SEVERITY": [5, 4, 3, 2, 1]}),
-            "OPTIM": Node({"STEPS": 1, "LR": 0.001, "METHOD": "Adam"}),
-            "TEST": Node({"BATCH_SIZE": 128, "WINDOW_LENGTH": 1}),
+            "MODEL": {
+                "ADAPTATION": "source",
+                "ARCH": "Standard",
+                "USE_CLIP": False,
+                "CKPT_PATH": "",
+                "EPISODIC": False,
+                "RESET_AFTER_NUM_UPDATES": 0,
+            },
+            "CORRUPTION": {"DATASET": "cifar10_c", "SEVERITY": [5, 4, 3, 2, 1]},
+            "OPTIM": {"STEPS": 1, "LR": 0.001, "METHOD": "Adam"},
+            "SOURCE": {"NUM_WORKERS": 0},
+            "TEST": {"BATCH_SIZE": 128, "WINDOW_LENGTH": 1},
         }
     )
+
+
+def get_source_loader(
+    dataset_name,
+    adaptation,
+    preprocess,
+    data_root_dir,
+    batch_size,
+    use_clip,
+    n_views=64,
+    train_split=True,
+    ckpt_path=None,
+    num_samples=-1,
+    percentage=1.0,
+    workers=4,
+):
+    """Made images in place of the source dataset's, with that loader's signature."""
+    pixels = torch.rand(num_samples, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    dataset = torch.utils.data.TensorDataset(pixels, torch.zeros(num_samples))
+    return dataset, torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers)
 
 
 class Registry:
@@ -156,6 +153,8 @@ def install(monkeypatch) -> ModuleType:
         "methods.base": {"TTAMethod": TTAMethod},
         "utils": {},
         "utils.registry": {"ADAPTATION_REGISTRY": Registry()},
+        "datasets": {},
+        "datasets.data_loading": {"get_source_loader": get_source_loader},
     }
     for name, content in parts.items():
         module = ModuleType(name)

@@ -7,10 +7,11 @@ from pathlib import Path
 import online_tta_host
 import pytest
 import torch
-import yaml
 from conftest import random_heads
+from yacs.config import CfgNode
 
 import ttt_plugins as tp
+from ttt_plugins.core.registry import get_method
 
 MODULE = "ttt_plugins.hosts.online_tta"
 CFGS = Path(tp.__file__).parent / "hosts" / "cfgs"
@@ -32,6 +33,15 @@ def host(monkeypatch):
     sys.modules.pop(MODULE, None)
 
 
+def merge(cfg, other):
+    cfg.merge_from_other_cfg(CfgNode(other))
+
+
+def command_line(cfg, *options):
+    """As its ``load_cfg_from_args`` does with what follows ``--cfg FILE``."""
+    cfg.merge_from_list(list(options))
+
+
 @pytest.fixture
 def config(host, make_model, tmp_path):
     """``config(method, model, **sections)`` -> the configuration, and our own adapter."""
@@ -39,10 +49,10 @@ def config(host, make_model, tmp_path):
 
     def make(case, model, lr=0.01, steps=1, **other):
         method = case.split()[0]
-        cfg.merge(other)
+        merge(cfg, other)
         cfg.MODEL.ADAPTATION, cfg.OPTIM.LR, cfg.OPTIM.STEPS = method, lr, steps
         fields = FIELDS[case] | {"lr": lr}
-        cfg.TTT_PLUGINS.FIELDS.merge(FIELDS[case])
+        merge(cfg, {"TTT_PLUGINS": {"FIELDS": FIELDS[case]}})
         if method == "mgg":
             net = tp.wrap(model, "mgg", normalize=False, seed=1, **fields)
         else:
@@ -130,7 +140,7 @@ def test_episodic_and_counted_resets(host, config, make_model, images):
     expected = [net(images(4, seed)) for seed in range(2)]
     for seed in (0, 1, 0, 1):
         assert torch.equal(hosted(images(4, seed)), expected[seed])
-    cfg.merge({"MODEL": {"RESET_AFTER_NUM_UPDATES": 0, "EPISODIC": True}})
+    merge(cfg, {"MODEL": {"RESET_AFTER_NUM_UPDATES": 0, "EPISODIC": True}})
     hosted = host.get("mgg")(cfg, model, 10)
     for _ in range(2):
         assert torch.equal(hosted(images(4, 0)), expected[0])
@@ -158,15 +168,99 @@ def test_the_model_and_its_modes_are_left_alone(host, config, make_model, images
     assert not model.training
 
 
-def test_a_bundled_artifact_brings_its_classifier(host, make_model, images):
-    cfg = sys.modules["conf"].cfg.merge(
-        yaml.safe_load((CFGS / "cifar10_c/ttt.yaml").read_text())
-        | {"OPTIM": {"STEPS": 1, "LR": 0.001}}
-    )
-    cfg.TTT_PLUGINS.FIELDS.copies = 2
+@pytest.fixture
+def shipped(host):
+    """``shipped(path, *options)`` -> the frozen configuration, as the command line makes it."""
+
+    def load(path, *options):
+        cfg = sys.modules["conf"].cfg
+        cfg.merge_from_file(str(CFGS / path))
+        command_line(cfg, *options)
+        cfg.freeze()
+        return cfg
+
+    return load
+
+
+def test_a_bundled_artifact_brings_its_classifier(host, shipped, make_model, images):
+    options = ("OPTIM.STEPS", "2", "TTT_PLUGINS.FIELDS.copies", "2")
+    cfg = shipped("cifar10_c/ttt.yaml", *options)
     hosted = host.get("ttt")(cfg, make_model("groupnorm"), 10)
-    net = tp.from_pretrained("bundled:ttt-resnet26-cifar10", seed=1, steps=1, copies=2)
+    net = tp.from_pretrained("bundled:ttt-resnet26-cifar10", seed=1, steps=2, copies=2)
     assert torch.equal(hosted(images(1)), net(images(1)))
+
+
+@pytest.mark.parametrize(
+    ("path", "artifact"),
+    [
+        ("cifar10_c/mgg.yaml", "bundled:mgg-resnet26-cifar10"),
+        ("cifar10_c/mt3.yaml", "bundled:mt3-resnet26-cifar10"),
+        ("cifar10_c/ttt.yaml", "bundled:ttt-resnet26-cifar10"),
+    ],
+)
+def test_configurations_take_the_artifacts_own_values(host, shipped, path, artifact):
+    model = tp.from_pretrained("bundled:source-resnet26-cifar10").export()
+    hosted = host.get(Path(path).stem)(shipped(path), model.model, 10)
+    assert hosted.model.config == tp.from_pretrained(artifact).config
+
+
+def test_what_is_set_goes_before_the_artifacts_own_values(host, shipped, make_model):
+    cfg = shipped("cifar10_c/mgg.yaml", "OPTIM.LR", "0.005")
+    assert host.get("mgg")(cfg, make_model("groupnorm"), 10).model.config.lr == 0.005
+    cfg.defrost()  # the repository's own default can be set, too, by the field's name
+    command_line(cfg, "TTT_PLUGINS.FIELDS.lr", "0.001")
+    assert host.get("mgg")(cfg, make_model("groupnorm"), 10).model.config.lr == 0.001
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        (("mode", "online"), {"mode": "online"}),
+        (("split", "-2", "threshold", "0.9"), {"split": -2, "threshold": 0.9}),
+        (("params", "norm", "adapt_head", "True"), {"params": "norm", "adapt_head": True}),
+        (("params", "['a.weight', 'b.weight']"), {"params": ["a.weight", "b.weight"]}),
+    ],
+)
+def test_fields_on_the_command_line_and_in_yaml(shipped, tmp_path, options, fields):
+    names = [f"TTT_PLUGINS.FIELDS.{o}" if i % 2 == 0 else o for i, o in enumerate(options)]
+    cfg = shipped("cifar10_c/ttt.yaml", *names)
+    assert {n: v for n, v in cfg.TTT_PLUGINS.FIELDS.items() if v is not None} == fields
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(cfg.TTT_PLUGINS.dump())
+    fresh = CfgNode(dict.fromkeys(cfg.TTT_PLUGINS.FIELDS))
+    again = CfgNode({"ARTIFACT": "", "ITS_MODEL": False, "CLEAN_IMAGES": 0, "FIELDS": fresh})
+    again.merge_from_file(str(saved))
+    assert again == cfg.TTT_PLUGINS
+
+
+def test_online_mode_runs_from_the_command_line(host, shipped, make_model, images):
+    options = ("TTT_PLUGINS.FIELDS.mode", "online", "TTT_PLUGINS.FIELDS.copies", "2")
+    hosted = host.get("ttt")(shipped("cifar10_c/ttt.yaml", *options), make_model("groupnorm"), 10)
+    name = "bundled:ttt-resnet26-cifar10"
+    net = tp.from_pretrained(name, seed=1, mode="online", copies=2)
+    for seed in range(2):
+        assert torch.equal(hosted(images(2, seed)), net(images(2, seed)))
+
+
+def test_source_statistics_are_measured_there(host, shipped, make_model, images):
+    model = make_model("groupnorm")
+    cfg = shipped("cifar10_c/mgg.yaml", "TTT_PLUGINS.CLEAN_IMAGES", "130")
+    hosted = host.get("mgg")(cfg, model, 10)
+    net = tp.wrap(model, "mgg", normalize=False)
+    own = {"dataset_name": "cifar10_c", "adaptation": "mgg", "preprocess": None}
+    paths = {"data_root_dir": ".", "use_clip": False}
+    loader = online_tta_host.get_source_loader(
+        **own, **paths, batch_size=64, num_samples=130, workers=0
+    )[1]
+    net.fit_source_statistics(loader, progress=False)
+    assert torch.equal(hosted(images(4)), net(images(4)))
+    assert hosted.model.learned_tensors().keys() == net.learned_tensors().keys()
+
+
+def test_a_missing_folder_is_no_lookup_on_the_hub(host, shipped, make_model, monkeypatch):
+    monkeypatch.setattr("ttt_plugins.artifacts.hub.download", None)
+    with pytest.raises(tp.ArtifactError, match="is no folder"):
+        host.get("mt3")(shipped("cifar100_c/mt3.yaml"), make_model("groupnorm"), 100)
 
 
 def test_the_file_works_as_a_copy_in_that_repository(monkeypatch, tmp_path, make_model, images):
@@ -179,7 +273,7 @@ def test_the_file_works_as_a_copy_in_that_repository(monkeypatch, tmp_path, make
     assert registry.get("mgg").__module__ == "copied_methods"
     model = make_model("groupnorm")
     hosted = registry.get("mgg")(sys.modules["conf"].cfg, model, 10)
-    net = tp.wrap(model, "mgg", normalize=False, lr=0.001)
+    net = tp.wrap(model, "mgg", normalize=False)
     assert torch.equal(hosted(images(3)), net(images(3)))
 
 
@@ -206,14 +300,13 @@ def test_outside_that_repository(monkeypatch):
 @pytest.mark.parametrize(
     "path", sorted(CFGS.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
 )
-def test_configuration_files(host, path):
-    cfg = sys.modules["conf"].cfg.merge(yaml.safe_load(path.read_text()))
+def test_configuration_files(host, shipped, path):
+    cfg = shipped(path)
     assert path.parent.name == cfg.CORRUPTION.DATASET
     assert path.stem == cfg.MODEL.ADAPTATION
     assert host.get(path.stem)
-    record = tp.registry.get_method(path.stem)
-    steps = {} if path.stem == "mgg" else {"steps": cfg.OPTIM.STEPS}
-    record.config(lr=cfg.OPTIM.LR, **steps, **cfg.TTT_PLUGINS.FIELDS)
+    fields = {n: v for n, v in cfg.TTT_PLUGINS.FIELDS.items() if v is not None}
+    get_method(path.stem).config(**fields)
 
 
 def test_there_are_nine_configuration_files():

@@ -4,28 +4,41 @@ Put ``import ttt_plugins.hosts.online_tta`` at the end of that repository's
 ``classification/methods/__init__.py`` (or copy this file there and import the copy), then run
 ``python test_time.py --cfg CFG`` with one of the files in ``ttt_plugins/hosts/cfgs``.
 
-Its OPTIM.LR and OPTIM.STEPS are ``lr`` and steps; the update rules are the methods' own, so
-OPTIM.METHOD and what belongs to it have no effect. A section TTT_PLUGINS is added to its
-configuration: ARTIFACT (what `ttt_plugins.from_pretrained` takes), ITS_MODEL (run the classifier
-that the artifact names or carries instead of MODEL.ARCH), FIELDS (other fields of the method).
-MIXED_PRECISION means bfloat16, which needs no gradient scaler.
+A section TTT_PLUGINS is added to the repository's configuration. All of it can be set in a yaml
+file and on the command line (``TTT_PLUGINS.FIELDS.mode online``):
+
+- ARTIFACT: what `ttt_plugins.from_pretrained` takes; empty to wrap the repository's model. Write a
+  folder as ``./folder``, since ``name/name`` without a dot can also be a repository on the Hub.
+- ITS_MODEL: True to run the classifier that the artifact names or carries, not MODEL.ARCH.
+- FIELDS: fields of the method's config. What is not set there keeps the artifact's own value.
+- CLEAN_IMAGES: number of the source dataset's training images on which MGG's source statistics are
+  measured first; 0 measures nothing.
+
+OPTIM.LR is ``lr``, and OPTIM.STEPS is ``steps`` of the methods that adapt to each image and the
+updates a batch of MGG, wherever they differ from the repository's defaults; the defaults
+themselves mean the artifact's own values, and FIELDS.lr and FIELDS.steps set any value. The update
+rules are the methods' own, so OPTIM.METHOD and its options have no effect. MIXED_PRECISION means
+bfloat16, which needs no gradient scaler.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 import warnings
+from typing import Any
 
 import torch
 
 import ttt_plugins as tp
-
-from ..core.scope import call
+from ttt_plugins.core.registry import get_method
+from ttt_plugins.core.scope import call
 
 try:
-    from conf import cfg as defaults
-    from methods.base import TTAMethod
-    from utils.registry import ADAPTATION_REGISTRY
+    from conf import cfg as defaults  # pyright: ignore[reportMissingImports]
+    from methods.base import TTAMethod  # pyright: ignore[reportMissingImports]
+    from utils.registry import ADAPTATION_REGISTRY  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise tp.MissingDependencyError(
         "this runs inside mariodoebler/test-time-adaptation: import it from its folder "
@@ -34,10 +47,15 @@ except ImportError as error:
 
 __all__ = ["MGG", "MT3", "TTT"]
 
+#: The repository's defaults, which stand for "not set".
+_LR, _STEPS = defaults.OPTIM.LR, defaults.OPTIM.STEPS
+
 if "TTT_PLUGINS" not in defaults:
-    node = type(defaults)
-    section = {"ARTIFACT": "", "ITS_MODEL": False, "FIELDS": node({}, new_allowed=True)}
-    defaults.TTT_PLUGINS = node(section)
+    # yacs merges declared keys only; a key declared as None takes a value of any type.
+    configs = [get_method(name).config for name in ("mgg", "mt3", "ttt")]
+    names = {field.name for config in configs for field in dataclasses.fields(config)}
+    section = {"ARTIFACT": "", "ITS_MODEL": False, "CLEAN_IMAGES": 0}
+    defaults.TTT_PLUGINS = type(defaults)(section | {"FIELDS": dict.fromkeys(sorted(names))})
 
 
 class _Hosted(TTAMethod):
@@ -51,24 +69,57 @@ class _Hosted(TTAMethod):
             self.steps = self.window_length = 1  # one call takes all steps
 
     def configure_model(self):
-        chosen, method = self.cfg.TTT_PLUGINS, type(self).__name__.lower()
-        options = {"lr": float(self.cfg.OPTIM.LR), **dict(chosen.FIELDS)}
-        options |= {"steps": self.cfg.OPTIM.STEPS} if self.per_image else {}
+        section, method = self.cfg.TTT_PLUGINS, type(self).__name__.lower()
+        options = self._fields()
         options |= {"device": next(self.model.parameters()).device, "seed": self.cfg.RNG_SEED}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* does not say how its input is normalised")
-            if not chosen.ARTIFACT:
+            if not section.ARTIFACT:
                 net = tp.wrap(self.model, method, normalize=False, **options)
             else:
-                model = None if chosen.ITS_MODEL else self.model
-                net = tp.from_pretrained(chosen.ARTIFACT, backbone=model, **options)
+                model = None if section.ITS_MODEL else self.model
+                net = tp.from_pretrained(section.ARTIFACT, backbone=model, **options)
         if net.method != method or net.num_classes not in (None, self.num_classes):
             raise tp.InputError(
-                f"{chosen.ARTIFACT} is a {net.method} adapter with {net.num_classes} classes, "
+                f"{section.ARTIFACT} is a {net.method} adapter with {net.num_classes} classes, "
                 f"asked for is {method} with {self.num_classes}"
             )
+        if section.CLEAN_IMAGES:
+            net.fit_source_statistics(self._clean_images(section.CLEAN_IMAGES))
         logging.getLogger(__name__).info(net.describe())
         self.model = net
+
+    def _fields(self) -> dict[str, Any]:
+        """Fields of the method's config that the configuration sets."""
+        optim, given = self.cfg.OPTIM, {}
+        if optim.LR != _LR:
+            given["lr"] = float(optim.LR)
+        if self.per_image and optim.STEPS != _STEPS:
+            given["steps"] = optim.STEPS
+        for name, value in self.cfg.TTT_PLUGINS.FIELDS.items():
+            if value is not None:
+                given[name] = tuple(value) if isinstance(value, list) else value
+        return given
+
+    def _clean_images(self, count: int):
+        """The repository's own loader of ``count`` training images."""
+        # Needed by this alone, and it imports a reader for every dataset.
+        from datasets.data_loading import (  # pyright: ignore[reportMissingImports]
+            get_source_loader,
+        )
+
+        cfg = self.cfg
+        return get_source_loader(
+            dataset_name=cfg.CORRUPTION.DATASET,
+            adaptation=cfg.MODEL.ADAPTATION,
+            preprocess=getattr(self.model, "model_preprocess", None),
+            data_root_dir=cfg.DATA_DIR,
+            batch_size=cfg.TEST.BATCH_SIZE,
+            use_clip=cfg.MODEL.USE_CLIP,
+            ckpt_path=cfg.MODEL.CKPT_PATH,
+            num_samples=count,
+            workers=min(cfg.SOURCE.NUM_WORKERS, os.cpu_count() or 1),
+        )[1]
 
     def collect_params(self):
         source = self.model.algorithm().source
