@@ -31,7 +31,7 @@ from ttt_plugins.methods.mt3 import _views as byol_views
 from ttt_plugins.methods.mt3 import byol_loss
 from ttt_plugins.methods.ttt import rotation_views
 from ttt_plugins.train.joint import JointModel
-from ttt_plugins.train.mt3 import MT3Recipe, clip_each, draw_tasks, meta_gradient
+from ttt_plugins.train.mt3_step import MT3Recipe, clip_each, draw_tasks, meta_gradient
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
@@ -154,7 +154,7 @@ def meta_training(rounds: int, device: str, **recipe_fields) -> dict:
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.zeros(count, dtype=torch.long, device=device)
     generator = torch.Generator(device).manual_seed(0)
-    tasks = draw_tasks(images, labels, recipe, generator)
+    tasks = draw_tasks(images, labels, recipe.task_images, generator)
 
     def plain():
         leaves = {n: p.detach().requires_grad_() for n, p in meta.items()}

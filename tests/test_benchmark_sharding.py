@@ -392,9 +392,7 @@ def test_torchrun_gives_the_figures_of_one_process(tmp_path, capsys):
 
 def test_torchruns_restarted_processes_go_on(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(
-        "ttt_plugins.cli.main._run_benchmark", lambda args, w: asked.update(vars(args))
-    )
+    monkeypatch.setattr("ttt_plugins.cli.benchmark._run", lambda args, w: asked.update(vars(args)))
     left = []
 
     class Fake:
@@ -403,7 +401,7 @@ def test_torchruns_restarted_processes_go_on(tmp_path, monkeypatch):
         def leave(self):
             left.append(True)
 
-    monkeypatch.setattr("ttt_plugins.benchmark.worker_from_environment", lambda lease: Fake())
+    monkeypatch.setattr("ttt_plugins.cli.benchmark.worker_from_environment", lambda lease: Fake())
     argv = ["benchmark", "m", "--data-dir", "d", "--out", "o"]
     assert main(argv) == 0
     assert not asked["resume"]

@@ -16,7 +16,7 @@ from ttt_plugins.benchmark import Execution, run_benchmark
 from ttt_plugins.cli import main
 from ttt_plugins.data.cifar10 import EXTRA_ROWS
 from ttt_plugins.data.images import LabelledImages
-from ttt_plugins.train import common
+from ttt_plugins.train import epochs
 from ttt_plugins.train.joint import JointRecipe
 from ttt_plugins.train.mgg import MGGRecipe
 from ttt_plugins.train.mt3 import MT3Recipe
@@ -60,15 +60,15 @@ def images(monkeypatch):
         ).byte(),
         torch.arange(count) % 10,
     )
-    monkeypatch.setattr("ttt_plugins.data.parquet.read_parquet", lambda _: made)
-    monkeypatch.setattr("ttt_plugins.benchmark.load_stream", lambda *_, **__: made[:16])
+    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", lambda _: made)
+    monkeypatch.setattr("ttt_plugins.cli.train.load_stream", lambda *_, **__: made[:16])
 
 
 @pytest.fixture
 def some_data(monkeypatch):
     """Four images to measure on, wherever the command says that they are."""
     monkeypatch.setattr(
-        "ttt_plugins.benchmark.open_dataset", lambda *_, **__: memory_data({("fog", 5): 4})
+        "ttt_plugins.cli.benchmark.open_dataset", lambda *_, **__: memory_data({("fog", 5): 4})
     )
 
 
@@ -79,9 +79,9 @@ def no_work(monkeypatch):
     def read(*_, **__):
         raise AssertionError("images were read")
 
-    monkeypatch.setattr("ttt_plugins.data.parquet.read_parquet", read)
-    monkeypatch.setattr("ttt_plugins.benchmark.load_stream", read)
-    monkeypatch.setattr("ttt_plugins.benchmark.open_dataset", read)
+    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", read)
+    monkeypatch.setattr("ttt_plugins.cli.train.load_stream", read)
+    monkeypatch.setattr("ttt_plugins.cli.benchmark.open_dataset", read)
 
 
 def listing(folder):
@@ -344,7 +344,7 @@ def test_a_recipe_that_drops_every_patch():
 
 def test_a_data_folder_with_nothing_to_train_on(monkeypatch, refused):
     few = LabelledImages(torch.zeros(EXTRA_ROWS, 3, 32, 32).byte(), torch.zeros(EXTRA_ROWS).long())
-    monkeypatch.setattr("ttt_plugins.data.parquet.read_parquet", lambda _: few)
+    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", lambda _: few)
     for kind in ("source", "ttt", "head", "mt3"):
         assert f"no images beside the last {EXTRA_ROWS}" in refused(*train(kind, *SHORT[kind]))
 
@@ -371,7 +371,7 @@ def test_a_damaged_checkpoint(kind, damage, here, images, refused):
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
     file = tmp_path / "checkpoint.pt"
-    common.save_checkpoint(file, {"epoch": 1})
+    epochs.save_checkpoint(file, {"epoch": 1})
 
     def full(saved, path):
         path.write_bytes(b"half")
@@ -379,7 +379,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(tp.errors.DataError, match=r"cannot be written \(PytorchStreamWriter"):
-        common.save_checkpoint(file, {"epoch": 2})
+        epochs.save_checkpoint(file, {"epoch": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert torch.load(file, weights_only=True) == {"epoch": 1}
 
@@ -391,7 +391,7 @@ def test_an_error_of_the_system_is_one_line(monkeypatch, refused):
     def broken(*_, **__):
         raise PermissionError(13, "Permission denied", "a\nfile")
 
-    monkeypatch.setattr("ttt_plugins.list_methods", broken)
+    monkeypatch.setattr("ttt_plugins.cli.artifacts.list_methods", broken)
     assert "Permission denied" in refused("list")
 
 
@@ -407,8 +407,9 @@ def test_a_short_training_still_ends_in_an_artifact(here, images, capsys):
 
 @pytest.mark.parametrize("kind", ["source", "ttt"])
 def test_a_classifier_that_diverges_is_told_at_once(kind, here, images, monkeypatch, capsys):
-    module = "ttt_plugins.train." + {"source": "source", "ttt": "joint"}[kind]
-    monkeypatch.setattr(f"{module}.save_checkpoint", lambda *_: pytest.fail("it was saved"))
+    monkeypatch.setattr(
+        "ttt_plugins.train.epochs.save_checkpoint", lambda *_: pytest.fail("it was saved")
+    )
     assert main(train(kind, *SMALL, "--batch-size", "8", "--lr", "1e30")) == 2
     assert "training diverged in epoch 1" in capsys.readouterr().err
     assert not list(here.rglob("checkpoint.pt"))

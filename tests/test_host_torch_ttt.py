@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ttt_plugins as tp
 from ttt_plugins.core.views import image_keys, quarter_turns
-from ttt_plugins.train.mt3 import MT3Recipe, task_loss
+from ttt_plugins.train.mt3_step import MT3Recipe, task_loss
 
 MODULE = "ttt_plugins.hosts.torch_ttt"
 NAMES = {"mgg": "mgg", "mt3": "mt3", "ttt": "ttt_plugins_ttt"}

@@ -15,20 +15,22 @@ import torch.nn.functional as F
 from conftest import random_heads
 
 import ttt_plugins as tp
+from ttt_plugins.artifacts.saving import save_with_model
 from ttt_plugins.backbones.backbone import Backbone
 from ttt_plugins.core import views
 from ttt_plugins.core.heads import init_byol
 from ttt_plugins.core.views import image_keys
 from ttt_plugins.data.images import LabelledImages
-from ttt_plugins.methods.mt3 import _views, byol_loss
-from ttt_plugins.train import mt3
-from ttt_plugins.train.mt3 import (
+from ttt_plugins.methods.mt3 import _views, byol_loss, rate_names
+from ttt_plugins.train import epochs, mt3_step
+from ttt_plugins.train.gap import StepGap
+from ttt_plugins.train.mt3 import train_mt3
+from ttt_plugins.train.mt3_step import (
     MT3Recipe,
     clip_each,
     draw_tasks,
     meta_gradient,
     task_loss,
-    train_mt3,
 )
 
 TINY = {"width": 8, "depth": 8, "groups": 4}
@@ -245,18 +247,29 @@ def meta_of(model, dtype=torch.float64):
 def tasks_of(data, recipe, dtype=torch.float64):
     n = recipe.tasks * recipe.task_images
     generator = torch.Generator().manual_seed(3)
-    *x, y = draw_tasks(data.images[:n], data.labels[:n], recipe, generator)
+    *x, y = draw_tasks(
+        data.images[:n], data.labels[:n], recipe.task_images, generator, recipe.inner_steps
+    )
     return (*(t.to(dtype) for t in x), y)
 
 
 @pytest.mark.parametrize("kind", ["groupnorm", "layernorm"], indirect=True)
 @pytest.mark.parametrize("together", [1, 2])
-def test_the_outer_gradient_against_finite_differences(kind, together, make_model, data):
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_outer_gradient_against_finite_differences(kind, together, steps, make_model, data):
     """Targets of the inner loss are constants to the outer derivative too (TensorFlow's
-    stop_gradient), so they stand still while the parameters are moved."""
+    stop_gradient), so they stand still while the parameters are moved.
+
+    With two inner steps, each on views of its own, every tensor has a factor on the inner rate.
+    """
     model = make_model(kind, torch.float64)
-    backbone, recipe = Backbone(model), recipe_of(together=together, clip=0.5)
+    backbone = Backbone(model)
+    recipe = recipe_of(together=together, clip=0.5, inner_steps=steps)
     meta, tasks = meta_of(model), tasks_of(data, recipe)
+    if steps == 2:
+        names = rate_names(model)
+        assert len(names) == len(meta) - 2  # all but the classifier's weight and bias
+        meta |= {n: torch.tensor(0.5 + i / len(names)).double() for i, n in enumerate(names)}
     ours, record = meta_gradient(meta, tasks, backbone, recipe)
 
     def run(meta, images, pooled=False):
@@ -267,25 +280,28 @@ def test_the_outer_gradient_against_finite_differences(kind, together, make_mode
         total, targets = 0, []
         for i in range(recipe.tasks):
             x1, x2, x, y = (t[i] for t in tasks)
-            leaves = {n: t.detach().requires_grad_() for n, t in meta.items()}
-            inner = plain_byol(
-                partial(run, leaves, pooled=True), leaves, x1, x2, stopped and stopped[2 * i]
-            )
-            grads = torch.autograd.grad(
-                inner, list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
-            phi = {}
-            for (name, t), g in zip(meta.items(), grads, strict=True):
-                phi[name] = t - 0.1 * g * min(1, 0.5 / max(g.norm().item(), 1e-30))
-            with torch.no_grad():
-                at_phi = stopped and stopped[2 * i + 1]
-                total += F.cross_entropy(run(phi, x), y) + 0.1 * plain_byol(
-                    partial(run, phi, pooled=True), phi, x1, x2, at_phi
+            phi, pairs = meta, list(zip(x1.chunk(steps), x2.chunk(steps), strict=True))
+            for number, pair in enumerate(pairs):
+                with torch.no_grad():
+                    targets.append([two_layers(phi, "projector", run(phi, z, True)) for z in pair])
+                leaves = {n: t.detach().requires_grad_() for n, t in phi.items()}
+                still = stopped and stopped[(steps + 1) * i + number]
+                inner = plain_byol(partial(run, leaves, pooled=True), leaves, *pair, still)
+                grads = torch.autograd.grad(
+                    inner, list(leaves.values()), allow_unused=True, materialize_grads=True
                 )
-                targets += [
-                    [two_layers(p, "projector", run(p, z, True)) for z in (x1, x2)]
-                    for p in (meta, phi)
-                ]
+                moved = {}
+                for (name, t), g in zip(phi.items(), grads, strict=True):
+                    rate = 0.1 * meta.get(f"rate.{name}", 1)
+                    moved[name] = t - rate * g * min(1, 0.5 / max(g.norm().item(), 1e-30))
+                phi = moved
+            with torch.no_grad():
+                last = pairs[-1]
+                targets.append([two_layers(phi, "projector", run(phi, z, True)) for z in last])
+                at_phi = stopped and stopped[(steps + 1) * i + steps]
+                total += F.cross_entropy(run(phi, x), y) + 0.1 * plain_byol(
+                    partial(run, phi, pooled=True), phi, *last, at_phi
+                )
         return total, targets
 
     value, stopped = outer(meta, None)
@@ -293,6 +309,7 @@ def test_the_outer_gradient_against_finite_differences(kind, together, make_mode
     generator = torch.Generator().manual_seed(5)
     names = ["projector.in.weight", "predictor.out.bias"]
     names += [n for n in meta if n.startswith("model.") and n.endswith("weight")][1:5]
+    names += [n for n in meta if n.startswith("rate.")][::5]
     for name in names:
         direction = torch.randn(meta[name].shape, generator=generator, dtype=torch.float64)
         step = 1e-8  # larger ones cross kinks of the ReLUs, where the inner gradient jumps
@@ -353,7 +370,7 @@ def test_the_outer_step_by_hand(data, tmp_path):
     generator = torch.Generator().manual_seed(3 * 1_000_003)  # epoch_generator's, of epoch 0
     order, lengths = torch.randperm(40, generator=generator), []
     for rows in order[:12].split(6):
-        tasks = draw_tasks(data.images[rows], data.labels[rows], recipe, generator)
+        tasks = draw_tasks(data.images[rows], data.labels[rows], 3, generator)
         one, two = (
             meta_gradient(meta, tuple(t[i : i + 1] for t in tasks), Backbone(start), recipe)[0]
             for i in (0, 1)
@@ -370,10 +387,10 @@ def test_the_outer_step_by_hand(data, tmp_path):
 
 
 def test_classified_images_are_cut_from_two_pixels_of_padding(monkeypatch):
-    monkeypatch.setattr(mt3, "shared_augmentation", lambda part, *_: part)
+    monkeypatch.setattr(mt3_step, "shared_augmentation", lambda part, *_: part)
     whole = torch.rand(32, 3, 32, 32)
-    recipe, places = MT3Recipe(tasks=4, task_images=8), set()
-    _, _, x, _ = draw_tasks(whole, torch.arange(32), recipe, torch.Generator().manual_seed(0))
+    places = set()
+    _, _, x, _ = draw_tasks(whole, torch.arange(32), 8, torch.Generator().manual_seed(0))
     padded = F.pad(whole, (2, 2, 2, 2))
     for one, image in zip(x.flatten(0, 1), padded, strict=True):
         windows = image.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 5, 5, 32, 32)
@@ -419,7 +436,7 @@ def same_model(a, b):
 def test_resumed_equals_unbroken(data, tmp_path, same_tensors, monkeypatch):
     recipe = recipe_of(schedule="cosine")
     model, head, log = train_mt3(recipe, data, tmp_path / "a", progress=False)
-    real = mt3.save_checkpoint
+    real = epochs.save_checkpoint
 
     class Broken(Exception):
         pass
@@ -428,7 +445,7 @@ def test_resumed_equals_unbroken(data, tmp_path, same_tensors, monkeypatch):
         real(file, saved)
         raise Broken
 
-    monkeypatch.setattr(mt3, "save_checkpoint", stop)
+    monkeypatch.setattr(epochs, "save_checkpoint", stop)
     with pytest.raises(Broken):
         train_mt3(recipe, data, tmp_path / "b", progress=False)
     monkeypatch.undo()
@@ -544,9 +561,8 @@ def test_first_order_without_the_outer_self_supervision(make_model, data):
 
 def test_tasks_share_their_corruption(data):
     """Both views and the classified images of a task are as bright as each other."""
-    recipe = MT3Recipe(tasks=6, task_images=4)
     grey = torch.full((24, 3, 32, 32), 128, dtype=torch.uint8)
-    drawn = draw_tasks(grey, torch.arange(24), recipe, torch.Generator().manual_seed(0))
+    drawn = draw_tasks(grey, torch.arange(24), 4, torch.Generator().manual_seed(0))
     x1, x2, x, y = drawn
     assert x1.shape == x2.shape == x.shape == (6, 4, 3, 32, 32)
     assert torch.equal(y.flatten(), torch.arange(24))
@@ -569,3 +585,163 @@ def test_it_stops_before_it_saves_what_is_not_finite(data, tmp_path):
 def test_sure_votes_stay_finite(make_model, images):
     net = byol_net(make_model("groupnorm", confidence=400.0), vote=True)
     assert torch.isfinite(net(images(2))).all()
+
+
+# -- learned rates, held images ----------------------------------------------------------------
+
+
+def with_rates(model, low=0.25):
+    names = rate_names(model)
+    factors = {n: torch.tensor(low + i / len(names)) for i, n in enumerate(names)}
+    return random_heads("mt3", model) | factors
+
+
+def moved_by_hand(model, tensors, image, key, lr, steps):
+    """All tensors of a network and its heads after steps at rates of their own."""
+    moved = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+    moved |= {n: t for n, t in tensors.items() if not n.startswith("rate.")}
+    for step in range(steps):
+        x1, x2 = (v[0] for v in _views(image, key, step, 3))
+        net = copy.deepcopy(model)
+        net.load_state_dict({n: moved[f"model.{n}"] for n in net.state_dict()})
+        head = {n: t.clone().requires_grad_() for n, t in moved.items() if "model." not in n}
+
+        def features(x, net=net):
+            return net.forward_head(net.forward_features(normalised(net, x)), pre_logits=True)
+
+        plain_byol(features, head, x1, x2).backward()
+        leaves = {f"model.{n}": p for n, p in net.named_parameters()} | head
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                rate = lr * tensors.get(f"rate.{name}", torch.ones(()))
+                moved[name] = (leaf - rate * leaf.grad).detach()
+    return moved
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_factors_multiply_the_rate_of_their_tensors(steps, chunk_size, make_model, images):
+    model, x = make_model("groupnorm"), images(3)
+    tensors = with_rates(model)
+    config = tp.MT3(copies=3, lr=0.2, steps=steps, chunk_size=chunk_size)
+    adapted = tp.wrap(model, config, tensors=tensors)(x)
+    for i, key in enumerate(image_keys(x, 0)):
+        moved = moved_by_hand(model, tensors, x[i : i + 1], key[None], 0.2, steps)
+        net = copy.deepcopy(model)
+        net.load_state_dict({n: moved[f"model.{n}"] for n in net.state_dict()})
+        with torch.no_grad():
+            assert torch.allclose(adapted[i], net(normalised(net, x[i : i + 1]))[0], atol=1e-4)
+    plain = {n: t for n, t in tensors.items() if not n.startswith("rate.")}
+    without = tp.wrap(model, config, tensors=plain)(x)
+    assert not torch.allclose(adapted, without, atol=1e-3)
+    ones = plain | {n: torch.ones(()) for n in rate_names(model)}
+    assert torch.equal(tp.wrap(model, config, tensors=ones)(x), without)
+
+
+def test_factors_are_saved_with_the_rest(make_model, images, tmp_path):
+    model = make_model("layernorm")
+    net = tp.wrap(model, tp.MT3(copies=2), tensors=with_rates(model))
+    folder = net.save_pretrained(tmp_path / "net")
+    again = tp.from_pretrained(folder, backbone=model)
+    assert again.learned_tensors().keys() == net.learned_tensors().keys()
+    assert torch.equal(again(images(2)), net(images(2)))
+    for params in ("norm", "lora"):
+        few = tp.from_pretrained(folder, backbone=model, params=params)
+        assert torch.isfinite(few(images(2))).all()
+
+
+def test_factors_are_for_all_tensors_or_none(make_model):
+    model = make_model("groupnorm")
+    tensors = with_rates(model)
+    name = next(n for n in tensors if n.startswith("rate."))
+    for bad in (
+        {n: t for n, t in tensors.items() if n != name},
+        tensors | {name: torch.ones(2)},
+        tensors | {name: torch.tensor(torch.nan)},
+        tensors | {"rate.model.head.weight": torch.ones(())},
+    ):
+        with pytest.raises(tp.ArtifactError, match=r"rate\.model"):
+            tp.wrap(model, tp.MT3(copies=2), tensors=bad)
+
+
+def test_rates_are_learned_and_taken_over(data, tmp_path, same_tensors):
+    recipe = recipe_of(rate_lr=0.05, epochs=1, inner_steps=2, steps_per_epoch=3)
+    model, head, _ = train_mt3(recipe, data, tmp_path / "a", progress=False)
+    factors = {n: t for n, t in head.items() if n.startswith("rate.")}
+    assert list(factors) == rate_names(model)
+    assert sum(t.item() != 1 for t in factors.values()) > len(factors) / 2
+    net = tp.wrap(model, tp.MT3(copies=2, steps=2), tensors=head)
+    assert torch.isfinite(net(torch.rand(1, 3, 32, 32))).all()
+    folder = tmp_path / "artifact"
+    save_with_model(model, "ttt_resnet26", TINY, folder, config=net.config, tensors=head)
+    recipe = recipe_of(init=str(folder), lr=0.0, epochs=1)
+    _, again, _ = train_mt3(recipe, data, tmp_path / "b", progress=False)
+    assert same_tensors(again, head)
+
+
+def test_the_epoch_that_is_best_after_the_step_is_kept(data, tmp_path, monkeypatch, same_tensors):
+    recipe, script = recipe_of(epochs=3, lr=0.2), [0.3, 0.5, 0.5]
+
+    def scripted(self, model, head):
+        return {"extras_before": 0.1, "extras_after": script.pop(0)}
+
+    gap = StepGap({"noise": data[:4]}, tp.MT3(copies=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(StepGap, "measure", scripted)
+        model, head, log = train_mt3(recipe, data, tmp_path / "a", gap=gap, progress=False)
+    assert log["chosen"] == {"extras_before": 0.1, "extras_after": 0.5, "epoch": 2}
+    assert [entry["extras_after"] for entry in log["epochs"]] == [0.3, 0.5, 0.5]
+    # A run of two epochs ends at the weights that the run of three passed through.
+    two, other, _ = train_mt3(replace(recipe, epochs=2), data, tmp_path / "b", progress=False)
+    assert same_model(model, two)
+    assert same_tensors(head, other)
+
+
+def test_held_images_are_measured_as_an_adapter_would(data):
+    model = timm.create_model("ttt_resnet26", num_classes=10, **TINY).eval()
+    head, config = random_heads("mt3", model), tp.MT3(copies=2, lr=2.0)
+    measured = StepGap({"noise": data[:20], "dark": data[20:40]}, config).measure(model, head)
+    for name, net in (
+        ("extras_before", tp.wrap(model, "source")),
+        ("extras_after", tp.wrap(model, config, tensors=head)),
+    ):
+        right = (net(data.images / 255).argmax(1) == data.labels).float().mean().item()
+        assert measured[name] == pytest.approx(right)
+
+
+def test_resuming_with_held_images_remembers_the_best(data, tmp_path, monkeypatch, same_tensors):
+    recipe, gap = recipe_of(epochs=3, lr=0.3), StepGap({"noise": data[:24]}, tp.MT3(copies=2))
+    whole = train_mt3(recipe, data, tmp_path / "a", gap=gap, progress=False)
+    real, seen = epochs.save_checkpoint, []
+
+    class Broken(Exception):
+        pass
+
+    def stop(file, saved):
+        real(file, saved)
+        seen.append(1)
+        if len(seen) == 2:
+            raise Broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(epochs, "save_checkpoint", stop)
+        with pytest.raises(Broken):
+            train_mt3(recipe, data, tmp_path / "b", gap=gap, progress=False)
+    again = train_mt3(recipe, data, tmp_path / "b", gap=gap, resume=True, progress=False)
+    assert same_model(whole[0], again[0])
+    assert same_tensors(whole[1], again[1])
+    assert whole[2] == again[2]
+
+
+def test_a_checkpoint_older_than_a_field_of_the_recipe(data, tmp_path):
+    """It resumes if the field has its default, and is refused otherwise."""
+    recipe = recipe_of(epochs=1)
+    model, *_ = train_mt3(recipe, data, tmp_path, progress=False)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for name in ("rate_lr", "inner_steps"):
+        del saved["recipe"][name]
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    again, *_ = train_mt3(recipe, data, tmp_path, resume=True, progress=False)
+    assert same_model(model, again)
+    with pytest.raises(tp.InputError, match="another recipe"):
+        train_mt3(replace(recipe, rate_lr=0.1), data, tmp_path, resume=True, progress=False)

@@ -16,9 +16,9 @@ from ttt_plugins.data.cifar10 import EXTRA_ROWS
 from ttt_plugins.data.images import LabelledImages, to_float
 from ttt_plugins.train import mgg as meta
 from ttt_plugins.train import source as supervised
-from ttt_plugins.train.common import rate
 from ttt_plugins.train.joint import JointRecipe, train_joint
 from ttt_plugins.train.mt3 import MT3Recipe, train_mt3
+from ttt_plugins.train.schedules import cosine
 
 
 def tensors_equal(a, b):
@@ -161,7 +161,7 @@ def test_weight_decay_spares_norms_and_biases(make_model):
 
 
 def test_rate_rises_and_falls():
-    rates = [rate(step, 100, 0.1) for step in range(100)]
+    rates = [cosine(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[55] == pytest.approx(0.5)  # half way down the cosine
@@ -230,7 +230,7 @@ def test_meta_training_starts_from_a_joint_artifact(tmp_path):
 @pytest.fixture
 def sixteen(monkeypatch):
     """Sixteen images to train on, wherever the command says that they are."""
-    monkeypatch.setattr("ttt_plugins.data.parquet.read_parquet", lambda _: made_up(EXTRA_ROWS + 16))
+    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", lambda _: made_up(EXTRA_ROWS + 16))
 
 
 def command(kind, out, *more):
@@ -407,15 +407,15 @@ def test_several_classifiers_share_an_optimizer(tmp_path, monkeypatch, make_mode
 
 def test_the_command_makes_an_optimizer_of_no_classifiers(tmp_path, monkeypatch, corrupted):
     """Two models, the GroupNorm one with its source statistics and without."""
-    monkeypatch.setattr("ttt_plugins.benchmark.load_stream", lambda *_: corrupted["noise"])
-    monkeypatch.setattr("ttt_plugins.data.parquet.read_parquet", lambda _: made_up(EXTRA_ROWS + 8))
+    monkeypatch.setattr("ttt_plugins.cli.train.load_stream", lambda *_: corrupted["noise"])
+    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", lambda _: made_up(EXTRA_ROWS + 8))
     seen, real = [], meta.train_mgg
 
     def noted(recipe, nets, *args, **kwargs):
         seen.extend(algorithm.objective.name for algorithm in (n.algorithm() for n in nets))
         return real(recipe, nets, *args, progress=False, **kwargs)
 
-    monkeypatch.setattr(meta, "train_mgg", noted)
+    monkeypatch.setattr("ttt_plugins.cli.train.train_mgg", noted)
     models = [f"bundled:source-{name}-cifar10" for name in ("resnet26", "resnet26bn")]
     argv = ["train", "mgg", "--model", *models, "--entropy-alone", "--data-dir", str(tmp_path)]
     argv += ["--out", str(tmp_path / "net"), "--epochs", "1", "--length", "2", "--grid", "1e-3"]

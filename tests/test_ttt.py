@@ -29,11 +29,11 @@ from ttt_plugins.train.joint import (
     HeadRecipe,
     JointModel,
     JointRecipe,
-    _factor,
     _turned,
     fit_rotation_head,
     train_joint,
 )
+from ttt_plugins.train.schedules import schedule_factor
 
 FAST = {"steps": 2, "copies": 3, "lr": 0.05}
 
@@ -660,7 +660,7 @@ def test_joint_training_by_hand(rotations, data, tmp_path):
 
 
 def test_the_rate_falls_at_a_half_and_at_five_sixths():
-    factors = [_factor(step, 12, "step") for step in range(12)]
+    factors = [schedule_factor("step", step, 12, 0.05) for step in range(12)]
     assert factors == pytest.approx([1.0] * 6 + [0.1] * 4 + [0.01] * 2)
 
 
@@ -683,7 +683,7 @@ def test_joint_training_resumed_equals_unbroken(rotations, ema, data, tmp_path):
     class Broken(Exception):
         pass
 
-    import ttt_plugins.train.joint as module
+    import ttt_plugins.train.epochs as module
 
     saved, real = [], module.save_checkpoint
 
@@ -819,7 +819,7 @@ def test_describing_draws_nothing(make_model):
 
 def test_command_line_mistakes(tmp_path, capsys, monkeypatch):
     tiny = LabelledImages(torch.zeros(1100, 3, 32, 32).byte(), torch.zeros(1100).long())
-    monkeypatch.setattr("ttt_plugins.data.parquet.read_parquet", lambda path: tiny)
+    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", lambda path: tiny)
     base = ["train", "ttt", "--data-dir", str(tmp_path), "--out", str(tmp_path / "o")]
     for more, words in (
         (["--freeze-trunk"], "--model"),

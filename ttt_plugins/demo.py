@@ -26,6 +26,7 @@ from .benchmark.results import align
 from .data.cifar10 import CIFAR10_CLASSES
 from .data.images import LabelledImages
 from .errors import DataError, InputError
+from .wrapping import from_pretrained, wrap
 
 __all__ = [
     "DemoResult",
@@ -136,16 +137,12 @@ def load_sample(folder: str | Path = SAMPLE, n: int | None = None) -> Sample:
 
 def build_adapters(model: str = MODEL, mgg: str = MGG) -> dict[str, nn.Module]:
     """The unadapted model, Tent, SAR and MGG, each with its own defaults."""
-    from . import from_pretrained, wrap
-
     adapters = {name: wrap(model, name) for name in ("source", "tent", "sar")}
     return {**adapters, "mgg": from_pretrained(mgg)}
 
 
 def build_per_image_adapters(ttt: str = TTT, mt3: str = MT3) -> dict[str, nn.Module]:
     """TTT (its one-step form) and MT3, each after its own model without adaptation."""
-    from . import from_pretrained, wrap
-
     return {
         "ttt's model": wrap(ttt, "source"),
         "ttt": from_pretrained(ttt, steps=1, lr=0.01),

@@ -14,33 +14,40 @@ from typing import Any, NoReturn
 
 from ..errors import InputError
 
-__all__ = ["PROGRAM", "Parser", "add_dataclass_flags"]
-__all__ += ["dataclass_from_args", "fields_from_pairs", "key_value"]
+__all__ = [
+    "PROGRAM",
+    "Parser",
+    "add_dataclass_flags",
+    "add_field_flags",
+    "dataclass_from_args",
+    "fields_from_pairs",
+]
 
 PROGRAM = "ttt-plugins"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints look like every other error of the command line."""
+    """A parser whose errors look like every other error of the command line."""
 
     def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 2."""
         self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
 
 
 def _documented(cls: type) -> dict[str, str]:
     """Field -> text of the Attributes section of a dataclass's docstring."""
-    lines = inspect.getdoc(cls).partition("Attributes:\n")[2].splitlines()
-    found: dict[str, str] = {}
+    lines = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2].splitlines()
+    texts: dict[str, str] = {}
     names: list[str] = []
     for line in lines:
         if line and not line.startswith(" "):
             break  # the next section
         if entry := re.match(r"    (\w+(?:, \w+)*): (.*)", line):
             names = entry[1].split(", ")
-            found |= dict.fromkeys(names, entry[2])
+            texts |= dict.fromkeys(names, entry[2])
         elif line.strip():
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-    return found
+            texts |= {name: f"{texts[name]} {line.strip()}" for name in names}
+    return texts
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -57,40 +64,50 @@ def _number_or_word(text: str) -> int | str:
         return text
 
 
-def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> None:
     """One flag for each field: ``batch_size: int`` becomes ``--batch-size N``.
 
     Its help is the field's entry in the docstring's Attributes section. Booleans become
     ``--flag`` and ``--no-flag``, tuples take several values, dictionaries take JSON.
+
+    Args:
+        parser: where to add them; flags that it has already stay as they are.
+        cls: the dataclass.
+        prefix: in front of each help text.
     """
     help_of = _documented(cls)
     types = typing.get_type_hints(cls)
+    taken = {action.dest for action in parser._actions}
     for field in dataclasses.fields(cls):
+        if field.name in taken:
+            continue
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         text = help_of.get(field.name, "").rstrip(".").replace("``", "").replace("%", "%%")
         # What is not typed is left out, and the dataclass's own default stands.
-        options: dict[str, Any] = {"default": argparse.SUPPRESS}
-        options["help"] = text
-        if default is not None:  # otherwise the text says what stands in for it
-            options["help"] += f" (default: {str(default).replace('%', '%%')})"
-        kinds = [t for t in typing.get_args(types[field.name]) if t is not type(None)]
-        origin = typing.get_origin(types[field.name])
-        kind = types[field.name]
-        if origin in (tuple, list):
-            options |= {"nargs": "+", "type": kinds[0]}
-        elif kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif dict in (kind, origin, *kinds):
-            options |= {"type": _json_object, "metavar": "JSON"}
-        elif set(kinds) == {int, str}:
-            options["type"] = _number_or_word
-        else:
-            options["type"] = kinds[0] if kinds else kind
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": prefix + text}
         if default is dataclasses.MISSING:
-            options |= {"required": True, "help": text}
+            options["required"] = True
+        elif default is not None:  # otherwise the text says what stands in for it
+            options["help"] += f" (default: {str(default).replace('%', '%%')})"
+        options |= _value_options(types[field.name])
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def _value_options(kind: Any) -> dict[str, Any]:
+    """How argparse reads values of a field's type."""
+    kinds = [t for t in typing.get_args(kind) if t is not type(None)]
+    origin = typing.get_origin(kind)
+    if origin in (tuple, list):
+        return {"nargs": "+", "type": kinds[0]}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if dict in (kind, origin, *kinds):
+        return {"type": _json_object, "metavar": "JSON"}
+    if set(kinds) == {int, str}:
+        return {"type": _number_or_word}
+    return {"type": kinds[0] if kinds else kind}
 
 
 def dataclass_from_args(args: argparse.Namespace, cls: type) -> Any:
@@ -100,7 +117,20 @@ def dataclass_from_args(args: argparse.Namespace, cls: type) -> Any:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def key_value(text: str) -> tuple[str, Any]:
+def add_field_flags(parser: argparse.ArgumentParser) -> None:
+    """Add ``--set KEY=VALUE …``; `fields_from_pairs` reads what it collects."""
+    parser.add_argument(
+        "--set",
+        type=_key_value,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="fields of the method's config",
+    )
+
+
+def _key_value(text: str) -> tuple[str, Any]:
     """``KEY=VALUE`` -> its parts; the value is read as JSON, or is a plain word."""
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -112,12 +142,13 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def fields_from_pairs(pairs: Iterable[tuple[str, Any]], config: type) -> dict[str, Any]:
-    """Pairs of `key_value` as fields of a method's config.
+    """Pairs of key and value as fields of a method's config.
 
     Raises:
         InputError: one is given twice, or the config has no such field.
     """
-    fields, found = [field.name for field in dataclasses.fields(config)], {}
+    fields = [field.name for field in dataclasses.fields(config)]
+    values: dict[str, Any] = {}
     for name, value in pairs:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
@@ -126,9 +157,9 @@ def fields_from_pairs(pairs: Iterable[tuple[str, Any]], config: type) -> dict[st
                 f"--set {name}=…: {config.__name__} has no field {name!r}; its fields are "
                 f"{', '.join(sorted(fields))}.{hint}"
             )
-        if name in found:
-            raise InputError(f"{name} is given twice: {found[name]!r} and {value!r}")
+        if name in values:
+            raise InputError(f"{name} is given twice: {values[name]!r} and {value!r}")
         if isinstance(value, int) and abs(value) >= 1 << 63:
             raise InputError(f"--set {name}=…: the number has more than 64 bits")
-        found[name] = value
-    return found
+        values[name] = value
+    return values

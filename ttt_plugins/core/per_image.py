@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -64,9 +64,10 @@ def check_square(images: Tensor, why: str) -> None:
         raise InputError(f"{why} needs images of at least 2 x 2 pixels, these are 1 x 1")
 
 
-def descend(params: Tensors, grads: Tensors, lr: float) -> Tensors:
-    """Plain gradient descent, ``params - lr * grads``."""
-    return {name: p - lr * grads[name] for name, p in params.items()}
+def descend(params: Tensors, grads: Tensors, lr: float | Tensors) -> Tensors:
+    """Plain gradient descent, ``params - lr * grads``; ``lr`` may be a rate () for each tensor."""
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
+    return {name: p - rates[name] * grads[name] for name, p in params.items()}
 
 
 def loss_and_gradient(
@@ -106,7 +107,8 @@ class PerImage:
     Attributes:
         backbone, task: what runs and on which loss.
         source: start of the tensors that adapt, by the names `scope.call` and the task know.
-        lr, steps: of the gradient steps.
+        lr: learning rate of the gradient steps, for all tensors or for each.
+        steps: how many there are.
         copies: views of an image that a step passes through the network, for the count.
         chunk: images that adapt together, or ``"auto"`` (`memory.chunk_size`).
         keep: go on from where the last image led (online) instead of forgetting.
@@ -119,7 +121,7 @@ class PerImage:
     backbone: Backbone
     task: Task
     source: Tensors
-    lr: float
+    lr: float | Tensors
     steps: int
     copies: int
     chunk: int | str

@@ -41,7 +41,11 @@ from ..core.views import BYOL_NUMBERS, byol_view, uniforms
 from ..errors import InputError
 from ..utils.checks import check_choice, check_integer, check_number
 
-__all__ = ["MT3", "byol_loss"]
+__all__ = ["MT3", "byol_loss", "features_loss", "rate_names"]
+
+#: Before a tensor's name: the learned factor () on its rate in the inner step (Meta-SGD, Li et
+#: al., arXiv 1707.09835). An artifact has one for every tensor that moves, or none.
+RATE = "rate."
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class MT3:
     """One BYOL step from meta-learned parameters for each image, then forget.
 
     Attributes:
-        lr: of the inner step (the paper: 0.1, as in meta-training).
+        lr: of the inner step (the paper: 0.1, as in meta-training); learned factors multiply it.
         steps: inner steps (the paper: 1).
         copies: pairs of views a step (the paper: 32).
         vote: predict by averaging over ``copies`` views instead of the image itself.
@@ -90,10 +94,15 @@ def byol_loss(
     The target is the same network's projection under a stopped gradient, no moving average.
     """
     # One pass for both views: no layer here mixes images (BatchNorm is on source statistics).
-    projected = project(head, "projector", call(backbone, params, torch.cat([x1, x2]), pooled=True))
+    return features_loss(head, call(backbone, params, torch.cat([x1, x2]), pooled=True))
+
+
+def features_loss(head: Mapping[str, Tensor], features: Tensor) -> Tensor:
+    """L_ss from the pooled features (2 N, D) of N images' first and then their second views."""
+    projected = project(head, "projector", features)
     predicted = project(head, "predictor", projected)
     target = projected.detach()
-    n = len(x1)
+    n = len(features) // 2
     there = cosine_distance(predicted[:n], target[n:])
     back = cosine_distance(predicted[n:], target[:n])
     return (there + back).mean()
@@ -107,8 +116,14 @@ def _views(images: Tensor, keys: Tensor, step: int, copies: int) -> tuple[Tensor
 
 
 def build(config: MT3, backbone, source, tensors, seed) -> PerImage:
+    rates = {n.removeprefix(RATE): t for n, t in tensors.items() if n.startswith(RATE)}
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(RATE)}
     if config.params == "all" and config.steps > 1:
         source = source | tensors
+    lr: float | dict[str, Tensor] = config.lr
+    if rates:  # low-rank changes have none
+        one = torch.ones((), device=backbone.device)
+        lr = {n: config.lr * rates.get(n, one) for n in source}
 
     def loss(params, x1, x2):
         return byol_loss(
@@ -122,7 +137,7 @@ def build(config: MT3, backbone, source, tensors, seed) -> PerImage:
         backbone,
         Task("BYOL", partial(_views, copies=config.copies), loss),
         source,
-        config.lr,
+        lr,
         config.steps,
         2 * config.copies,
         config.chunk_size,
@@ -133,7 +148,7 @@ def build(config: MT3, backbone, source, tensors, seed) -> PerImage:
 
 
 def check(config: MT3, backbone, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Projector and predictor."""
+    """Projector and predictor, and the learned factors on the inner rate, if there are any."""
     if not tensors:
         raise InputError(
             "MT3 needs a meta-trained model with its projector and predictor, and this one has "
@@ -142,7 +157,16 @@ def check(config: MT3, backbone, tensors: dict[str, Tensor], where: str) -> dict
         )
     given = tensors.get("projector.in.weight", torch.empty(0, 0))
     width = feature_width(backbone.model) or given.shape[-1]
-    return check_head(byol_shapes(width), tensors, where)
+    expected = byol_shapes(width)
+    if any(name.startswith(RATE) for name in tensors):
+        expected = expected | {n: () for n in rate_names(backbone.model)}
+    return check_head(expected, tensors, where)
+
+
+def rate_names(model) -> list[str]:
+    """Names of the factors on the inner rate: of every tensor that the loss reaches."""
+    heads = byol_shapes(feature_width(model) or 0)
+    return [RATE + n for n in (*(f"model.{n}" for n in trunk(model, "end")[0]), *heads)]
 
 
 def eligible(config: MT3, backbone) -> list[str]:

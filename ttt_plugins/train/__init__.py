@@ -1,0 +1,1 @@
+"""Training of everything that adapters are made of."""

@@ -1,11 +1,7 @@
-"""What all trainings share: the start, draws, checkpoints, schedule, accuracy, normalisation."""
+"""What trainings start from and what is checked before one begins."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +9,6 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..adapter import Adapter
 from ..artifacts.folder import OWN_WEIGHTS, Artifact, checked_text, common_config, timm_config
@@ -22,23 +17,16 @@ from ..artifacts.schema import pretrained_settings
 from ..backbones.backbone import Backbone
 from ..core.registry import get_method
 from ..data.images import LabelledImages, to_float
-from ..errors import DataError, InputError
+from ..errors import InputError
 from ..methods import Source
 
 __all__ = [
     "Normalise",
     "accuracy",
-    "check_convergence",
     "check_outcome",
-    "checkpoint_file",
     "create_model",
-    "epoch_generator",
-    "load_checkpoint",
-    "make_folder",
-    "rate",
     "read_start",
-    "save_checkpoint",
-    "write_entry",
+    "steps_per_epoch",
 ]
 
 
@@ -48,30 +36,18 @@ def read_start(name: str) -> Artifact:
     Raises:
         InputError: it carries none.
     """
-    found = read_named(name)
-    if found.weights is None:
+    artifact = read_named(name)
+    if artifact.weights is None:
         raise InputError(f"{name} carries no model to start from")
-    return found
-
-
-def check_convergence(sums: Tensor, epoch: int, remedy: str) -> None:
-    """Raise `InputError` if an epoch's sums (of losses, say) are not all finite.
-
-    To be called before the epoch's checkpoint is written: the last good one stays.
-    """
-    if not torch.isfinite(sums).all():
-        raise InputError(
-            f"training diverged in epoch {epoch}; go on from the last checkpoint, if there is one, "
-            f"with {remedy}"
-        )
+    return artifact
 
 
 def create_model(
     arch: str, classes: int, arguments: Mapping, start: Artifact | None = None
 ) -> nn.Module:
-    """A timm model, fresh from torch's global generator or with an artifact's weights.
+    """A timm model, drawn from torch's global generator or with an artifact's weights.
 
-    The preprocessing comes with the weights: they were trained behind it.
+    The preprocessing comes with the weights, which were trained behind it.
 
     Raises:
         InputError: timm cannot create it, or the weights are another architecture's.
@@ -84,7 +60,7 @@ def create_model(
     except Exception as error:  # whatever a constructor does with arguments that it cannot take
         reason = str(error) or type(error).__name__
         raise InputError(f"timm could not create {arch!r} with {arguments} ({reason})") from error
-    if start is not None:
+    if start is not None and start.weights is not None:
         try:
             model.load_state_dict(start.weights)
         except RuntimeError as error:
@@ -97,22 +73,25 @@ def create_model(
 def check_outcome(
     config: Any, model: nn.Module, arch: str, arguments: Mapping, images: Tensor
 ) -> None:
-    """What would keep a model from its training, or its adapter from being made or loaded again.
+    """Find what would keep a model from being trained, or its adapter from being made or loaded.
 
     Args:
         config: the method's.
         model: the model to train, made by timm of ``arch`` and ``arguments``; it stays as it is.
+        arch: a timm architecture.
+        arguments: of its constructor.
         images: uint8 images to train on; one of them passes through the model.
 
     Raises:
-        InputError: the config's ``params`` select nothing in the model, or it takes no such images.
+        InputError: the config's ``params`` select nothing in the model, or the model takes no such
+            images.
         ArtifactError: an artifact may not hold such fields or arguments.
     """
     record = get_method(config)
     backbone = Backbone(model, statistics=config.statistics, prior=config.prior)
     Adapter(backbone, record, config)  # chooses what adapts
     try:
-        # Unadapted: the method's heads are yet to be trained.
+        # Unadapted, because the method's heads are yet to be trained.
         Adapter(backbone, get_method("source"), Source())(to_float(images[:1]).to(backbone.device))
     except InputError as error:
         raise InputError(
@@ -125,15 +104,15 @@ def check_outcome(
     checked_text(written, Path("the artifact"))
 
 
-def epoch_generator(seed: int, epoch: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """For all that an epoch draws: a resumed run draws what an unbroken one would have drawn."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """How many whole batches there are.
 
-
-def write_entry(entry: Mapping[str, float]) -> None:
-    """A line above the progress bar."""
-    shown = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in entry.items() if k != "epoch")
-    tqdm.write(f"epoch {entry['epoch']:3d}  {shown}")
+    Raises:
+        InputError: none.
+    """
+    if images < batch_size:
+        raise InputError(f"{images} images do not fill one batch of {batch_size}")
+    return images // batch_size
 
 
 class Normalise(nn.Module):
@@ -145,15 +124,8 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W), any floating-point type."""
         return (x - self.mean) / self.std
-
-
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Factor on the peak rate: linear warm-up, then half a cosine down to zero."""
-    rise = max(1, int(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 @torch.inference_mode()
@@ -165,79 +137,3 @@ def accuracy(model: nn.Module, normalise: nn.Module, data: LabelledImages, devic
         logits = model(normalise(to_float(images.to(device))))
         right += (logits.argmax(1) == labels.to(device)).sum().item()
     return right / len(data)
-
-
-def checkpoint_file(folder: str | Path) -> Path:
-    """``checkpoint.pt`` in a training's folder, which need not be there yet.
-
-    Raises:
-        InputError: something else is in the place of either.
-    """
-    file = Path(folder) / "checkpoint.pt"
-    try:
-        if file.parent.exists() and not file.parent.is_dir():
-            raise InputError(
-                f"{folder} is to hold the training's checkpoints and is no folder; move it away or "
-                "train into another place"
-            )
-        if file.exists() and not file.is_file():
-            raise InputError(f"{file} is no file; move it away or train into another place")
-    except OSError as error:
-        raise InputError(f"{file} cannot be looked at ({error.strerror})") from error
-    return file
-
-
-def make_folder(checkpoint: Path) -> None:
-    """Make the folder of a checkpoint, once nothing is left that could be refused.
-
-    Raises:
-        DataError: the disk refuses.
-    """
-    try:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{checkpoint.parent} cannot be made ({error})") from error
-
-
-def save_checkpoint(file: Path, saved: dict) -> None:
-    """Write all or nothing: an interrupted save leaves the last checkpoint.
-
-    Raises:
-        DataError: the disk refuses.
-    """
-    aside = file.with_suffix(".tmp")
-    try:
-        torch.save(saved, aside)
-        os.replace(aside, file)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"{file} cannot be written ({reason}); the last one stays") from error
-    finally:
-        # On a full disk even this may fail; the first error is the one to tell.
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
-def load_checkpoint(file: Path, made_by: object, device, key: str = "made_by") -> dict | None:
-    """The checkpoint to go on from, None when there is none yet.
-
-    Raises:
-        InputError: it is damaged, or was made by something else than ``made_by``.
-    """
-    if not file.is_file():
-        return None
-    damage = None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch guesses about a file that is none
-            saved = torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:  # of the archive, the unpickler or the system
-        saved, damage = None, error
-    if not isinstance(saved, dict):
-        raise InputError(
-            f"{file} is damaged or no checkpoint of a training; delete it, or leave --resume out, "
-            "to begin anew"
-        ) from damage
-    if saved.get(key) != made_by:
-        raise InputError(f"{file} was made by another recipe, config or model: {saved.get(key)}")
-    return saved

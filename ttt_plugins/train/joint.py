@@ -11,14 +11,13 @@ what a user needs who has a classifier and wants to adapt it.
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from ..adapter import Adapter
@@ -32,21 +31,10 @@ from ..errors import InputError
 from ..methods.ttt import TTT
 from ..utils.checks import check_choice, check_integer, check_number, check_seed
 from ..wrapping import wrap
-from .common import (
-    Normalise,
-    accuracy,
-    check_convergence,
-    check_outcome,
-    checkpoint_file,
-    create_model,
-    epoch_generator,
-    load_checkpoint,
-    make_folder,
-    rate,
-    read_start,
-    save_checkpoint,
-    write_entry,
-)
+from .common import Normalise, accuracy, check_outcome, create_model, read_start
+from .epochs import checkpoint_file, train_epochs, write_entry
+from .network import NetworkTraining
+from .schedules import cosine
 
 __all__ = ["HeadRecipe", "JointRecipe", "fit_rotation_head", "train_joint"]
 
@@ -94,7 +82,7 @@ class JointRecipe:
         check_integer(self, "padding", 0)
         for name in ("lr", "weight_decay"):
             check_number(self, name, 0)
-        check_choice(self, "schedule", ("step", "cosine"))
+        check_choice(self, "schedule", ("step", "cosine", "one-cycle"))
         check_choice(self, "rotations", ("all", "random"))
         check_number(self, "ema", 0, 1)
         check_seed(self.seed, "JointRecipe.seed")
@@ -147,21 +135,67 @@ def _turned(images: Tensor, rotations: str, generator: torch.Generator) -> tuple
     return quarter_turns(images, quarters), quarters
 
 
-def _factor(step: int, steps: int, schedule: str) -> float:
-    if schedule == "cosine":
-        return rate(step, steps, 0.05)
-    return 0.1 ** ((step >= steps / 2) + (step >= steps * 5 / 6))
+class _RotationTraining(NetworkTraining):
+    """Joint training of a classifier and its rotation head."""
 
+    recipe: JointRecipe
 
-@torch.inference_mode()
-def _rotation_accuracy(joint: JointModel, normalise, data: LabelledImages, device) -> float:
-    """Share of right rotations over all four of each image, in [0, 1], in eval mode."""
-    joint.eval()
-    generator, right = torch.Generator(device), 0
-    for images in data.images.split(250):
-        turned, quarters = _turned(to_float(images.to(device)), "all", generator)
-        right += (joint.rotation_logits(normalise(turned)).argmax(1) == quarters).sum().item()
-    return right / (ROTATIONS * len(data))
+    def __init__(
+        self,
+        recipe: JointRecipe,
+        config: TTT,
+        train: LabelledImages,
+        test: LabelledImages,
+        device: torch.device,
+    ):
+        torch.manual_seed(recipe.seed)
+        classes = int(train.labels.max()) + 1
+        start = read_start(recipe.init) if recipe.init else None
+        model = create_model(recipe.arch, classes, recipe.model_args, start)
+        check_outcome(config, model, recipe.arch, recipe.model_args, train.images)
+        # Moved before it is twinned: a move gives each module new buffers, and the trunk's are
+        # shared.
+        model = model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        joint = JointModel(model, recipe.split).to(device)
+        settings = timm.data.resolve_model_data_config(model)
+        self.normalise = Normalise(settings["mean"], settings["std"]).to(device)
+        self.test = test
+        optimizer = torch.optim.SGD(
+            joint.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
+        )
+        super().__init__(recipe, joint, [optimizer], (recipe.schedule, 0.05), train, device)
+        self.parts = {"joint": joint, "average": self.average}
+        self.parts |= {"optimizer": optimizer, "schedule": self.schedules[0]}
+
+    def loss(
+        self, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        x = random_flip(random_crop(images, self.recipe.padding, generator), generator)
+        x = self.normalise(to_float(x)).contiguous(memory_format=torch.channels_last)
+        main = F.cross_entropy(self.net.model(x), labels)
+        turned, quarters = _turned(x, self.recipe.rotations, generator)
+        turned = turned.contiguous(memory_format=torch.channels_last)
+        rotation = F.cross_entropy(self.net.rotation_logits(turned), quarters)
+        return main + rotation, torch.stack([main.detach(), rotation.detach()])
+
+    def entry(self, means: list[float]) -> dict[str, float]:
+        return {
+            "main_loss": means[0],
+            "rotation_loss": means[1],
+            "test_accuracy": accuracy(self.final.model, self.normalise, self.test, self.device),
+            "rotation_accuracy": self._rotation_accuracy(),
+        }
+
+    @torch.inference_mode()
+    def _rotation_accuracy(self) -> float:
+        """Share of right rotations over all four of each image, in [0, 1], in eval mode."""
+        joint = self.final.eval()
+        generator, right = torch.Generator(self.device), 0
+        for images in self.test.images.split(250):
+            turned, quarters = _turned(to_float(images.to(self.device)), "all", generator)
+            logits = joint.rotation_logits(self.normalise(turned))
+            right += (logits.argmax(1) == quarters).sum().item()
+        return right / (ROTATIONS * len(self.test))
 
 
 def train_joint(
@@ -177,12 +211,18 @@ def train_joint(
 ) -> tuple[nn.Module, dict[str, Tensor], dict]:
     """Train a timm model and its rotation head together.
 
-    After every epoch ``out/checkpoint.pt`` holds all that is needed to go on; with ``resume`` the
-    run continues there and ends as an unbroken one would.
+    After every epoch ``out/checkpoint.pt`` holds all that is needed to resume.
 
     Args:
+        recipe: how to train, and what.
+        train: images to train on.
+        test: images whose accuracy the log holds for every epoch.
+        out: folder of the checkpoint.
         config: of the adapter to make of it, but for its split, which is the recipe's; checked
             against the model before anything is trained.
+        device: where to train.
+        resume: resume from the checkpoint, if there is one; the run ends as an unbroken one would.
+        progress: whether to show progress bars and print the log.
 
     Returns:
         the model (eval mode), the rotation head's tensors, and the log.
@@ -196,75 +236,11 @@ def train_joint(
     if train.images.shape[2] != train.images.shape[3]:
         raise InputError(f"rotation needs square images, got {tuple(train.images.shape[2:])}")
     checkpoint, device = checkpoint_file(out), torch.device(device)
-    torch.manual_seed(recipe.seed)
-    classes = int(train.labels.max()) + 1
-    start = read_start(recipe.init) if recipe.init else None
-    model = create_model(recipe.arch, classes, recipe.model_args, start)
     config = replace(config or TTT(), split=recipe.split)
-    check_outcome(config, model, recipe.arch, recipe.model_args, train.images)
-    # Moved before it is twinned: a move gives each module new buffers, and the trunk's are shared.
-    model = model.to(device, memory_format=torch.channels_last)
-    joint = JointModel(model, recipe.split).to(device)
-    settings = timm.data.resolve_model_data_config(model)
-    normalise = Normalise(settings["mean"], settings["std"]).to(device)
-    per_epoch = len(train) // recipe.batch_size
-    steps = per_epoch * recipe.epochs
-    if not steps:
-        raise InputError(f"{len(train)} images do not fill one batch of {recipe.batch_size}")
-    optimizer = torch.optim.SGD(
-        joint.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _factor(step, steps, recipe.schedule)
-    )
-    average = AveragedModel(joint, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
-    state = {"joint": joint, "average": average, "optimizer": optimizer, "schedule": schedule}
-    log, first = [], 0
-    if resume and (saved := load_checkpoint(checkpoint, asdict(recipe), device, "recipe")):
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-        log, first = saved["log"], saved["epoch"]
-    make_folder(checkpoint)
-    images, labels = train.images.to(device), train.labels.to(device)
-    for epoch in range(first, recipe.epochs):
-        generator = epoch_generator(recipe.seed, epoch, device)
-        joint.train()
-        totals = torch.zeros(2, device=device)
-        order = torch.randperm(len(train), generator=generator, device=device)
-        batches = order[: per_epoch * recipe.batch_size].split(recipe.batch_size)
-        bar = tqdm(batches, f"epoch {epoch + 1}/{recipe.epochs}", disable=not progress, leave=False)
-        for rows in bar:
-            x = random_flip(random_crop(images[rows], recipe.padding, generator), generator)
-            x = normalise(to_float(x)).contiguous(memory_format=torch.channels_last)
-            main = F.cross_entropy(joint.model(x), labels[rows])
-            turned, quarters = _turned(x, recipe.rotations, generator)
-            turned = turned.contiguous(memory_format=torch.channels_last)
-            rotation = F.cross_entropy(joint.rotation_logits(turned), quarters)
-            (main + rotation).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            if recipe.ema:
-                average.update_parameters(joint)
-            totals += torch.stack([main.detach(), rotation.detach()])
-        check_convergence(totals, epoch + 1, "a smaller lr")
-        final = average.module if recipe.ema else joint
-        entry = {
-            "epoch": epoch + 1,
-            "main_loss": totals[0].item() / per_epoch,
-            "rotation_loss": totals[1].item() / per_epoch,
-            "test_accuracy": accuracy(final.model, normalise, test, device),
-            "rotation_accuracy": _rotation_accuracy(final, normalise, test, device),
-        }
-        log.append(entry)
-        if progress:
-            write_entry(entry)
-        saved = {name: part.state_dict() for name, part in state.items()}
-        save_checkpoint(
-            checkpoint, saved | {"recipe": asdict(recipe), "log": log, "epoch": epoch + 1}
-        )
-    final = (average.module if recipe.ema else joint).eval()
-    return final.model, final.head_tensors(), {"epochs": log}
+    training = _RotationTraining(recipe, config, train, test, device)
+    log = train_epochs(training, checkpoint, resume=resume, progress=progress)
+    joint = training.final.eval()
+    return joint.model, joint.head_tensors(), {"epochs": log}
 
 
 #: Images whose pixels are checked at once.
@@ -367,7 +343,7 @@ def _fit_head(
     optimizer = torch.optim.Adam(learned.values(), lr=recipe.lr)
     per_epoch = len(images) // recipe.batch_size
     steps, log = per_epoch * recipe.epochs, []
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: rate(s, steps, 0.05))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, steps, 0.05))
     for epoch in range(recipe.epochs):
         loss_sum = right = 0.0
         order = torch.randperm(len(images), generator=generator)

@@ -18,11 +18,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..adapter import Adapter
 from ..artifacts.tensor_files import fingerprint
@@ -33,7 +33,7 @@ from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from ..utils.checks import check_integer, check_number, check_seed
 from ..wrapping import wrap
-from .common import checkpoint_file, epoch_generator, load_checkpoint, make_folder, save_checkpoint
+from .epochs import Epoch, Training, checkpoint_file, epoch_generator, train_epochs
 
 __all__ = ["MGGRecipe", "stream_accuracy", "train_mgg", "untrained"]
 
@@ -195,6 +195,101 @@ def _named(slow: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"memory.{name}": tensor for name, tensor in slow.items()}
 
 
+class _OptimizerTraining(Training):
+    """Meta-training of an optimizer on the adapters' classifiers, which take turns."""
+
+    recipe: MGGRecipe
+    title = "meta-epoch"
+
+    def __init__(
+        self, recipe: MGGRecipe, nets: Sequence[Adapter], data: Mapping[str, LabelledImages]
+    ):
+        super().__init__(recipe, nets[0].backbone.device)
+        self.nets, self.data = nets, data
+        slow = gradient_memory.init_slow(torch.Generator().manual_seed(recipe.seed))
+        self.slow = {n: t.to(self.device).requires_grad_() for n, t in slow.items()}
+        self.optimizer = torch.optim.Adam(self.slow.values(), lr=recipe.meta_lr)
+        self.algorithms = [
+            each.with_tensors(replace(each.config, lr=recipe.alpha)).algorithm(_named(self.slow))
+            for each in nets
+        ]
+        self.params = [a.source for a in self.algorithms]
+        self.best: dict[str, Any] | None = None
+
+    def generator(self, epoch: int) -> torch.Generator:
+        return epoch_generator(
+            self.recipe.seed, epoch + 1
+        )  # draws on the CPU, where the images are
+
+    def made_by(self) -> dict[str, Any]:
+        made_by = {
+            "recipe": asdict(self.recipe),
+            "configs": [asdict(each.config) for each in self.nets],
+            "models": [fingerprint(each.backbone.source_state_dict()) for each in self.nets],
+            "objectives": [algorithm.objective.name for algorithm in self.algorithms],
+        }
+        return {"made_by": made_by}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "slow": {n: t.detach() for n, t in self.slow.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "params": self.params,
+            "best": self.best,
+        }
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            for name, tensor in self.slow.items():
+                tensor.copy_(saved["slow"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.params, self.best = saved["params"], saved["best"]
+
+    def run(self, epoch: Epoch) -> dict[str, Any]:
+        recipe = self.recipe
+        if recipe.decay:
+            for group in self.optimizer.param_groups:
+                group["lr"] = recipe.meta_lr * (1 - epoch.number / recipe.epochs)
+        losses: list[float] = []
+        turns = range(recipe.sequences * len(self.algorithms))
+        for i in (turn % len(self.algorithms) for turn in epoch.bar(turns)):
+            algorithm = self.algorithms[i]
+            start = algorithm.source if recipe.restore else self.params[i]
+            batches = _batches(recipe, self.data, epoch.generator)
+            self.params[i], seen = run_sequence(
+                algorithm, start, batches, self.slow, self.optimizer, recipe
+            )
+            losses += seen
+        entry: dict[str, Any] = {"outer_loss": sum(losses) / max(1, len(losses))}
+        number = epoch.number + 1
+        if number % recipe.validate_every == 0 or number == recipe.epochs:
+            entry |= self._validate(number)
+        return entry
+
+    def adapter(self, net: Adapter, lr: float, weights: Mapping[str, Tensor]) -> Adapter:
+        """An adapter like ``net`` with another step size and optimizer."""
+        return net.with_tensors(replace(net.config, lr=lr), _named(weights))
+
+    def _validate(self, epoch: int) -> dict[str, Any]:
+        """Accuracy at every step size, averaged over the corruptions; keep the best weights."""
+        weights = {n: t.detach().clone() for n, t in self.slow.items()}
+        by_classifier = {}
+        for lr in self.recipe.grid:
+            trials = [self.adapter(net, lr, weights) for net in self.nets]
+            by_classifier[lr] = [
+                sum(stream_accuracy(trial, part) for part in self.data.values()) / len(self.data)
+                for trial in trials
+            ]
+        scores = {lr: sum(parts) / len(parts) for lr, parts in by_classifier.items()}
+        lr = max(scores, key=scores.__getitem__)
+        if self.best is None or scores[lr] > self.best["accuracy"]:
+            self.best = {"accuracy": scores[lr], "lr": lr, "epoch": epoch, "slow": weights}
+        entry: dict[str, Any] = {"accuracy": {f"{lr:g}": score for lr, score in scores.items()}}
+        if len(self.nets) > 1:
+            entry["by_classifier"] = {f"{lr:g}": parts for lr, parts in by_classifier.items()}
+        return entry
+
+
 def train_mgg(
     recipe: MGGRecipe,
     net: Adapter | Sequence[Adapter],
@@ -206,14 +301,19 @@ def train_mgg(
 ) -> tuple[Adapter, dict]:
     """Meta-train an optimizer on ``data``: corrupted images by corruption, rows aligned.
 
-    After every epoch ``out/checkpoint.pt`` holds all that is needed to go on. Labels are used for
+    After every epoch ``out/checkpoint.pt`` holds all that is needed to resume. Labels are used for
     the choice of checkpoint and step size, and by the outer loss only if ``recipe.labelled``.
 
     Args:
+        recipe: how to train.
         net: an MGG adapter around the classifier to train on, such as `untrained` makes; with
             its config (but for the step size) and its source statistics. Its own optimizer is
             not used, and it is not changed. Several, on one device, share the optimizer: they
             take turns sequence by sequence, and validation is their average.
+        data: images by the name of their corruption; the same rows in the same order.
+        out: folder of the checkpoint.
+        resume: resume from the checkpoint, if there is one; the run ends as an unbroken one would.
+        progress: whether to show progress bars and print the log.
 
     Returns:
         an adapter with the best optimizer and step size, around the first ``net``, and the log.
@@ -229,80 +329,9 @@ def train_mgg(
     nets = [net] if isinstance(net, Adapter) else list(net)
     if not nets:
         raise InputError("meta-training needs at least one classifier")
-    device = nets[0].backbone.device
-    slow = gradient_memory.init_slow(torch.Generator().manual_seed(recipe.seed))
-    slow = {n: t.to(device).requires_grad_() for n, t in slow.items()}
-    optimizer = torch.optim.Adam(slow.values(), lr=recipe.meta_lr)
-    algorithms = [
-        each.with_tensors(replace(each.config, lr=recipe.alpha)).algorithm(_named(slow))
-        for each in nets
-    ]
-
-    def adapter(each: Adapter, lr: float, weights: Mapping[str, Tensor]) -> Adapter:
-        return each.with_tensors(replace(each.config, lr=lr), _named(weights))
-
-    def validate(weights: Mapping[str, Tensor]) -> dict[float, list[float]]:
-        """Step size -> accuracy of every classifier, averaged over the corruptions."""
-        scores = {}
-        for lr in recipe.grid:
-            trials = [adapter(each, lr, weights) for each in nets]
-            scores[lr] = [
-                sum(stream_accuracy(trial, part) for part in data.values()) / len(data)
-                for trial in trials
-            ]
-        return scores
-
-    made_by = {
-        "recipe": asdict(recipe),
-        "configs": [asdict(each.config) for each in nets],
-        "models": [fingerprint(each.backbone.source_state_dict()) for each in nets],
-        "objectives": [algorithm.objective.name for algorithm in algorithms],
-    }
-    params, log, first, best = [a.source for a in algorithms], [], 0, None
-    if resume and (saved := load_checkpoint(checkpoint, made_by, device)):
-        with torch.no_grad():
-            for name, tensor in slow.items():
-                tensor.copy_(saved["slow"][name])
-        optimizer.load_state_dict(saved["optimizer"])
-        params, log, first, best = saved["params"], saved["log"], saved["epoch"], saved["best"]
-    make_folder(checkpoint)
-    bar = tqdm(range(first, recipe.epochs), "meta-training", disable=not progress)
-    for epoch in bar:
-        generator = epoch_generator(recipe.seed, epoch + 1)
-        if recipe.decay:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.meta_lr * (1 - epoch / recipe.epochs)
-        losses: list[float] = []
-        for _ in range(recipe.sequences):
-            for i, algorithm in enumerate(algorithms):
-                start = algorithm.source if recipe.restore else params[i]
-                batches = _batches(recipe, data, generator)
-                params[i], seen = run_sequence(algorithm, start, batches, slow, optimizer, recipe)
-                losses += seen
-        entry = {"epoch": epoch + 1, "outer_loss": sum(losses) / max(1, len(losses))}
-        if (epoch + 1) % recipe.validate_every == 0 or epoch + 1 == recipe.epochs:
-            weights = {n: t.detach().clone() for n, t in slow.items()}
-            found = validate(weights)
-            scores = {lr: sum(parts) / len(parts) for lr, parts in found.items()}
-            entry["accuracy"] = {f"{lr:g}": score for lr, score in scores.items()}
-            if len(nets) > 1:
-                entry["by_classifier"] = {f"{lr:g}": parts for lr, parts in found.items()}
-            lr = max(scores, key=scores.get)
-            if best is None or scores[lr] > best["accuracy"]:
-                best = {"accuracy": scores[lr], "lr": lr, "epoch": epoch + 1, "slow": weights}
-            if progress:
-                shown = "  ".join(f"{a:g}: {s:.4f}" for a, s in scores.items())
-                tqdm.write(f"epoch {epoch + 1:3d}  loss {entry['outer_loss']:.4f}  {shown}")
-        log.append(entry)
-        saved = {
-            "slow": {n: t.detach() for n, t in slow.items()},
-            "optimizer": optimizer.state_dict(),
-            "params": params,
-            "made_by": made_by,
-            "log": log,
-            "epoch": epoch + 1,
-            "best": best,
-        }
-        save_checkpoint(checkpoint, saved)
+    training = _OptimizerTraining(recipe, nets, data)
+    log = train_epochs(training, checkpoint, resume=resume, progress=progress)
+    best = training.best
+    assert best is not None  # the last epoch is always validated
     chosen = {k: best[k] for k in ("accuracy", "lr", "epoch")}
-    return adapter(nets[0], best["lr"], best["slow"]), {"epochs": log, "chosen": chosen}
+    return training.adapter(nets[0], best["lr"], best["slow"]), {"epochs": log, "chosen": chosen}

@@ -8,36 +8,22 @@ of CIFAR-10-C's fifteen corruptions, so the benchmark stays a test of unseen shi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm.auto import tqdm
 
 from ..core.views import cutmix_, cutout_, random_crop, random_flip
 from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from ..methods import Source
 from ..utils.checks import check_choice, check_integer, check_number, check_seed
-from .common import (
-    Normalise,
-    accuracy,
-    check_convergence,
-    check_outcome,
-    checkpoint_file,
-    create_model,
-    epoch_generator,
-    load_checkpoint,
-    make_folder,
-    rate,
-    read_start,
-    save_checkpoint,
-    write_entry,
-)
+from .common import Normalise, accuracy, check_outcome, create_model, read_start
+from .epochs import Epoch, checkpoint_file, train_epochs
+from .network import NetworkTraining
 
 __all__ = ["SourceRecipe", "train_source"]
 
@@ -153,6 +139,59 @@ def _augment(
     return x, target * (1 - smooth) + smooth / classes
 
 
+class _SourceTraining(NetworkTraining):
+    """Supervised training of a classifier."""
+
+    recipe: SourceRecipe
+
+    def __init__(
+        self,
+        recipe: SourceRecipe,
+        train: LabelledImages,
+        test: LabelledImages,
+        device: torch.device,
+    ):
+        torch.manual_seed(recipe.seed)
+        self.classes = int(train.labels.max()) + 1
+        kwargs = dict(recipe.model_args)
+        if recipe.patch_drop:
+            kwargs["patch_drop_rate"] = recipe.patch_drop
+        start = read_start(recipe.init) if recipe.init else None
+        model = create_model(recipe.arch, self.classes, kwargs, start)
+        check_outcome(Source(), model, recipe.arch, recipe.model_args, train.images)
+        model = model.to(device)
+        if train.images.shape[2] >= 32 and not recipe.patch_drop:
+            model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        settings = timm.data.resolve_model_data_config(model)
+        self.normalise = Normalise(settings["mean"], settings["std"]).to(device)
+        self.test = test
+        optimizers = _optimizers(model, recipe)
+        super().__init__(recipe, model, optimizers, ("cosine", recipe.warmup), train, device)
+        self.parts = {"model": model, "average": self.average}
+        self.parts |= {f"optimizer{i}": o for i, o in enumerate(self.optimizers)}
+        self.parts |= {f"schedule{i}": s for i, s in enumerate(self.schedules)}
+
+    def prepare(self, epoch: Epoch) -> None:
+        torch.manual_seed(epoch.generator.initial_seed())  # patches are dropped by torch's own
+        if self.recipe.patch_drop:
+            dropping = epoch.number < self.recipe.patch_drop_until * self.recipe.epochs
+            self.net.patch_drop.prob = self.recipe.patch_drop if dropping else 0.0
+
+    def loss(
+        self, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        x, target = _augment(images, labels, self.classes, self.recipe, generator)
+        x = self.normalise(x)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
+            logits = self.net(x)
+        loss = F.cross_entropy(logits.float(), target)
+        return loss, loss.detach()[None]
+
+    def entry(self, means: list[float]) -> dict[str, float]:
+        found = accuracy(self.final, self.normalise, self.test, self.device)
+        return {"loss": means[0], "test_accuracy": found}
+
+
 def train_source(
     recipe: SourceRecipe,
     train: LabelledImages,
@@ -163,10 +202,21 @@ def train_source(
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[nn.Module, dict]:
-    """Train a timm model; returns the averaged model (eval mode) and its log.
+    """Train a timm model.
 
-    After every epoch ``out/checkpoint.pt`` holds all that is needed to go on; with ``resume``
-    the run continues there and ends as an unbroken one would.
+    After every epoch ``out/checkpoint.pt`` holds all that is needed to resume.
+
+    Args:
+        recipe: how to train, and what.
+        train: images to train on.
+        test: images whose accuracy the log holds for every epoch.
+        out: folder of the checkpoint.
+        device: where to train.
+        resume: resume from the checkpoint, if there is one; the run ends as an unbroken one would.
+        progress: whether to show progress bars and print the log.
+
+    Returns:
+        the averaged model in eval mode, and the log.
 
     Raises:
         InputError: an unknown architecture, images that it does not take, too few of them, or a
@@ -174,77 +224,9 @@ def train_source(
         DataError: the disk refuses a checkpoint.
     """
     checkpoint = checkpoint_file(out)
-    device = torch.device(device)
-    classes = int(train.labels.max()) + 1
-    torch.manual_seed(recipe.seed)
-    kwargs = dict(recipe.model_args)
+    training = _SourceTraining(recipe, train, test, torch.device(device))
+    log = train_epochs(training, checkpoint, resume=resume, progress=progress)
+    model = training.final.eval()
     if recipe.patch_drop:
-        kwargs["patch_drop_rate"] = recipe.patch_drop
-    start = read_start(recipe.init) if recipe.init else None
-    model = create_model(recipe.arch, classes, kwargs, start)
-    check_outcome(Source(), model, recipe.arch, recipe.model_args, train.images)
-    model = model.to(device)
-    if train.images.shape[2] >= 32 and not recipe.patch_drop:
-        model = model.to(memory_format=torch.channels_last)
-    settings = timm.data.resolve_model_data_config(model)
-    normalise = Normalise(settings["mean"], settings["std"]).to(device)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
-    optimizers = _optimizers(model, recipe)
-    per_epoch = len(train) // recipe.batch_size
-    steps = per_epoch * recipe.epochs
-    if not steps:
-        raise InputError(f"{len(train)} images do not fill one batch of {recipe.batch_size}")
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: rate(s, steps, recipe.warmup))
-        for o in optimizers
-    ]
-    state = {"model": model, "average": average}
-    state |= {f"optimizer{i}": o for i, o in enumerate(optimizers)}
-    state |= {f"schedule{i}": s for i, s in enumerate(schedules)}
-    log, first = [], 0
-    if resume and (saved := load_checkpoint(checkpoint, asdict(recipe), device, "recipe")):
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-        log, first = saved["log"], saved["epoch"]
-    make_folder(checkpoint)
-    images, labels = train.images.to(device), train.labels.to(device)
-    for epoch in range(first, recipe.epochs):
-        generator = epoch_generator(recipe.seed, epoch, device)
-        torch.manual_seed(generator.initial_seed())  # dropped patches are drawn from torch's own
-        if recipe.patch_drop:
-            dropping = epoch < recipe.patch_drop_until * recipe.epochs
-            model.patch_drop.prob = recipe.patch_drop if dropping else 0.0
-        model.train()
-        total = torch.zeros((), device=device)
-        order = torch.randperm(len(train), generator=generator, device=device)
-        batches = order[: per_epoch * recipe.batch_size].split(recipe.batch_size)
-        bar = tqdm(batches, f"epoch {epoch + 1}/{recipe.epochs}", disable=not progress, leave=False)
-        for rows in bar:
-            x, target = _augment(images[rows], labels[rows], classes, recipe, generator)
-            x = normalise(x)
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.autocast):
-                logits = model(x)
-            loss = F.cross_entropy(logits.float(), target)
-            loss.backward()
-            for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-            average.update_parameters(model)
-            total += loss.detach()
-        check_convergence(total, epoch + 1, "a smaller lr")
-        entry = {
-            "epoch": epoch + 1,
-            "loss": total.item() / per_epoch,
-            "test_accuracy": accuracy(average.module, normalise, test, device),
-        }
-        log.append(entry)
-        if progress:
-            write_entry(entry)
-        saved = {name: part.state_dict() for name, part in state.items()}
-        saved |= {"recipe": asdict(recipe), "log": log, "epoch": epoch + 1}
-        save_checkpoint(checkpoint, saved)
-    final = average.module.eval()
-    if recipe.patch_drop:
-        final.patch_drop.prob = 0.0
-    return final, {"epochs": log}
+        model.patch_drop.prob = 0.0
+    return model, {"epochs": log}

@@ -1,0 +1,88 @@
+"""The commands that show, describe, publish and convert artifacts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..artifacts import hub, info
+from ..artifacts.card import refresh
+from ..artifacts.folder import list_bundled
+from ..artifacts.publish import publish
+from ..core.registry import list_methods
+from ..errors import InputError
+from ..train.released import convert_mgg, convert_mt3
+
+__all__ = ["add_artifacts", "add_convert", "add_list"]
+
+
+def add_artifacts(commands) -> None:
+    """Add the commands ``publish``, ``info`` and ``card``."""
+    add = commands.add_parser("publish", help="put an artifact on the Hugging Face Hub")
+    add.set_defaults(run=_publish)
+    add.add_argument("folder", type=Path, metavar="FOLDER")
+    add.add_argument("repository", metavar="ORG/NAME", help="created if there is none")
+    add.add_argument("--private", action="store_true", help="the new repository is private")
+    add.add_argument("--results", type=Path, metavar="FILE", help="a benchmark's results.json")
+    add.epilog = "Log in with `hf auth login` first, or set HF_TOKEN."
+    add = commands.add_parser("info", help="describe an artifact without loading its classifier")
+    add.set_defaults(run=_info)
+    add.add_argument("name", metavar="NAME_OR_FOLDER", help="what from_pretrained takes")
+    add.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add = commands.add_parser("card", help="rewrite an artifact's card (README.md)")
+    add.set_defaults(run=_card)
+    add.add_argument("folder", type=Path, nargs="+", metavar="FOLDER")
+    add.add_argument("--results", type=Path, metavar="FILE", help="a benchmark's results.json")
+    add.add_argument("--license", help="the Hub's identifier, such as apache-2.0")
+    add.add_argument("--datasets", nargs="+", metavar="NAME", help="the Hub's identifiers")
+    add.add_argument("--note", help="a sentence for the section on limits")
+
+
+def _publish(args: argparse.Namespace) -> None:
+    commit, new = publish(
+        args.folder, args.repository, private=args.private or None, measured=args.results
+    )
+    done = "published" if new else "unchanged, no commit made"
+    print(f"{args.repository}@{commit}: {done}")
+    print(f'load it with tp.from_pretrained("{args.repository}")')
+
+
+def _info(args: argparse.Namespace) -> None:
+    print(info.describe(args.name, hub.Access(args.revision)))
+
+
+def _card(args: argparse.Namespace) -> None:
+    facts = {"license": args.license, "datasets": args.datasets, "note": args.note}
+    for folder in args.folder:
+        print(refresh(folder, measured=args.results, facts=facts) / "README.md")
+
+
+def add_convert(commands) -> None:
+    """Add the command ``convert``."""
+    add = commands.add_parser("convert", help="turn the papers' released weights into artifacts")
+    add.set_defaults(run=_convert)
+    add.add_argument("kind", choices=("mgg", "mt3"))
+    add.add_argument("checkpoint", help="MGG's file, or the prefix of MT3's TensorFlow checkpoint")
+    add.add_argument("--statistics", type=Path, help="MGG: the file of ViT-B/16's statistics")
+    add.add_argument("--out", type=Path, required=True, help="folder for the artifact")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if args.kind == "mt3":
+        if args.statistics:
+            raise InputError("--statistics belongs to convert mgg")
+        folder = convert_mt3(args.checkpoint, args.out)
+    else:
+        folder = convert_mgg(args.checkpoint, args.out, args.statistics)
+    print(f"the artifact is in {folder}")
+
+
+def add_list(commands) -> None:
+    """Add the command ``list``."""
+    add = commands.add_parser("list", help="name the methods and the bundled artifacts")
+    add.set_defaults(run=_list)
+
+
+def _list(args: argparse.Namespace) -> None:
+    print("methods:", *list_methods(), sep="\n  ")
+    print("bundled:", *(f"bundled:{name}" for name in list_bundled()), sep="\n  ")

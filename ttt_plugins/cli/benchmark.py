@@ -1,0 +1,236 @@
+"""The commands ``benchmark`` and ``compare``: measure an adapter on corrupted images."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+from ..adapter import Adapter
+from ..artifacts import hub
+from ..artifacts.folder import read_config
+from ..benchmark import (
+    DATASETS,
+    PROTOCOLS,
+    Execution,
+    compare,
+    open_dataset,
+    run_benchmark,
+    worker_from_environment,
+)
+from ..benchmark.output import check_out
+from ..benchmark.protocols import CONCENTRATION
+from ..core.registry import get_method
+from ..errors import InputError
+from ..utils.checks import check_device, check_seed
+from ..wrapping import from_pretrained, wrap
+from .flags import add_field_flags, fields_from_pairs
+
+__all__ = ["add_benchmark", "add_compare"]
+
+#: The largest number of threads; with very many the system kills the process in mid-run.
+_THREADS = 1024
+
+
+def add_benchmark(commands) -> None:
+    """Add the command ``benchmark``."""
+    add = commands.add_parser("benchmark", help="measure an adapter on corrupted images")
+    add.set_defaults(run=_benchmark)
+    add.add_argument("model", metavar="MODEL", help="what wrap or from_pretrained takes")
+    add.add_argument("--method", help="name of a method (default: the artifact's own)")
+    _add_data_flags(add)
+    add.add_argument("--out", type=Path, required=True, help="folder for the results")
+    add.add_argument("--batch-size", type=int, default=64, metavar="B")
+    add.add_argument("--protocol", choices=PROTOCOLS, default="reset-per-cell")
+    add.add_argument(
+        "--concentration",
+        type=float,
+        default=CONCENTRATION,
+        metavar="DELTA",
+        help="of the Dirichlet distribution of --protocol correlated (default: %(default)s)",
+    )
+    add.add_argument("--device", help="such as cuda (default: cpu)")
+    add.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        help="of the images' order in a cell and of the adapter's draws (default: as stored, and "
+        "0); several give means and standard errors",
+    )
+    add.add_argument("--lr", type=float, help="short for --set lr=LR")
+    add_field_flags(add)
+    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    add.add_argument("--pretrained", action="store_true", help="download timm's weights")
+    add.add_argument("--overwrite", action="store_true", help="replace other results in OUT")
+    add.add_argument("--resume", action="store_true", help="resume the unfinished run in OUT")
+    _add_execution_flags(add)
+
+
+def _add_data_flags(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--dataset", choices=DATASETS, default="cifar10")
+    add.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
+    levels = range(1, 6)
+    add.add_argument("--severity", type=int, nargs="+", choices=levels, help="(default: all)")
+    add.add_argument("--corruption", nargs="+", help="(default: the benchmark's)")
+    add.add_argument("--n-examples", type=int, metavar="N", help="images a cell (default: all)")
+    add.add_argument("--labels", type=Path, help="parquet file of the clean test images")
+    add.add_argument("--no-download", action="store_true", help="missing data is an error")
+
+
+def _add_execution_flags(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--channels-last", action="store_true", help="NHWC memory layout")
+    add.add_argument("--autocast", choices=("bfloat16", "float16"), help="reduced precision")
+    add.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="compile the model with torch.compile (BACKEND: inductor)",
+    )
+    add.add_argument(
+        "--threads", type=int, help="of the processor (default: torch's own; 1 under torchrun)"
+    )
+    add.add_argument(
+        "--lease",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="under torchrun: a process silent for so long counts as dead (default: %(default)s)",
+    )
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    check_out(args.out)
+    for seed in args.seed or ():
+        check_seed(seed, "--seed")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise InputError(f"--threads must be at least 1, got {args.threads}")
+        if args.threads > _THREADS:
+            raise InputError(f"--threads must be at most {_THREADS}, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    worker = worker_from_environment(args.lease)
+    if worker is None:
+        _run(args, None)
+        return
+    if args.device == "cuda" and torch.cuda.is_available():
+        place = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        args.device = f"cuda:{place}"
+    # torchrun starts all processes anew when one has died: what they had done is on disk.
+    args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    try:
+        _run(args, worker)
+    finally:
+        worker.leave()
+
+
+def _run(args: argparse.Namespace, worker) -> None:
+    execution = Execution(args.channels_last, args.autocast, args.compile)
+    # What is downloaded is downloaded once.
+    with worker.leader_first("data") if worker else contextlib.nullcontext(True):
+        data = open_dataset(
+            args.dataset,
+            args.data_dir,
+            corruptions=args.corruption,
+            severities=args.severity,
+            n_examples=args.n_examples,
+            labels=args.labels,
+            download=not args.no_download,
+        )
+    seeds, first = args.seed, args.seed[0] if args.seed else None
+    args.seed = first  # of the adapter
+    # A timm name without --pretrained means random weights: let them be the same ones twice.
+    with worker.leader_first("weights") if worker else contextlib.nullcontext(True):
+        torch.manual_seed(first or 0)
+        net = _adapter(args)
+        torch.manual_seed(first or 0)
+        baseline = None if net.method == "source" else _unadapted(net, args.model_dir)
+    speaks = worker is None or worker.rank == 0
+    if speaks:
+        print(net.describe(), flush=True)
+    results = run_benchmark(
+        net,
+        data,
+        baseline=baseline,
+        out=args.out,
+        protocol=args.protocol,
+        concentration=args.concentration,
+        batch_size=args.batch_size,
+        seed=seeds,
+        execution=execution,
+        model_name=args.model,
+        command=args.command_line,
+        overwrite=args.overwrite,
+        resume=args.resume,
+        worker=worker,
+    )
+    if not speaks:
+        return
+    print(f"\naccuracy in %, {args.protocol}, batch size {args.batch_size}\n{results.table()}")
+    for name, mce in results.circumstances["corruptions_mce"].items():
+        if mce is not None:
+            print(f"mCE of {name}: {100 * mce:.2f} % (AlexNet: 100 %)")
+    if data.clean is None:
+        print("clean accuracy not measured: no clean images in the data folder")
+    if data.note:
+        print(data.note)
+    print(f"results.json, RobustBench's files and plot.png are in {args.out}")
+
+
+def _adapter(args: argparse.Namespace) -> Adapter:
+    """The adapter of MODEL and --method: an artifact of that method, or a model to wrap."""
+    check_device(args.device)
+    common = {"device": args.device, "seed": args.seed}
+    pairs = args.set if args.lr is None else [*args.set, ("lr", args.lr)]
+    artifact = hub.find(args.model)
+    stored = None if artifact is None else read_config(artifact.folder, artifact.name)["method"]
+    method = stored if args.method is None else args.method
+    # Only fields of the config: whatever else wrap takes has a flag of its own.
+    fields = {} if method is None else fields_from_pairs(pairs, get_method(method).config)
+    if method == stored:
+        return from_pretrained(args.model, **common, **fields)
+    return wrap(
+        args.model,
+        method,
+        pretrained=args.pretrained,
+        model_dir=args.model_dir,
+        **common,
+        **fields,
+    )
+
+
+def _unadapted(net: Adapter, model_dir: Path) -> Adapter:
+    """The model of an adapter, loaded anew and with the same preprocessing."""
+    normal = net.backbone.normalize
+    return wrap(
+        net.origin["name"],
+        "source",
+        pretrained=net.origin.get("pretrained", False),
+        mean=net.backbone.mean.flatten().tolist() if normal else None,
+        std=net.backbone.std.flatten().tolist() if normal else None,
+        normalize=normal,
+        model_dir=model_dir,
+        device=net.backbone.device,
+    )
+
+
+def add_compare(commands) -> None:
+    """Add the command ``compare``."""
+    add = commands.add_parser("compare", help="put the results of several benchmarks side by side")
+    add.set_defaults(run=_compare)
+    add.add_argument("folders", nargs="+", type=Path, metavar="OUT", help="of a benchmark")
+    add.add_argument(
+        "--html",
+        type=Path,
+        default=Path("comparison.html"),
+        metavar="FILE",
+        help="the report, a page with its pictures inside (default: %(default)s)",
+    )
+
+
+def _compare(args: argparse.Namespace) -> None:
+    print(compare(args.folders, args.html))
+    print(f"the report is {args.html}")

@@ -1,0 +1,385 @@
+"""The command ``train``: what adapters are made of."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifacts.classifiers import refuse_random
+from ..artifacts.folder import check_target
+from ..artifacts.saving import save_learned, save_with_model
+from ..benchmark import EXTRA_CORRUPTIONS, load_stream
+from ..core.registry import configure
+from ..data.cifar10 import EXTRA_ROWS
+from ..data.images import LabelledImages, to_float
+from ..data.parquet import read_parquet
+from ..errors import DataError, InputError
+from ..methods import MGG, MT3, TTT
+from ..train.byol import ByolRecipe, train_byol
+from ..train.epochs import checkpoint_file
+from ..train.gap import StepGap
+from ..train.joint import HeadRecipe, JointRecipe, fit_rotation_head, train_joint
+from ..train.mgg import MGGRecipe, train_mgg, untrained
+from ..train.mt3 import MT3Recipe, train_mt3
+from ..train.source import SourceRecipe, train_source
+from ..utils.checks import check_device, check_seed
+from .flags import add_dataclass_flags, add_field_flags, dataclass_from_args, fields_from_pairs
+
+__all__ = ["add_train"]
+
+
+def add_train(commands) -> None:
+    """Add the command ``train`` with its kinds."""
+    add = commands.add_parser("train", help="train what adapters are made of")
+    kinds = add.add_subparsers(required=True, metavar="source|ttt|mt3|mgg")
+    _add_source(kinds)
+    _add_ttt(kinds)
+    _add_mt3(kinds)
+    _add_mgg(kinds)
+
+
+# -- what all trainings share ------------------------------------------------------------------
+
+
+def _add_common(add: argparse.ArgumentParser, folder: str, *recipes: type) -> None:
+    """The flags that all trainings share, and those of the recipes."""
+    add.add_argument("--data-dir", type=Path, required=True, help=folder)
+    add.add_argument("--out", type=Path, required=True, help="folder for the artifact")
+    add.add_argument("--device", default="cpu")
+    add.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
+    add.add_argument("--note", default="", help="a sentence for the card")
+    for recipe in recipes:
+        add_dataclass_flags(add, recipe)
+
+
+def _work_folder(args: argparse.Namespace) -> Path:
+    """Where a training's checkpoints go: beside the artifact, which is written in one piece.
+
+    Both places are checked before anything is read or trained.
+    """
+    check_target(args.out)
+    work = args.out.with_name(f"{args.out.name}-training")
+    checkpoint_file(work)
+    return work
+
+
+def _recipe(args: argparse.Namespace, cls: type, other: type, reason: str) -> Any:
+    """The recipe that the flags describe; typed flags that only the other one has are mistakes."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in sorted({f.name for f in dataclasses.fields(other)} - known):
+        if hasattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} has no meaning {reason}")
+    return dataclass_from_args(args, cls)
+
+
+def _record(args: argparse.Namespace, recipe: Any, device: str, **facts: Any) -> dict[str, Any]:
+    """What every trained artifact's config.json says of its making."""
+    return {
+        "command": args.command_line,
+        "note": args.note,
+        "recipe": dataclasses.asdict(recipe),
+        "device": torch.cuda.get_device_name(device) if "cuda" in device else "cpu",
+        **facts,
+    }
+
+
+def _training_images(args: argparse.Namespace) -> LabelledImages:
+    """Those of ``train.parquet`` except the last rows, which belong to MGG's meta-training.
+
+    MGG's results are compared with those of whatever is trained here.
+    """
+    file = args.data_dir / "train.parquet"
+    images = read_parquet(file)[:-EXTRA_ROWS]
+    if not len(images):
+        raise DataError(f"{file}: no images beside the last {EXTRA_ROWS}, which are held out")
+    return images
+
+
+def _test_images(args: argparse.Namespace) -> LabelledImages:
+    file = args.data_dir / "test.parquet"
+    images = read_parquet(file)
+    if not len(images):
+        raise DataError(f"{file}: no images")
+    return images
+
+
+# -- source ------------------------------------------------------------------------------------
+
+
+def _add_source(kinds) -> None:
+    add = kinds.add_parser("source", help="a classifier to adapt")
+    add.set_defaults(run=_train_source)
+    _add_common(add, "folder with train.parquet and test.parquet", SourceRecipe)
+
+
+def _train_source(args: argparse.Namespace) -> None:
+    work = _work_folder(args)
+    recipe = dataclass_from_args(args, SourceRecipe)
+    check_device(args.device)
+    train, test = _training_images(args), _test_images(args)
+    model, log = train_source(recipe, train, test, work, device=args.device, resume=args.resume)
+    record = _record(args, recipe, args.device, images=len(train), **log)
+    save_with_model(model, recipe.arch, recipe.model_args, args.out, training=record)
+    print(f"the model is in {args.out}, the checkpoint of its training in {work}")
+
+
+# -- ttt ---------------------------------------------------------------------------------------
+
+
+def _add_ttt(kinds) -> None:
+    add = kinds.add_parser("ttt", help="a classifier with a rotation head, or the head alone")
+    add.set_defaults(run=_train_ttt)
+    add.add_argument(
+        "--freeze-trunk",
+        action="store_true",
+        help="train only a rotation head, on the classifier that --model names (by default "
+        "10 epochs of Adam at 1e-3)",
+    )
+    add.add_argument("--pretrained", action="store_true", help="with --model: timm's weights")
+    add.add_argument("--model", help="with --freeze-trunk: the classifier; what wrap takes")
+    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    add_field_flags(add)
+    _add_common(add, "folder with train.parquet and test.parquet", JointRecipe)
+
+
+def _train_ttt(args: argparse.Namespace) -> None:
+    check_target(args.out)
+    check_device(args.device)
+    if "split" in dict(args.set):
+        raise InputError("the split belongs to training: use --split")
+    config = configure(TTT(), fields_from_pairs(args.set, TTT))
+    if args.freeze_trunk:
+        _train_head(args, config)
+        return
+    if args.model:
+        raise InputError("--model belongs to --freeze-trunk; joint training takes --arch or --init")
+    work = _work_folder(args)
+    recipe = dataclass_from_args(args, JointRecipe)
+    config = dataclasses.replace(config, split=recipe.split)
+    train, test = _training_images(args), _test_images(args)
+    model, head, log = train_joint(
+        recipe, train, test, work, config=config, device=args.device, resume=args.resume
+    )
+    save_with_model(
+        model,
+        recipe.arch,
+        recipe.model_args,
+        args.out,
+        config=config,
+        tensors=head,
+        training=_record(args, recipe, args.device, images=len(train), **log),
+    )
+    print(f"model and rotation head are in {args.out}, the checkpoint of their training in {work}")
+
+
+def _train_head(args: argparse.Namespace, config: TTT) -> None:
+    recipe = _recipe(args, HeadRecipe, JointRecipe, "with --freeze-trunk")
+    check_seed(recipe.seed, "--seed")
+    if not args.model:
+        raise InputError("--freeze-trunk needs --model, the classifier that stays as it is")
+    if args.resume:
+        raise InputError("--freeze-trunk writes no checkpoint to resume from")
+    refuse_random(args.model, args.pretrained)
+    train = _training_images(args)
+    net, log = fit_rotation_head(
+        args.model,
+        train.images,
+        recipe,
+        config=config,
+        device=args.device,
+        model_dir=args.model_dir,
+        pretrained=args.pretrained,
+    )
+    record = _record(args, recipe, args.device, images=len(train), **log)
+    net.save_pretrained(args.out, training=record)
+    print(f"the rotation head is in {args.out}")
+
+
+# -- mt3 ---------------------------------------------------------------------------------------
+
+
+def _add_mt3(kinds) -> None:
+    add = kinds.add_parser("mt3", help="a meta-model that one self-supervised step improves")
+    add.set_defaults(run=_train_mt3)
+    add.add_argument(
+        "--joint",
+        action="store_true",
+        help="train classifier, projector and predictor jointly with BYOL's loss and no inner "
+        "step (by default 200 epochs of SGD at 0.1); --init takes the result",
+    )
+    add.add_argument(
+        "--extras",
+        type=Path,
+        metavar="DIR",
+        help="folder of the four extra corruptions, <corruption>.npz: after every epoch the step "
+        "is measured on some of their images, and the best meta-model is kept",
+    )
+    add.add_argument(
+        "--extras-images",
+        type=int,
+        default=64,
+        metavar="N",
+        help="with --extras: images of each corruption (default: %(default)s)",
+    )
+    add_field_flags(add)
+    _add_common(add, "folder with train.parquet, and test.parquet with --joint", MT3Recipe)
+    add_dataclass_flags(add, ByolRecipe, prefix="with --joint: ")
+
+
+def _train_mt3(args: argparse.Namespace) -> None:
+    work = _work_folder(args)
+    if args.joint:
+        _train_byol(args, work)
+        return
+    recipe = _recipe(args, MT3Recipe, ByolRecipe, "without --joint")
+    device = args.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    check_device(device)
+    if recipe.init and (hasattr(args, "arch") or hasattr(args, "model_args")):
+        raise InputError("--init brings its own architecture; leave --arch and --model-args out")
+    # Set by torchrun when it starts the processes again.
+    resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    fields = fields_from_pairs(args.set, MT3)
+    config = configure(MT3(lr=recipe.inner_lr, steps=recipe.inner_steps), fields)
+    gap = _gap(args, config)
+    train = _training_images(args)
+    model, head, log = train_mt3(
+        recipe, train, work, config=config, gap=gap, device=device, resume=resume
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    # With --init the recipe's own architecture is not the one that was trained.
+    recipe = dataclasses.replace(recipe, arch=log["architecture"], model_args=log["model_args"])
+    save_with_model(
+        model,
+        log["architecture"],
+        log["model_args"],
+        args.out,
+        config=config,
+        tensors=head,
+        training=_record(args, recipe, device, images=len(train), **log),
+    )
+    print(f"the meta-model is in {args.out}, the checkpoint of its training in {work}")
+
+
+def _train_byol(args: argparse.Namespace, work: Path) -> None:
+    recipe = _recipe(args, ByolRecipe, MT3Recipe, "with --joint")
+    check_device(args.device)
+    config = configure(MT3(), fields_from_pairs(args.set, MT3))
+    gap = _gap(args, config)
+    train, test = _training_images(args), _test_images(args)
+    model, head, log = train_byol(
+        recipe, train, test, work, config=config, gap=gap, device=args.device, resume=args.resume
+    )
+    save_with_model(
+        model,
+        recipe.arch,
+        recipe.model_args,
+        args.out,
+        config=config,
+        tensors=head,
+        training=_record(args, recipe, args.device, images=len(train), **log),
+    )
+    print(f"model, projector and predictor are in {args.out}, their checkpoint in {work}")
+    print(f"start the meta-training with: train mt3 --init {args.out}")
+
+
+def _gap(args: argparse.Namespace, config: MT3) -> StepGap | None:
+    """What measures the step on the extra corruptions, if their folder is given."""
+    if args.extras is None:
+        return None
+    if args.extras_images < 1:
+        raise InputError(f"--extras-images must be at least 1, got {args.extras_images}")
+    extras = {name: load_stream(args.extras, name) for name in EXTRA_CORRUPTIONS}
+    return StepGap({name: part[: args.extras_images] for name, part in extras.items()}, config)
+
+
+# -- mgg ---------------------------------------------------------------------------------------
+
+
+def _add_mgg(kinds) -> None:
+    add = kinds.add_parser("mgg", help="MGG's optimizer, on corrupted images")
+    add.set_defaults(run=_train_mgg)
+    add.add_argument(
+        "--model",
+        required=True,
+        nargs="+",
+        help="the classifier, what wrap takes; several make one optimizer that fits any",
+    )
+    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    add.add_argument(
+        "--entropy-alone",
+        action="store_true",
+        help="train on every classifier without source statistics too",
+    )
+    add.add_argument(
+        "--statistics-images",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="clean training images that source statistics are measured on (default: %(default)s)",
+    )
+    add_field_flags(add)
+    _add_common(add, "folder that holds cifar10 and cifar10c", MGGRecipe)
+
+
+def _train_mgg(args: argparse.Namespace) -> None:
+    work = _work_folder(args)
+    recipe = dataclass_from_args(args, MGGRecipe)
+    fields = fields_from_pairs(args.set, MGG)
+    if "lr" in fields:
+        raise InputError(
+            f"--set lr: the step size is chosen among those of --grid; for this one only, give "
+            f"--grid {fields['lr']}"
+        )
+    configure(MGG(), fields)  # a bad value is found before anything is read
+    if args.statistics_images < 1:
+        raise InputError(f"--statistics-images must be at least 1, got {args.statistics_images}")
+    check_device(args.device)
+    data = {name: load_stream(args.data_dir, name) for name in EXTRA_CORRUPTIONS}
+    nets, measured = _untrained_adapters(args, fields)
+    trained, log = train_mgg(recipe, nets, data, work, resume=args.resume)
+    record = _record(
+        args,
+        recipe,
+        args.device,
+        corruptions=list(data),
+        images=min(len(part) for part in data.values()),
+        labels="used by the outer loss and to choose checkpoint and step size"
+        if recipe.labelled
+        else "used to choose checkpoint and step size only",
+        statistics_images=measured,
+        **log,
+    )
+    if len(args.model) == 1:
+        trained.save_pretrained(args.out, training=record)
+    else:
+        # It belongs to none of them: the optimizer alone, which fits any classifier.
+        slow = {n: t for n, t in trained.learned_tensors().items() if n.startswith("memory.")}
+        record["classifiers"] = [str(model) for model in args.model]
+        save_learned(trained.config, slow, {"source": "module"}, args.out, training=record)
+    print(f"the optimizer is in {args.out}, the checkpoint of its training in {work}")
+
+
+def _untrained_adapters(args: argparse.Namespace, fields: dict[str, Any]) -> tuple[list, int]:
+    """Adapters to train an optimizer on, and how many images their statistics come from."""
+    nets, measured = [], 0
+    for model in args.model:
+        net = untrained(model, device=args.device, model_dir=args.model_dir, **fields)
+        if not net.backbone.has_batch_norm:
+            # BatchNorm models carry their source statistics; for others clean images are measured.
+            if args.entropy_alone:
+                nets.append(net.with_tensors(net.config))
+            folder = args.data_dir if (args.data_dir / "train.parquet").is_file() else None
+            clean = read_parquet((folder or args.data_dir / "cifar10") / "train.parquet")
+            images = clean.images[:-EXTRA_ROWS][: args.statistics_images]
+            measured = len(images)
+            net.fit_source_statistics(to_float(part) for part in images.split(500))
+        nets.append(net)
+    return nets, measured

@@ -1,0 +1,223 @@
+"""Joint training of a classifier with BYOL's loss, from which MT3's meta-training can start.
+
+The mean of the cross-entropy of labelled images plus a weight times BYOL's loss on two views of
+them, over network, projector and predictor at once: first order, no inner step. Heads, views and
+batch augmentation are those of MT3's tasks (arXiv 2103.16201, the baseline "JT").
+
+Deviation from the released code: the targets of BYOL's loss are the same network's projections
+under a stopped gradient, as in MT3's tasks, and not those of a moving average of the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbones.stages import pooled_features
+from ..core.heads import init_byol
+from ..data.images import LabelledImages
+from ..errors import InputError
+from ..methods.mt3 import MT3, features_loss
+from ..utils.checks import check_choice, check_integer, check_number, check_seed
+from .common import Normalise, accuracy, check_outcome, create_model, read_start
+from .epochs import checkpoint_file, train_epochs
+from .gap import StepGap
+from .mt3_step import default_model_args, draw_tasks
+from .network import NetworkTraining
+from .schedules import SCHEDULES
+
+__all__ = ["ByolModel", "ByolRecipe", "train_byol"]
+
+
+@dataclass(frozen=True)
+class ByolRecipe:
+    """How classifier, projector and predictor are trained together; defaults are the authors'.
+
+    Attributes:
+        arch: a timm architecture.
+        model_args: keyword arguments of its constructor; by default those of MT3's network for
+            ttt_resnet26, and none for any other architecture.
+        init: artifact of the same architecture whose weights and preprocessing training starts
+            from; fresh ones unless given.
+        epochs: passes over the training images.
+        batch_size: images a step.
+        task_images: images that share one draw of the batch augmentation; divides ``batch_size``.
+        lr: peak learning rate of SGD with momentum 0.9.
+        schedule: ``"constant"``, ``"cosine"`` (after a warm-up of a twentieth), ``"step"``,
+            ``"one-cycle"`` (up for 30 % of training, then down to 0) or ``"constant-then-decay"``
+            (down to 0 in the last quarter).
+        weight_decay: weight decay coefficient of all parameters.
+        self_supervised: weight of BYOL's loss.
+        views: share of each batch's images of which views are drawn for BYOL's loss, in (0, 1];
+            one half makes a step a third cheaper.
+        ema: decay of the weights' moving average per step; 0 for no average.
+        seed: of initialisation, order and augmentation.
+    """
+
+    arch: str = "ttt_resnet26"
+    model_args: dict | None = None
+    init: str = ""
+    epochs: int = 200
+    batch_size: int = 128
+    task_images: int = 8
+    lr: float = 0.1
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    self_supervised: float = 0.1
+    views: float = 1.0
+    ema: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.model_args is None:
+            object.__setattr__(self, "model_args", default_model_args(self.arch))
+        for name in ("epochs", "batch_size", "task_images"):
+            check_integer(self, name, 1)
+        for name in ("lr", "weight_decay", "self_supervised"):
+            check_number(self, name, 0)
+        for name in ("views", "ema"):
+            check_number(self, name, 0, 1)
+        check_choice(self, "schedule", SCHEDULES)
+        if self.batch_size % self.task_images:
+            raise InputError(
+                f"ByolRecipe.batch_size must be a multiple of task_images ({self.task_images}), "
+                f"got {self.batch_size}"
+            )
+        if not self.views:
+            raise InputError("ByolRecipe.views must be above 0, got 0: BYOL's loss needs views")
+        check_seed(self.seed, "ByolRecipe.seed")
+
+
+class ByolModel(nn.Module):
+    """A classifier with BYOL's projector and predictor on its pooled features."""
+
+    def __init__(self, model: nn.Module, generator: torch.Generator):
+        super().__init__()
+        self.model = model
+        tensors = init_byol(model, generator)
+        for part in ("projector", "predictor"):
+            layers = nn.ModuleDict()
+            for name in ("in", "out"):
+                outputs, inputs = tensors[f"{part}.{name}.weight"].shape
+                layers[name] = nn.Linear(inputs, outputs)
+            self.add_module(part, layers)
+        self.load_state_dict(tensors, strict=False)
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """Projector and predictor under the names that MT3 has for them."""
+        return {n: t for n, t in self.named_parameters() if not n.startswith("model.")}
+
+    def byol_loss(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """BYOL's loss of two normalised views (N, C, S, S) of each image, in one pass."""
+        return features_loss(self.head_tensors(), pooled_features(self.model, torch.cat([x1, x2])))
+
+
+class _ByolTraining(NetworkTraining):
+    """Joint training of a classifier with BYOL's loss."""
+
+    recipe: ByolRecipe
+
+    def __init__(
+        self,
+        recipe: ByolRecipe,
+        config: MT3,
+        train: LabelledImages,
+        test: LabelledImages,
+        gap: StepGap | None,
+        device: torch.device,
+    ):
+        torch.manual_seed(recipe.seed)
+        start = read_start(recipe.init) if recipe.init else None
+        arguments = recipe.model_args or {}
+        model = create_model(recipe.arch, int(train.labels.max()) + 1, arguments, start)
+        check_outcome(config, model, recipe.arch, arguments, train.images)
+        net = ByolModel(model, torch.Generator().manual_seed(recipe.seed))
+        net = net.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        settings = timm.data.resolve_model_data_config(model)
+        self.normalise = Normalise(settings["mean"], settings["std"]).to(device)
+        self.test, self.gap = test, gap
+        optimizer = torch.optim.SGD(
+            net.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
+        )
+        super().__init__(recipe, net, [optimizer], (recipe.schedule, 0.05), train, device)
+        self.parts = {"net": net, "average": self.average}
+        self.parts |= {"optimizer": optimizer, "schedule": self.schedules[0]}
+
+    def loss(
+        self, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        recipe = self.recipe
+        x1, x2, x, y = draw_tasks(images, labels, recipe.task_images, generator)
+        viewed = max(1, round(recipe.views * len(x1)))  # tasks
+        logits = self.net.model(self._ready(x))
+        main = F.cross_entropy(logits, y.flatten())
+        byol = self.net.byol_loss(self._ready(x1[:viewed]), self._ready(x2[:viewed]))
+        right = (logits.argmax(1) == y.flatten()).float().mean()
+        numbers = torch.stack([main.detach(), byol.detach(), right])
+        return main + recipe.self_supervised * byol, numbers
+
+    def _ready(self, tasks: Tensor) -> Tensor:
+        """Images (T, N, C, S, S) in [0, 1] -> normalised ones (T N, C, S, S)."""
+        flat = self.normalise(tasks.flatten(0, 1))
+        return flat.contiguous(memory_format=torch.channels_last)
+
+    def entry(self, means: list[float]) -> dict[str, float]:
+        final = self.final.eval()
+        entry = dict(zip(("cross_entropy", "byol_loss", "accuracy"), means, strict=True))
+        entry["test_accuracy"] = accuracy(final.model, self.normalise, self.test, self.device)
+        if self.gap:
+            entry |= self.gap.measure(final.model, _detached(final))
+        return entry
+
+
+def _detached(net: ByolModel) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in net.head_tensors().items()}
+
+
+def train_byol(
+    recipe: ByolRecipe,
+    train: LabelledImages,
+    test: LabelledImages,
+    out: str | Path,
+    *,
+    config: MT3 | None = None,
+    gap: StepGap | None = None,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+) -> tuple[nn.Module, dict[str, Tensor], dict]:
+    """Train a timm model, projector and predictor together.
+
+    After every epoch ``out/checkpoint.pt`` holds all that is needed to resume.
+
+    Args:
+        recipe: how to train, and what.
+        train: images to train on.
+        test: images whose accuracy the log holds for every epoch.
+        out: folder of the checkpoint.
+        config: of the adapter to make of it; checked against the model before anything is trained.
+        gap: measures what the adapter's step brings after every epoch, for the log.
+        device: where to train.
+        resume: resume from the checkpoint, if there is one; the run ends as an unbroken one would.
+        progress: whether to show progress bars and print the log.
+
+    Returns:
+        the model (eval mode), the heads' tensors, and the log.
+
+    Raises:
+        InputError: an unknown architecture, images that are not square or that it does not take,
+            too few of them, a config that selects nothing, or another recipe's checkpoint.
+        DataError: the disk refuses a checkpoint.
+    """
+    if train.images.shape[2] != train.images.shape[3]:
+        raise InputError(f"MT3's views need square images, got {tuple(train.images.shape[2:])}")
+    checkpoint = checkpoint_file(out)
+    training = _ByolTraining(recipe, config or MT3(), train, test, gap, torch.device(device))
+    log = train_epochs(training, checkpoint, resume=resume, progress=progress)
+    net = training.final.eval()
+    return net.model, _detached(net), {"epochs": log}

@@ -1,0 +1,60 @@
+"""What MT3's step brings on fixed held images, measured while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..data.images import LabelledImages, to_float
+from ..methods.mt3 import MT3
+from ..wrapping import wrap
+
+__all__ = ["StepGap"]
+
+#: Images that an adapter is shown at once.
+_BATCH = 64
+
+
+class StepGap:
+    """Accuracy before and after MT3's step, on the same images every time.
+
+    The images must be corrupted in ways that no test uses, and may not be trained on: checkpoints
+    are chosen by what is measured here.
+    """
+
+    def __init__(self, extras: Mapping[str, LabelledImages], config: MT3):
+        """Hold the images.
+
+        Args:
+            extras: images by the name of their corruption.
+            config: of the adapter whose step is measured.
+        """
+        self.images = torch.cat([part.images for part in extras.values()])
+        self.labels = torch.cat([part.labels for part in extras.values()])
+        self.config = config
+
+    def measure(self, model: nn.Module, head: Mapping[str, Tensor]) -> dict[str, float]:
+        """Shares of right predictions, in [0, 1].
+
+        Args:
+            model: in eval mode; it is not changed.
+            head: projector and predictor, and factors on the inner rate if there are any.
+
+        Returns:
+            ``extras_before`` without the step and ``extras_after`` with it.
+        """
+        return {
+            "extras_before": self._accuracy(wrap(model, "source")),
+            "extras_after": self._accuracy(wrap(model, self.config, tensors=dict(head))),
+        }
+
+    def _accuracy(self, net: nn.Module) -> float:
+        device, right = next(net.parameters()).device, 0
+        for images, labels in zip(
+            self.images.split(_BATCH), self.labels.split(_BATCH), strict=True
+        ):
+            predictions = net(to_float(images).to(device)).argmax(1)
+            right += (predictions == labels.to(device)).sum().item()
+        return right / len(self.labels)

@@ -1,0 +1,271 @@
+"""One meta-step of MT3: the tasks, their outer loss, and its gradient (arXiv 2103.16201).
+
+Each task takes one BYOL step from the meta-parameters, with the very loss that adaptation uses,
+and is judged by the cross-entropy at the parameters it arrives at. The judgement is differentiated
+through the step, second order, for all tasks at once (``vmap``) or one after the other where that
+is faster (a CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..backbones.backbone import Backbone
+from ..backbones.networks import MT3_NETWORK
+from ..core.per_image import descend, loss_and_gradient
+from ..core.scope import call
+from ..core.views import BYOL_NUMBERS, SHARED_NUMBERS, byol_view, random_crop, shared_augmentation
+from ..data.images import to_float
+from ..methods.mt3 import RATE, byol_loss
+from ..utils.checks import check_choice, check_integer, check_number, check_seed
+
+__all__ = ["MT3Recipe", "clip_each", "draw_tasks", "meta_gradient", "task_loss"]
+
+
+def default_model_args(arch: str) -> dict[str, Any]:
+    """Arguments of the paper's network for ``ttt_resnet26``, none for other architectures."""
+    return dict(MT3_NETWORK) if arch == "ttt_resnet26" else {}
+
+
+@dataclass(frozen=True)
+class MT3Recipe:
+    """How a meta-model is trained; the defaults are the paper's.
+
+    Attributes:
+        arch: a timm architecture.
+        model_args: keyword arguments of its constructor; by default those of the paper's network
+            for ttt_resnet26 (width 32, groups 16, norm_eps 0.001, conv_bias, activate_shortcut and
+            hidden 256), and none for any other architecture.
+        init: artifact whose model training starts from (its architecture, arguments and
+            preprocessing replace ``arch`` and ``model_args``); fresh weights unless given. An
+            artifact's own projector, predictor and factors on the inner rate are taken over.
+        epochs: passes over the training images.
+        tasks: tasks a meta-batch.
+        task_images: different images a task.
+        steps_per_epoch: meta-steps an epoch, 0 for as many as the images fill.
+        inner_lr: step size of the inner steps.
+        inner_steps: inner steps, each on views of its own.
+        rate_lr: outer learning rate of a factor on ``inner_lr`` for every tensor (Meta-SGD, arXiv
+            1707.09835); 0 learns none.
+        lr: learning rate of the outer SGD with momentum 0.9, at its peak.
+        schedule: of the outer rates: ``"constant"``, ``"cosine"`` (after a warm-up of a fiftieth),
+            or ``"constant-then-decay"`` (half a cosine down to 0 in the last quarter).
+        self_supervised: weight of L_ss(phi) in the outer loss.
+        clip: largest norm of each tensor's gradient, inner and outer; 0 for none.
+        first_order: take the inner gradient for a constant.
+        autocast: compute in bfloat16 where the device does so.
+        together: tasks that run at once, 0 for what the device does best.
+        seed: of initialisation, order and augmentation.
+    """
+
+    arch: str = "ttt_resnet26"
+    model_args: dict | None = None
+    init: str = ""
+    epochs: int = 200
+    tasks: int = 4
+    task_images: int = 8
+    steps_per_epoch: int = 0
+    inner_lr: float = 0.1
+    inner_steps: int = 1
+    rate_lr: float = 0.0
+    lr: float = 0.01
+    schedule: str = "constant"
+    self_supervised: float = 0.1
+    clip: float = 10.0
+    first_order: bool = False
+    autocast: bool = False
+    together: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.model_args is None:
+            object.__setattr__(self, "model_args", default_model_args(self.arch))
+        for name in ("epochs", "tasks", "task_images", "inner_steps"):
+            check_integer(self, name, 1)
+        for name in ("steps_per_epoch", "together"):
+            check_integer(self, name, 0)
+        for name in ("inner_lr", "rate_lr", "lr", "self_supervised", "clip"):
+            check_number(self, name, 0)
+        check_choice(self, "schedule", ("constant", "cosine", "constant-then-decay"))
+        check_seed(self.seed, "MT3Recipe.seed")
+
+
+def clip_each(grads: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
+    """Scale each tensor down to at most ``norm``; differentiable at zero too.
+
+    Args:
+        grads: by name.
+        norm: the largest Euclidean norm; 0 leaves all as they are.
+    """
+    if not norm:
+        return dict(grads)
+    clipped = {}
+    for name, g in grads.items():
+        squared = g.square().sum()
+        long = squared > norm**2
+        # The root's slope is infinite at zero; a gradient of zeros has no length to differentiate.
+        length = torch.where(long, squared, norm**2).sqrt()
+        clipped[name] = g * (norm / length)
+    return clipped
+
+
+def task_loss(
+    meta: Mapping[str, Tensor],
+    x1: Tensor,
+    x2: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    backbone: Backbone,
+    recipe: MT3Recipe,
+    transforms: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The outer loss of one task, algorithm 1, lines 4 to 8.
+
+    Args:
+        meta: model and heads, ``"model.<name>"``, ``"projector…"`` and ``"predictor…"``, and
+            factors () on the inner rate, ``"rate.<name>"``, if they are learned.
+        x1: first views (K N, C, S, S) of each of the task's images, N for each of K inner steps.
+        x2: second views, likewise.
+        images: the images to classify (N, C, S, S).
+        labels: their classes (N,).
+        backbone: the network.
+        recipe: of the training.
+        transforms: differentiate by ``torch.func``, as ``vmap`` needs it, or by plain autograd.
+
+    Returns:
+        the loss, and for the log (inner loss before the first step, cross-entropy, images right
+        after the steps, right before them).
+    """
+
+    def inner(params, first, second):
+        with _precision(first, recipe):
+            return _at_least_single(byol_loss(backbone, params, params, first, second))
+
+    start = {n: p for n, p in meta.items() if not n.startswith(RATE)}
+    rates = _inner_rates(meta, start, recipe.inner_lr)
+    moved, inner_losses, views = start, [], ()
+    for views in zip(x1.chunk(recipe.inner_steps), x2.chunk(recipe.inner_steps), strict=True):
+        loss = partial(inner, first=views[0], second=views[1])
+        if transforms:
+            grads, value = grad_and_value(loss)(dict(moved))
+        else:
+            value, grads = loss_and_gradient(loss, dict(moved), not recipe.first_order)
+        if recipe.first_order:
+            grads = {n: g.detach() for n, g in grads.items()}
+        moved = descend(moved, clip_each(grads, recipe.clip), rates)
+        inner_losses.append(value.detach())
+    with _precision(x1, recipe):
+        logits = _at_least_single(call(backbone, moved, images))
+        judged = F.cross_entropy(logits, labels)
+        with torch.no_grad():  # for the log alone: 4 % of the work
+            before = call(backbone, start, images)
+    counts = [(each.argmax(1) == labels).sum().to(judged) for each in (logits, before)]
+    record = torch.stack([inner_losses[0], judged.detach(), *counts])
+    if not recipe.self_supervised:
+        return judged, record
+    return judged + recipe.self_supervised * inner(moved, *views), record
+
+
+def _inner_rates(
+    meta: Mapping[str, Tensor], params: Mapping[str, Tensor], lr: float
+) -> float | dict[str, Tensor]:
+    """The rate of every tensor in the inner steps; the classifier has no factor and no gradient."""
+    if not any(name.startswith(RATE) for name in meta):
+        return lr
+    return {n: lr * meta.get(RATE + n, p.new_ones(())) for n, p in params.items()}
+
+
+def _precision(images: Tensor, recipe: MT3Recipe):
+    if not recipe.autocast:
+        return nullcontext()
+    return torch.autocast(images.device.type, torch.bfloat16)
+
+
+def _at_least_single(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def draw_tasks(
+    images: Tensor,
+    labels: Tensor,
+    task_images: int,
+    generator: torch.Generator,
+    steps: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Augment the images of T tasks.
+
+    One corruption is drawn for a task and put on all views and on the images to classify; those
+    are padded by two pixels and cut at random.
+
+    Args:
+        images: (T * N, C, S, S) uint8.
+        labels: (T * N,).
+        task_images: N, images a task.
+        generator: of everything that is drawn.
+        steps: K, pairs of views of each image.
+
+    Returns:
+        first and second views (T, K * N, C, S, S), images to classify (T, N, C, S, S) in [0, 1],
+        and labels (T, N).
+    """
+    count, n = len(images), task_images
+    t, x, device = count // n, to_float(images), generator.device
+    u = torch.rand(2, count, steps, BYOL_NUMBERS, generator=generator, device=device).to(x.device)
+    shared = torch.rand(t, SHARED_NUMBERS, generator=generator, device=device).to(x.device)
+    views = [byol_view(x, each).unflatten(0, (t, n)).transpose(1, 2).flatten(1, 2) for each in u]
+    parts = [*views, random_crop(x, 2, generator).unflatten(0, (t, n))]
+    for i, part in enumerate(parts):
+        noise = torch.randn(part.shape, generator=generator, device=device).to(x.device)
+        parts[i] = shared_augmentation(part, shared, noise)
+    return parts[0], parts[1], parts[2], labels.view(t, n)
+
+
+def meta_gradient(
+    meta: dict[str, Tensor],
+    tasks: tuple[Tensor, ...],
+    backbone: Backbone,
+    recipe: MT3Recipe,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Sum over tasks of the outer loss's gradient, and of the log's entries with the loss first."""
+
+    def loss(params, *task, transforms=True):
+        value, record = task_loss(
+            params, *task, backbone=backbone, recipe=recipe, transforms=transforms
+        )
+        return value, torch.cat([value.detach()[None], record])
+
+    outer = vmap(grad(loss, has_aux=True), (None, 0, 0, 0, 0))
+    count = len(tasks[0])
+    together = recipe.together or (
+        1 if tasks[0].device.type == "cpu" or backbone.one_by_one else count
+    )
+    total, record = None, tasks[0].new_zeros(5)
+    if not count:  # more processes than tasks
+        return {n: torch.zeros_like(p) for n, p in meta.items()}, record
+    # The fused attention kernels have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        for part in zip(*(t.split(together) for t in tasks), strict=True):
+            if len(part[0]) == 1:
+                leaves = {n: p.detach().requires_grad_() for n, p in meta.items()}
+                value, aux = loss(leaves, *(t[0] for t in part), transforms=False)
+                slopes = torch.autograd.grad(
+                    value, list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
+                grads = dict(zip(leaves, slopes, strict=True))
+            else:
+                grads, aux = outer(meta, *part)
+                grads, aux = {n: g.sum(0) for n, g in grads.items()}, aux.sum(0)
+            record = record + aux
+            total = grads if total is None else {n: t + grads[n] for n, t in total.items()}
+    return total, record

@@ -1,0 +1,119 @@
+"""Training of a network by gradient descent: the steps of an epoch, whatever the loss."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..data.images import LabelledImages
+from .common import steps_per_epoch
+from .epochs import Epoch, Recipe, Training, check_convergence
+from .schedules import schedule_factor
+
+__all__ = ["NetworkTraining"]
+
+
+class NetworkRecipe(Recipe, Protocol):
+    """What `NetworkTraining` reads of a recipe."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images a step."""
+        ...
+
+    @property
+    def ema(self) -> float:
+        """Decay of the weights' moving average per step, 0 for no average."""
+        ...
+
+
+class NetworkTraining(Training):
+    """Epochs of gradient descent, and a moving average of the weights.
+
+    Attributes:
+        net: what is trained.
+        average: the moving average of its weights and buffers.
+        optimizers: each with the peak of its learning rate.
+        schedules: one for each optimizer.
+        images: (N, C, H, W) to train on, uint8, on the network's device.
+        labels: (N,) int64, there too.
+    """
+
+    def __init__(
+        self,
+        recipe: NetworkRecipe,
+        net: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        schedule: tuple[str, float],
+        train: LabelledImages,
+        device: torch.device,
+    ):
+        """Set up the average and the schedules.
+
+        Args:
+            recipe: of the training.
+            net: on ``device`` already.
+            optimizers: of the parameters of ``net``.
+            schedule: its name and the share of the steps in which it warms up.
+            train: images to train on.
+            device: where to train.
+        """
+        super().__init__(recipe, device)
+        self.net, self.optimizers = net, optimizers
+        self.batch_size, self.ema = recipe.batch_size, recipe.ema
+        self.steps = steps_per_epoch(len(train), recipe.batch_size)
+        steps, (name, warmup) = self.steps * recipe.epochs, schedule
+        self.schedules = [
+            LambdaLR(optimizer, lambda step: schedule_factor(name, step, steps, warmup))
+            for optimizer in optimizers
+        ]
+        average = get_ema_multi_avg_fn(recipe.ema)
+        self.average = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
+        self.images, self.labels = train.images.to(device), train.labels.to(device)
+
+    @property
+    def final(self) -> Any:
+        """The network to keep: the average, or the network itself if none is taken."""
+        return self.average.module if self.ema else self.net
+
+    def prepare(self, epoch: Epoch) -> None:
+        """Change what changes at the start of an epoch."""
+
+    @abstractmethod
+    def loss(
+        self, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and the numbers (K,) whose means `entry` gets.
+
+        Args:
+            images: (B, C, H, W) uint8.
+            labels: (B,) int64.
+            generator: for the augmentation.
+        """
+
+    @abstractmethod
+    def entry(self, means: list[float]) -> dict[str, float]:
+        """The log's entry for an epoch, from the means over its steps."""
+
+    def run(self, epoch: Epoch) -> dict[str, float]:
+        """Train for one epoch."""
+        self.prepare(epoch)
+        self.net.train()
+        totals = torch.zeros((), device=self.images.device)
+        for rows in epoch.rows(len(self.images), self.batch_size, self.steps):
+            loss, numbers = self.loss(self.images[rows], self.labels[rows], epoch.generator)
+            loss.backward()
+            for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            if self.ema:
+                self.average.update_parameters(self.net)
+            totals = totals + numbers
+        check_convergence(totals, epoch.number, "a smaller lr")
+        return self.entry([total / self.steps for total in totals.tolist()])

@@ -1,0 +1,100 @@
+"""The processes that torchrun started, which share every meta-batch of a training."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import InputError
+
+__all__ = ["Workers"]
+
+
+class Workers:
+    """The processes that share a meta-batch; one, unless torchrun started several.
+
+    A context manager, which leaves the process group that it entered.
+
+    Attributes:
+        count: how many processes there are.
+        rank: which of them this is, from 0.
+
+    Raises:
+        InputError: WORLD_SIZE or RANK is not a number that makes sense.
+    """
+
+    def __init__(self, device: torch.device):
+        self.count = environment_number("WORLD_SIZE", 1, least=1)
+        self.rank = environment_number("RANK", 0)
+        if self.rank >= self.count:
+            raise InputError(f"RANK={self.rank} must be below WORLD_SIZE={self.count}")
+        self._entered = self.count > 1 and not dist.is_initialized()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        if self._entered:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._entered:
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process saves and prints for all."""
+        return self.rank == 0
+
+    def agree(self, epoch: int, checkpoint: Path) -> None:
+        """Make sure that all processes resume after the same epoch.
+
+        Raises:
+            InputError: they do not.
+        """
+        if self.count == 1:
+            return
+        epochs: list = [None] * self.count
+        dist.all_gather_object(epochs, epoch)
+        if len(set(epochs)) > 1:
+            raise InputError(
+                f"the processes have checkpoints of epochs {epochs}; all of them must see "
+                f"{checkpoint}"
+            )
+
+    def share(self, tasks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """This process's share of a meta-batch."""
+        return tuple(t[self.rank :: self.count] for t in tasks)
+
+    def add_up(self, grads: dict[str, Tensor], record: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The sums of gradients and of the log's numbers over all processes."""
+        if self.count == 1:
+            return grads, record
+        flat = torch.cat([*(g.reshape(-1) for g in grads.values()), record])
+        dist.all_reduce(flat)
+        parts = flat.split([*(g.numel() for g in grads.values()), len(record)])
+        named = zip(grads.items(), parts, strict=False)
+        return {n: part.view_as(g) for (n, g), part in named}, parts[-1]
+
+
+def environment_number(name: str, default: int, least: int = 0) -> int:
+    """An integer that torchrun puts into the environment.
+
+    Raises:
+        InputError: it is no integer, or below ``least``.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or number < least:
+        raise InputError(
+            f"the environment variable {name}={text!r} must be an integer of at least {least}; "
+            "unset it, or start the training with torchrun"
+        )
+    return number
