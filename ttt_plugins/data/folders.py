@@ -1,0 +1,97 @@
+"""Folders of picture files: one folder for each class, or all in one and so without labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from .decode import PICTURE_SUFFIXES, decode
+from .source import ImageSource, Sample
+
+__all__ = ["FolderSource"]
+
+
+class _Names:
+    """Many file names in two arrays: small, and shared by forked processes instead of copied."""
+
+    def __init__(self, names: Iterable[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, row: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[row] : self._ends[row + 1]])
+
+
+class FolderSource(ImageSource):
+    """The picture files of a folder, sorted by class and then by name.
+
+    Folders in it are the classes, numbered in the sorted order of their names; pictures may lie at
+    any depth below them. Pictures in a folder without such folders have no labels.
+
+    Raises:
+        DataError: there are no pictures, or only in some of the class folders, or beside them.
+    """
+
+    def __init__(self, root: str | Path):
+        self.location = str(root)
+        self._root = Path(root)
+        try:
+            folders, flat = _entries(self._root)
+            per_class = {name: list(_pictures(self._root / name, name)) for name in folders}
+        except OSError as error:
+            raise DataError(f"{root} cannot be read ({error.strerror})") from error
+        filled = [name for name in folders if per_class[name]]
+        if not filled and not flat:
+            raise DataError(f"{root}: no pictures; looked for files {', '.join(PICTURE_SUFFIXES)}")
+        if filled and flat:
+            raise DataError(
+                f"{root / Path(flat[0])}: a picture beside the class folders; move it into one of "
+                "them, or out"
+            )
+        if filled and len(filled) < len(folders):
+            empty = next(name for name in folders if not per_class[name])
+            raise DataError(
+                f"{root / Path(empty)}: a class folder without pictures, which would shift the "
+                "labels of the classes after it; remove it or fill it"
+            )
+        self._files = _Names(flat or [file for name in filled for file in per_class[name]])
+        if filled:
+            self.classes, self.labelled = tuple(filled), True
+            # The first row after each class.
+            self._ends = np.cumsum([len(per_class[name]) for name in filled])
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, row: int) -> Sample:
+        """Read and decode one file; its name is its path in the folder."""
+        file = self._files[row]
+        label = int(np.searchsorted(self._ends, row, "right")) if self.labelled else None
+        path = self._root / file
+        return Sample(decode(path, str(path)), label, file)
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Folders and pictures directly in a folder, sorted; hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+    folders = sorted(entry.name for entry in shown if entry.is_dir())
+    pictures = (e.name for e in shown if e.name.lower().endswith(PICTURE_SUFFIXES) and e.is_file())
+    return folders, sorted(pictures)
+
+
+def _pictures(folder: Path, name: str) -> Iterator[str]:
+    """Paths of all pictures in and below a folder, which is called ``name`` in them."""
+    folders, pictures = _entries(folder)
+    for picture in pictures:
+        yield os.path.join(name, picture)
+    for inner in folders:
+        yield from _pictures(folder / inner, os.path.join(name, inner))

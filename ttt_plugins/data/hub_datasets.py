@@ -1,0 +1,217 @@
+"""Data sets on the Hugging Face Hub: their parquet shards, or the rows as they arrive."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+
+from ..errors import DataError, HubError, InputError, MissingDependencyError, TTTError
+from ..version import __version__
+from .arrays import LoaderStream
+from .parquet import ParquetSource
+from .source import Columns, ImageSource, ImageStream
+
+__all__ = ["open_hub_dataset"]
+
+_ADDRESS = re.compile(
+    r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)"
+    r"(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<part>.+?))?/?"
+)
+#: Where the Hub puts the shards that it makes itself of a data set in another format.
+_CONVERTED = "refs/convert/parquet"
+_SPLIT = re.compile(r"(?:^|[/_.-])(train|training|validation|valid|val|dev|test|testing)(?=[/_.-])")
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")
+
+
+class _Address(NamedTuple):
+    repository: str
+    revision: str | None
+    part: str | None
+
+
+def open_hub_dataset(address: str, columns: Columns, stream: bool) -> ImageSource | ImageStream:
+    """A data set on the Hub by its address.
+
+    Its shards are downloaded once into huggingface_hub's cache and read from there when there is
+    no connection; all of one commit.
+
+    Args:
+        address: ``hf://datasets/ORG/NAME[@REVISION][/PART]``; the part is a split, a folder, or a
+            pattern such as ``data/train-*.parquet``.
+        columns: those of images and labels, found unless given.
+        stream: do not download shards; read rows as they arrive.
+
+    Raises:
+        InputError: the address cannot be read.
+        HubError: the Hub does not have it, refuses, or cannot be reached.
+        DataError: it has no parquet files, or of more than one split.
+    """
+    matched = _ADDRESS.fullmatch(address)
+    if matched is None:
+        raise InputError(f"{address!r} is not of the form hf://datasets/ORG/NAME[@REVISION][/PART]")
+    parts = matched.groupdict()
+    where = _Address(
+        parts["repository"], parts["revision"] and unquote(parts["revision"]), parts["part"]
+    )
+    if stream:
+        return _streamed(where, columns)
+    with _translated(where):
+        files = _download(where)
+    source = ParquetSource(files, *columns)
+    source.location = address
+    return source
+
+
+def _download(where: _Address) -> list[Path]:
+    """The wanted shards on this disk, in order, all of one commit."""
+    api = HfApi(library_name="ttt-plugins", library_version=__version__)
+    for revision in [where.revision] if where.revision else [None, _CONVERTED]:
+        try:
+            resolved = api.resolve_revision(
+                where.repository, repo_type="dataset", revision=revision
+            ).resolved
+        except (RevisionNotFoundError, RevisionResolutionError):
+            if revision is None or where.revision:
+                raise
+            break  # the Hub has not converted it
+        shards = sorted(f for f in _files(api, where, resolved) if f.endswith(".parquet"))
+        if shards:
+            return [
+                Path(
+                    api.hf_hub_download(where.repository, f, repo_type="dataset", revision=resolved)
+                )
+                for f in _wanted(shards, where)
+            ]
+    raise DataError(
+        f"{where.repository}: no parquet files at revision {where.revision or 'main'}, and none "
+        f"that the Hub made of it at {_CONVERTED}"
+    )
+
+
+def _files(api: HfApi, where: _Address, commit: str) -> list[str]:
+    """The files of a commit; without a connection those of it that are in the cache."""
+    try:
+        return api.list_repo_files(where.repository, repo_type="dataset", revision=commit)
+    except HfHubHTTPError:
+        raise
+    except Exception:  # no connection: transport classes differ between huggingface_hub 1.x and 2.x
+        try:
+            folder = Path(
+                api.snapshot_download(
+                    where.repository, repo_type="dataset", revision=commit, local_files_only=True
+                )
+            )
+        except LocalEntryNotFoundError:
+            folder = None
+        files = [] if folder is None else [p.relative_to(folder) for p in folder.rglob("*.parquet")]
+        if not files:
+            raise
+        return [file.as_posix() for file in files]
+
+
+def _wanted(shards: list[str], where: _Address) -> list[str]:
+    """The shards that an address means, which must be of one split and complete."""
+    part = where.part
+    if part is not None:
+        matching = [
+            shard
+            for shard in shards
+            if fnmatch.fnmatch(shard, part) or shard.startswith(f"{part}/") or _split(shard) == part
+        ]
+        if not matching:
+            raise DataError(
+                f"{where.repository}: no parquet files match {part!r}; there are {shards[:20]}"
+            )
+        shards = matching
+    groups = {(str(Path(shard).parent), _split(shard)) for shard in shards}
+    if len(groups) > 1:
+        splits = sorted({split for _, split in groups if split} or {folder for folder, _ in groups})
+        raise DataError(
+            f"{where.repository} has more than one split or configuration, {splits}: name one, "
+            f"as in hf://datasets/{where.repository}/{splits[0]}, or a pattern of {shards[:8]}"
+        )
+    for shard in shards:
+        counted = _SHARD.fullmatch(shard)
+        if counted is not None:
+            before, _, of, after = counted.groups()
+            missing = {f"{before}-{i:05d}-of-{of}{after}" for i in range(int(of))} - {*shards}
+            if missing and part not in shards and not any(c in (part or "") for c in "*?["):
+                raise DataError(
+                    f"{where.repository}: {len(missing)} of {int(of)} shards are missing from the "
+                    f"cache, such as {min(missing)}; download them once with a connection"
+                )
+    return shards
+
+
+def _split(shard: str) -> str | None:
+    """The split that the name of a shard tells."""
+    words = _SPLIT.findall(f"/{shard}")
+    return words[-1] if words else None
+
+
+def _streamed(where: _Address, columns: Columns) -> ImageStream:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingDependencyError(
+            'streaming needs the datasets package: pip install "ttt-plugins[datasets]"; without it '
+            "shards are downloaded"
+        ) from error
+    with _translated(where):
+        rows = datasets.load_dataset(
+            where.repository, revision=where.revision, split=where.part or "train", streaming=True
+        )
+        features = rows.features or {}
+        for name, feature in features.items():
+            if isinstance(feature, datasets.Image):
+                # Encoded, so that pictures are decoded in one way whatever the source.
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+    found = LoaderStream(rows, columns)
+    found.location = f"hf://datasets/{where.repository}"
+    return found
+
+
+@contextlib.contextmanager
+def _translated(where: _Address) -> Iterator[None]:
+    """Turn what goes wrong on the way to the Hub into one `HubError`."""
+    place = f"{constants.ENDPOINT}/datasets/{where.repository}"
+    try:
+        yield
+    except TTTError:
+        raise
+    except GatedRepoError as error:
+        raise HubError(
+            f"{place} is gated: ask for access there, then log in with `hf auth login` or set "
+            "HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{place} has no revision {where.revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"there is no data set {place}; if it is private, log in with `hf auth login` or set "
+            "HF_TOKEN"
+        ) from error
+    except HFValidationError as error:
+        raise HubError(f"{where.repository!r} cannot be a data set's name: {error}") from error
+    except Exception as error:  # transport classes differ between huggingface_hub 1.x and 2.x
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise HubError(
+            f"{place} cannot be read ({type(error).__name__}: {reason}), and what is in the cache "
+            "does not suffice: try again with a connection"
+        ) from error

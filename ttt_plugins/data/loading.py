@@ -1,0 +1,225 @@
+"""From a source to batches: decoded by worker processes, in one order, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from ..errors import DataError, InputError
+from .decode import PictureError, decode
+from .source import ImageSource, ImageStream, Sample, read_order
+
+__all__ = ["ImageBatch", "ImageLoader", "Transform"]
+
+#: From an RGB picture to uint8 pixels (C, H, W).
+Transform = Callable[[Image.Image], Tensor]
+
+_MOST_WORKERS = 8
+
+
+class ImageBatch(NamedTuple):
+    """Images that are read together.
+
+    Attributes:
+        images: (B, C, H, W), uint8, or floats as their source had them.
+        labels: (B,) int64, None where the source has none.
+        names: the pictures' paths, or where they stand in the source.
+        end: position in the order of reading after this batch, damaged pictures included; an
+            `ImageLoader` with it as ``start`` reads what follows.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    names: list[str]
+    end: int
+
+
+class ImageLoader:
+    """Batches of a source's images; iterate over it once for each epoch.
+
+    The same seed gives the same batches, whatever the number of workers. At most a few batches
+    for each worker are in memory.
+
+    Args:
+        source: what `open_images` returns.
+        transform: resizes and crops pictures, as `evaluation_transform` makes it; all pictures
+            must have one size unless given. Floating-point images are never transformed.
+        batch_size: images in a batch, at least 1; fewer where pictures were skipped and at the end.
+        workers: processes that decode, 0 for none; one for each CPU, at most 8, unless given. A
+            stream is read by this process alone.
+        seed: shuffles the order; the source's own order if None.
+        start: how many images of the order to pass over.
+        limit: how many images of the order to read at most, those passed over included.
+        skip_damaged: leave damaged pictures out and note them in ``skipped``, instead of raising.
+
+    Attributes:
+        skipped: one line for each damaged picture that was left out so far.
+
+    Raises:
+        InputError: an argument is out of its range, or a stream is to be shuffled.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | ImageStream,
+        *,
+        transform: Transform | None = None,
+        batch_size: int = 64,
+        workers: int | None = None,
+        seed: int | None = None,
+        start: int = 0,
+        limit: int | None = None,
+        skip_damaged: bool = False,
+    ):
+        low = {"batch_size": (batch_size, 1), "start": (start, 0)}
+        low |= {"workers": (workers or 0, 0), "limit": (1 if limit is None else limit, 1)}
+        for name, (value, least) in low.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if seed is not None and isinstance(source, ImageStream):
+            raise InputError(
+                f"{source.location} yields images in one order only and cannot be shuffled; give a "
+                "folder, files, arrays or a data set"
+            )
+        self.source, self.batch_size, self.skipped = source, batch_size, []
+        self._transform, self._skip_damaged = transform, skip_damaged
+        self._start, self._limit = start, limit
+        if isinstance(source, ImageSource):
+            self._order = read_order(source, seed)[:limit]
+            self._workers = _workers(source, transform) if workers is None else workers
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        end = self._start
+        # Closed at once if anything is raised: a loader whose worker processes are left to the
+        # garbage collector waits for them for seconds.
+        with contextlib.closing(self._pieces()) as pieces:
+            for piece in pieces:
+                end += piece.read
+                if piece.damaged and not self._skip_damaged:
+                    raise PictureError(
+                        f"{piece.damaged[0]}; repair or remove it, or skip damaged pictures"
+                    )
+                if piece.error is not None:
+                    raise DataError(piece.error)
+                self.skipped += piece.damaged
+                if piece.images is not None:
+                    yield ImageBatch(piece.images, piece.labels, piece.names, end)
+
+    def __len__(self) -> int:
+        """Images that are read: of a stream, at most; those that are skipped included.
+
+        Raises:
+            TypeError: nobody can tell, as the stream has no limit.
+        """
+        if isinstance(self.source, ImageSource):
+            return max(0, len(self._order) - self._start)
+        if self._limit is None:
+            raise TypeError(f"{self.source.location} does not say how many images it has")
+        return max(0, self._limit - self._start)
+
+    def _pieces(self) -> Generator[_Piece]:
+        if isinstance(self.source, ImageStream):
+            samples = itertools.islice(self.source, self._start, self._limit)
+            while part := list(itertools.islice(samples, self.batch_size)):
+                yield _assembled([functools.partial(Sample, *s) for s in part], self._transform)
+        elif self._start < len(self._order):
+            rows = self._order[self._start :].split(self.batch_size)
+            yield from DataLoader(
+                _Pieces(self.source, self._transform),
+                sampler=_Lists(rows),
+                batch_size=None,
+                num_workers=min(self._workers, len(rows)),
+            )
+
+
+class _Lists(Sampler):
+    """Rows of each batch as a list."""
+
+    def __init__(self, batches: Sequence[Tensor]):
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (rows.tolist() for rows in self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+class _Pieces(Dataset):
+    """What a worker process makes of the rows of a batch."""
+
+    def __init__(self, source: ImageSource, transform: Transform | None):
+        self._source, self._transform = source, transform
+
+    def __getitem__(self, rows: list[int]) -> _Piece:
+        return _assembled(
+            [functools.partial(self._source.read, row) for row in rows], self._transform
+        )
+
+
+class _Piece(NamedTuple):
+    """A batch, and what went wrong with it; errors are raised where they have no traceback."""
+
+    images: Tensor | None
+    labels: Tensor | None
+    names: list[str]
+    damaged: list[str]
+    read: int
+    error: str | None = None
+
+
+def _assembled(reads: Iterable[Callable[[], Sample]], transform: Transform | None) -> _Piece:
+    images, labels, names, damaged, read = [], [], [], [], 0
+    for read, sample_of in enumerate(reads, 1):
+        try:
+            sample = sample_of()
+            image = _pixels(sample, transform)
+        except PictureError as error:
+            damaged.append(str(error))
+            continue
+        except DataError as error:
+            return _Piece(None, None, [], damaged, read, str(error))
+        if images and (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
+            sizes = [f"{t.dtype} {tuple(t.shape)}" for t in (images[0], image)]
+            error = (
+                f"{names[0]} is {sizes[0]} and {sample.name} is {sizes[1]}: pictures must have one "
+                "size, or a transform that gives them one"
+            )
+            return _Piece(None, None, [], damaged, read, error)
+        images.append(image)
+        labels.append(sample.label)
+        names.append(sample.name)
+    if not images:
+        return _Piece(None, None, [], damaged, read)
+    numbers = None if None in labels else torch.tensor(labels)
+    return _Piece(torch.stack(images), numbers, names, damaged, read)
+
+
+def _pixels(sample: Sample, transform: Transform | None) -> Tensor:
+    image = sample.image
+    if isinstance(image, bytes):
+        image = decode(image, sample.name)
+    if isinstance(image, Tensor):
+        if image.is_floating_point():
+            return image
+        if transform is None:
+            return image.expand(3, -1, -1) if image.shape[0] == 1 else image
+        image = to_pil_image(image).convert("RGB")
+    return pil_to_tensor(image) if transform is None else transform(image)
+
+
+def _workers(source: ImageSource, transform: Transform | None) -> int:
+    if not source.decodes and transform is None:
+        return 0
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cpus or 1, _MOST_WORKERS)

@@ -1,0 +1,115 @@
+"""What a source of images is: pictures by row, and the order in which they are read."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+__all__ = [
+    "IMAGE_COLUMNS",
+    "LABEL_COLUMNS",
+    "OPEN_BLOCKS",
+    "Columns",
+    "ImageSource",
+    "ImageStream",
+    "Sample",
+    "read_order",
+]
+
+#: Names of the columns (or arrays) of images and of labels, None where they are to be found.
+Columns = tuple[str | None, str | None]
+
+#: The usual names, the most usual first.
+IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "png", "webp", "x", "data", "arr_0")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target", "targets", "y", "arr_1")
+
+#: A shuffled order mixes the rows of this many blocks, so a reader keeps that many of them.
+OPEN_BLOCKS = 8
+
+
+class Sample(NamedTuple):
+    """One row of a source.
+
+    Attributes:
+        image: an RGB picture, an encoded picture, uint8 pixels (C, H, W), or floats (C, H, W) that
+            are taken as they are: already of the model's size and in [0, 1].
+        label: number of its class, None where the source has no labels.
+        name: the picture's path, or where it stands in the source.
+    """
+
+    image: Image.Image | bytes | Tensor
+    label: int | None
+    name: str
+
+
+class ImageSource(abc.ABC):
+    """Images that can be read in any order, each by its row. It can be sent to other processes.
+
+    Attributes:
+        location: where the images are, for messages.
+        classes: names of the classes by label, None where there are none.
+        labelled: whether the rows have labels.
+    """
+
+    location: str
+    classes: tuple[str, ...] | None = None
+    labelled: bool = False
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def read(self, row: int) -> Sample:
+        """Read and decode one row.
+
+        Raises:
+            PictureError: this picture is damaged; others may be good.
+            DataError: the source cannot be read.
+        """
+
+    @property
+    def decodes(self) -> bool:
+        """Whether `read` is slow enough for worker processes to pay."""
+        return True
+
+    def blocks(self) -> Sequence[range]:
+        """Consecutive rows that are cheap to read together; all of them in one block by default."""
+        return [range(len(self))]
+
+
+class ImageStream(abc.ABC):
+    """Images that come in one order only, such as a loader's; as `ImageSource` but for `read`."""
+
+    location: str
+    classes: tuple[str, ...] | None = None
+    labelled: bool = False
+
+    @abc.abstractmethod
+    def __iter__(self) -> Iterator[Sample]: ...
+
+
+def read_order(source: ImageSource, seed: int | None) -> Tensor:
+    """The rows of a source (N,) in the order of reading: their own, or shuffled by a seed.
+
+    Blocks are shuffled, and the rows of `OPEN_BLOCKS` neighbours in that order with each other.
+    """
+    if seed is None:
+        return torch.arange(len(source))
+    generator = torch.Generator().manual_seed(seed)
+    blocks = source.blocks()
+    order = torch.randperm(len(blocks), generator=generator).tolist()
+    windows = []
+    for first in range(0, len(order), OPEN_BLOCKS):
+        rows = torch.cat(
+            [
+                torch.arange(b.start, b.stop)
+                for b in (blocks[i] for i in order[first:][:OPEN_BLOCKS])
+            ]
+        )
+        windows.append(rows[torch.randperm(len(rows), generator=generator)])
+    return torch.cat(windows) if windows else torch.arange(0)

@@ -1,0 +1,60 @@
+"""How a model wants its pictures: its own resizing and cropping, without the normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+from torchvision.transforms._presets import ImageClassification
+
+from ..errors import InputError
+from .loading import Transform
+
+__all__ = ["evaluation_transform"]
+
+
+def evaluation_transform(model: Any, size: int | None = None) -> Transform | None:
+    """The transform that a model is evaluated with, from a picture to uint8 pixels (3, S, S).
+
+    The adapter normalises by itself, so the transform does not.
+
+    Args:
+        model: a timm model (its ``pretrained_cfg`` says how: size, crop and interpolation),
+            torchvision's weights or their ``transforms()``, or any other model.
+        size: side of the images in pixels, instead of the model's own. For a model that says
+            nothing of pictures the short side is resized to 8/7 of it, bicubically, and the centre
+            is cropped, as is usual for 224 pixels.
+
+    Returns:
+        The transform; None if neither the model nor ``size`` says anything, so that pictures are
+        taken in the size that they have.
+
+    Raises:
+        InputError: the size is out of range.
+    """
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise InputError(f"the size of images must be an integer of at least 1, got {size!r}")
+    if hasattr(model, "transforms") and not isinstance(model, nn.Module):
+        model = model.transforms()
+    if isinstance(model, ImageClassification):
+        resize = model.resize_size[0]
+        crop = model.crop_size[0]
+        if size is not None:
+            resize, crop = round(resize * size / crop), size
+        return _resize_and_crop(resize, crop, model.interpolation)
+    settings = getattr(model, "pretrained_cfg", None)
+    if settings:
+        asked = {} if size is None else {"input_size": (3, size, size)}
+        config = resolve_data_config(asked, model=model)
+        return create_transform(  # pyright: ignore[reportReturnType]
+            **config, is_training=False, normalize=False
+        )
+    if size is None:
+        return None
+    return _resize_and_crop(round(size * 8 / 7), size, InterpolationMode.BICUBIC)
+
+
+def _resize_and_crop(resize: int, crop: int, interpolation: InterpolationMode) -> Transform:
+    return Compose([Resize(resize, interpolation), CenterCrop(crop), PILToTensor()])
