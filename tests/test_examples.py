@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
+import importlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,49 +18,99 @@ from ttt_plugins.data.images import LabelledImages
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.fixture(autouse=True)
+def scripts_are_modules(monkeypatch):
+    """As when they are run: a script's folder is on the path."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
 def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
-def test_results_table(monkeypatch, tmp_path):
-    results = _load("results")
+def random_streams(monkeypatch, module, rows: int) -> list[str]:
+    """Random images in place of the files; returns the list of the corruptions asked for."""
     rng = np.random.default_rng(0)
+    asked = []
 
     def stream(data, corruption, n_examples=None):
-        images = torch.from_numpy(rng.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8))
-        return LabelledImages(images, torch.from_numpy(rng.integers(0, 10, 12)))
+        asked.append(corruption)
+        count = n_examples or rows
+        images = torch.from_numpy(rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8))
+        return LabelledImages(images, torch.from_numpy(rng.integers(0, 10, count)))
 
-    monkeypatch.setattr(results, "load_stream", stream)
-    monkeypatch.setattr(results, "GRIDS", {"tent": (1e-3, 1e-2), "sar": (1e-3,)})
-    found = results.measure("resnet26bn", Path(), [0, 1], 12, 6, tmp_path / "out.json")
-    assert found["rates"].keys() == {"tent", "sar", "mgg"}
-    # source once, the six that see an order once a seed
-    assert len(found["streams"]) == len(CORRUPTIONS) * (1 + 6 * 2)
-    right = found["streams"][f"tent/{CORRUPTIONS[3]}/1"]["right"]
-    assert results._accuracies(found, "tent", 1)[CORRUPTIONS[3]] == 100 * sum(right) / 12
-    text = results.report([json.loads((tmp_path / "out.json").read_text())])
-    assert text.count("\n| ") == 2 + len(CORRUPTIONS) + 1
-    row = results.summary([found]).splitlines()[-1].split(" | ")
-    assert row[0] == "| resnet26bn"
-    assert row[1] == "12, 2"
-    assert row[2] == f"{results.averages(found)['source'][0]:.2f}"
+    monkeypatch.setattr(module, "load_stream", stream)
+    return asked
 
 
-def test_time_to_accuracy_by_hand():
+def test_results_are_measured_once_and_reported(monkeypatch, tmp_path):
+    results, report = _load("results"), _load("report")
+    asked = random_streams(monkeypatch, results, 12)
+    monkeypatch.setattr(results, "GRIDS", dict.fromkeys(results.GRIDS, (1e-3, 3e-3, 1e-2)))
+    monkeypatch.setattr(results, "stream_accuracy", lambda net, *_: 0.5 - abs(net.config.lr - 3e-3))
+    subject, path = results.Subject("resnet26bn", Path()), tmp_path / "online-resnet26bn.json"
+    rows = results.rows_for(subject)
+    assert "mixed statistics" in rows
+    assert results.ADAM in rows
+    assert results.PAPER not in rows  # no artifact for it
+    result = results.measure(subject, rows, [0, 1], path, 12, 6)
+    assert result["rates"] == {"tent": 3e-3, "sar": 3e-3, results.ADAM: 3e-3}
+    # source once, the others once a seed
+    assert len(result["streams"]) == len(CORRUPTIONS) * (1 + (len(rows) - 1) * 2)
+    right = result["streams"][f"tent 0.003/{CORRUPTIONS[3]}/1"]["right"]
+    accuracy = report.accuracy(result, "tent 0.003", 1, corruptions=[CORRUPTIONS[3]])
+    assert accuracy == pytest.approx(100 * sum(right) / 12)
+    assert json.loads(path.read_text()) == result
+    # The second time nothing is left to do.
+    monkeypatch.setattr(results, "run_stream", lambda *_: pytest.fail("measured again"))
+    before = len(asked)
+    assert results.measure(subject, rows, [0, 1], path, 12, 6) == result
+    assert len(asked) - before <= 3 * 4 + 2 * len(CORRUPTIONS)
+
+
+def test_adam_on_the_same_loss_differs_in_the_rule_alone():
     results = _load("results")
-    streams = {
-        "sar/fog/0": {"n": 6, "right": [1, 1, 1], "seconds": [2.0, 2.0, 2.0]},
-        # so far: 1/2, 2/4, 4/6; SAR ends at 3/6, which is reached at once and held
-        "mgg/fog/0": {"n": 6, "right": [1, 1, 2], "seconds": [1.0, 1.0, 1.0]},
-    }
-    assert results.time_to_accuracy({"streams": streams, "batch_size": 2}) == (6.0, 1.0, 6.0)
-    streams["mgg/fog/0"]["right"] = [2, 0, 0]
-    assert results.time_to_accuracy({"streams": streams, "batch_size": 2}) is None
-    streams["mgg/fog/0"]["right"] = [2, 0, 2]
-    assert results.time_to_accuracy({"streams": streams, "batch_size": 2}) == (6.0, 1.0, 6.0)
+    subject = results.Subject("resnet26bn", Path())
+    mgg = results.ROWS["mgg"](subject)
+    adam = results.ROWS[results.ADAM](subject, lr=mgg.config.lr)
+    assert adam.config == dataclasses.replace(mgg.config, rule="adam")
+    assert mgg.config.rule == "memory"
+
+
+def test_a_stream_that_ends_early_is_the_beginning_of_the_whole(monkeypatch):
+    results = _load("results")
+    random_streams(monkeypatch, results, 20)
+    stream = results.load_stream(Path(), "fog")
+    net = results.Subject("resnet26bn", Path()).wrap("tent", lr=1e-2)
+    whole = results.run_stream(net, stream, 6, 3)
+    part = results.run_stream(net, stream, 6, 3, batches=2)
+    assert (whole["n"], part["n"]) == (20, 12)
+    assert part["right"] == whole["right"][:2]
+    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(s["hits"]), np.uint8)) for s in (whole, part)]
+    assert bits[0][:12].tolist() == bits[1][:12].tolist()
+
+
+def test_grids_grow_until_the_best_is_inside(monkeypatch):
+    results = _load("results")
+    random_streams(monkeypatch, results, 4)
+    monkeypatch.setattr(results, "GRIDS", {"tent": (1e-3, 1e-2)})
+
+    def choose(best: float, scores: dict) -> float:
+        monkeypatch.setattr(
+            results, "stream_accuracy", lambda net, *_: -abs(math.log(net.config.lr / best))
+        )
+        subject = results.Subject("resnet26bn", Path())
+        return results.choose_rate("tent", subject, scores, 64, None, lambda: None)
+
+    scores: dict = {}
+    assert choose(3e-2, scores) == 3e-2
+    assert sorted(map(float, scores)) == [1e-3, 1e-2, 3e-2, 1e-1]
+    scores = {}
+    assert choose(1e-3, scores) == 1e-3
+    assert sorted(map(float, scores)) == [3e-4, 1e-3, 1e-2]
+    scores = {}
+    assert choose(1e3, scores) == 0.3  # three times at most
+    assert len(scores) == 5
 
 
 @pytest.mark.parametrize("name", ["ttt_resnet26_bn", "ttt_vit_tiny_patch4_32"])
@@ -71,37 +123,38 @@ def test_step_cost(name):
     assert found["state_mb"] == pytest.approx((scalars * 74 * 4 + 16) / 1e6)
 
 
-def test_per_image_results(monkeypatch, tmp_path, capsys):
-    results = _load("per_image_results")
-    rng = np.random.default_rng(0)
-    calls = []
-
-    def stream(data, corruption, n_examples=None):
-        calls.append(corruption)
-        images = torch.from_numpy(rng.integers(0, 256, (n_examples, 3, 32, 32), dtype=np.uint8))
-        return LabelledImages(images, torch.from_numpy(rng.integers(0, 10, n_examples)))
-
-    monkeypatch.setattr(results, "load_stream", stream)
+def test_per_image_results(monkeypatch, tmp_path):
+    results, report = _load("per_image_results"), _load("report")
+    calls = random_streams(monkeypatch, results, 3)
     artifact, _ = results.MEASUREMENTS["ttt-standard"]
     small = {"steps": 1, "copies": 2, "lr": 0.1}
     monkeypatch.setitem(results.MEASUREMENTS, "ttt-standard", (artifact, small))
     path = tmp_path / "per-image-ttt-standard.json"
     first = results.measure("ttt-standard", Path(), 3, 0, path, CORRUPTIONS[:1])
-    found = results.measure("ttt-standard", Path(), 3, 0, path, CORRUPTIONS[:2])
+    result = results.measure("ttt-standard", Path(), 3, 0, path, CORRUPTIONS[:2])
     assert calls == list(CORRUPTIONS[:2])  # the first was there already
-    assert found["cells"][CORRUPTIONS[0]] == first["cells"][CORRUPTIONS[0]]
-    cell = found["cells"][CORRUPTIONS[1]]
+    assert result["cells"][CORRUPTIONS[0]] == first["cells"][CORRUPTIONS[0]]
+    cell = result["cells"][CORRUPTIONS[1]]
     assert (cell["forwards"], cell["backwards"]) == (3 * 3, 3 * 2)
-    # By hand: differences 1, 0, 0, -1, 1, 1 have mean 1/3 and variance 2/3.
-    found["cells"] = {
+    # By hand: differences 1, 0, 0 and -1, 1, 1 have means 0, 1/2, 1/2 by image: mean 1/3,
+    # variance 1/12.
+    result["cells"] = {
         "a": {**cell, "adapted_right": [1, 1, 0], "source_right": [0, 1, 0]},
         "b": {**cell, "adapted_right": [0, 1, 1], "source_right": [1, 0, 0]},
     }
-    figures = results.figures(found)
+    figures = report.per_image_figures(result)
     assert figures["gain"] == pytest.approx(100 / 3)
-    assert figures["error"] == pytest.approx(100 * (2 / 3 / 6) ** 0.5)
-    results.main(["ttt-standard", "--report", "--out", str(tmp_path)])
-    assert "ttt-standard | 3 (2 of 15)" in capsys.readouterr().out
+    assert figures["error"] == pytest.approx(100 * (1 / 12 / 3) ** 0.5)
+    assert results.line(result) == "33.3 -> 66.7 (+33.3 ± 16.7)"
+
+
+def test_entropy_alone(monkeypatch, tmp_path):
+    script, report = _load("entropy_alone"), _load("report")
+    random_streams(monkeypatch, script, 4)
+    flags = ["--n-examples", "4", "--rates", "1e-3", "--backbone", "resnet26"]
+    script.main(["--data", str(tmp_path), "--out", str(tmp_path), *flags])
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.entropy_alone().splitlines()[0] == "| | source | 0.001 |"
 
 
 def test_per_image_speed():

@@ -1,4 +1,4 @@
-"""The README's code blocks run, and its commands parse."""
+"""The documents' code blocks run, their commands parse, their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ from ttt_plugins.cli.main import _parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = (
+    "README.md",
+    "RESULTS.md",
+    "CONTRIBUTING.md",
+    "docs/benchmark.md",
+    "examples/hosts/README.md",
+)
+MOST_WORDS_OF_THE_README = 1300
 
 
 def _blocks(text: str = README) -> list[tuple[str, str]]:
@@ -42,30 +50,65 @@ class Trainer:
             return [model.predict_step(batch, i) for i, batch in enumerate(dataloaders)]
 
 
-def test_python_blocks_run(tmp_path, monkeypatch):
+def run_blocks(document: str, without: str | None = None) -> dict:
+    """Run a document's Python blocks one after the other; the names they leave."""
+    text = (ROOT / document).read_text()
+    namespace: dict = {}
+    for language, block in _blocks(text):
+        if language == "python" and not (without and without in block):
+            exec(compile(block, document, "exec"), namespace)
+    return namespace
+
+
+def test_readme_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sum(language == "python" for language, _ in _blocks()) >= 3
+    namespace = run_blocks("README.md")
+    assert namespace["logits"].shape == (8, 1000)
+    assert (tmp_path / "runs/my-adapter/config.json").is_file()
+    assert 0 <= namespace["right"] <= 8
+
+
+def test_host_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if importlib.util.find_spec("lightning") is None:
         stand_in = SimpleNamespace(LightningModule=LightningModule, Trainer=Trainer)
         monkeypatch.setitem(sys.modules, "lightning", stand_in)
     without = importlib.util.find_spec("torch_ttt") is None
-    blocks = [content for language, content in _blocks() if language == "python"]
-    assert len(blocks) >= 3
-    namespace: dict = {}
-    for block in blocks:
-        if without and "torch_ttt" in block:
-            continue
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["logits"].shape == (8, 1000)
-    assert (tmp_path / "runs/my-adapter/config.json").is_file()
-    assert 0 <= namespace["right"] <= 8
+    namespace = run_blocks("examples/hosts/README.md", "torch_ttt" if without else None)
     assert [p.shape for p in namespace["predictions"]] == [(4,), (4,)]
-    found = namespace["classify"]([Image.new("RGB", (48, 48))] * 2)
-    assert [len(each) for each in found] == [3, 3]
-    assert found[0][0].keys() == {"label", "score"}
-    scores = [label["score"] for label in found[0]]
+    labels = namespace["classify"]([Image.new("RGB", (48, 48))] * 2)
+    assert [len(each) for each in labels] == [3, 3]
+    assert labels[0][0].keys() == {"label", "score"}
+    scores = [label["score"] for label in labels[0]]
     assert scores == sorted(scores, reverse=True)
     if not without:
         assert namespace["outputs"].shape == (4, 10)
+
+
+@pytest.mark.parametrize(
+    "document", sorted({*DOCUMENTS} - {"README.md", "examples/hosts/README.md"})
+)
+def test_blocks_of_other_documents_run(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_blocks(document)
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= MOST_WORDS_OF_THE_README
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert ((ROOT / document).parent / target).exists(), target
+    for script in re.findall(r"\b(?:examples|tests|docs|hub_cards|ttt_plugins)/[\w./-]+", text):
+        assert (ROOT / script.rstrip(".")).exists(), script
+
+
+def test_the_picture_is_small():
+    assert (ROOT / "docs/demo.png").stat().st_size <= 200_000
 
 
 def test_it_opens_with_exactly_two_commands():
@@ -80,10 +123,11 @@ def test_it_opens_with_exactly_two_commands():
 
 def _commands() -> list[str]:
     found = []
-    for _, block in _blocks():
-        lines = block.replace("\\\n", " ").splitlines()
-        found += [line for line in lines if line.startswith("ttt-plugins ")]
-    return found
+    for document in DOCUMENTS:
+        for _, block in _blocks((ROOT / document).read_text()):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [line for line in lines if line.startswith("ttt-plugins ")]
+    return list(dict.fromkeys(found))
 
 
 @pytest.mark.parametrize("line", _commands())

@@ -1,0 +1,489 @@
+"""Every table of RESULTS.md, from the files in ``examples/results``.
+
+    python examples/report.py          # print them
+    python examples/report.py --write  # renew them in RESULTS.md
+
+`results.py`, `per_image_results.py` and `entropy_alone.py` write those files, and `into_cards.py`
+puts them into the bundled artifacts' cards. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ttt_plugins.artifacts.folder import bundled_folder, read_config
+from ttt_plugins.benchmark import CORRUPTIONS
+from ttt_plugins.utils.files import write_text
+
+RESULTS = Path(__file__).parent / "results"
+DOCUMENT = Path(__file__).parent.parent / "RESULTS.md"
+BUNDLED = ("resnet26", "resnet26bn", "vit-tiny")
+HELD_OUT = ("resnet10t", "resnetv2-gn", "convnext")
+#: Batches of seed 0's streams that the table of all rows is over, 64 images each.
+BATCHES = 16
+#: Row of the tables -> name of the row in the files, in the order of the tables.
+ROWS = {
+    "source, no adaptation": "source",
+    "batch statistics, no adaptation": "batch statistics",
+    "mixed statistics, no adaptation": "mixed statistics",
+    "Tent": "tent",
+    "Tent on mixed statistics": "tent, mix",
+    "SAR": "sar",
+    "Adam, same loss": "adam, same loss",
+    "MGG, the paper's recipe": "mgg, paper's recipe",
+    "MGG on batch statistics": "mgg, batch",
+    "MGG": "mgg",
+}
+BATCH_NORM_ONLY = {"batch statistics", "mixed statistics", "tent, mix", "mgg, batch"}
+PER_IMAGE = (
+    "ttt-standard",
+    "ttt-standard-0.003",
+    "ttt-one-step",
+    "ttt-skip-0.9",
+    "ttt-skip-0.8",
+    "ttt-skip-0.6",
+    "ttt-online-0.01",
+    "mt3",
+)
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  ", "| ")
+
+
+# Methods that adapt along a stream
+
+
+def labels(result: dict, row: str) -> dict[str, float | None]:
+    """What a row's streams are filed under -> the learning rate they were run at."""
+    rates = {}
+    for key in result["streams"]:
+        label = key.split("/")[0]
+        if label == row:
+            rates[label] = None
+        elif label.startswith(row + " ") and re.fullmatch(r"[\d.e+-]+", label[len(row) + 1 :]):
+            rates[label] = float(label[len(row) + 1 :])
+    return rates
+
+
+def chosen(result: dict, row: str) -> tuple[str, float | None] | None:
+    """Label and rate of a row at the rate that was chosen; None if that was not measured."""
+    measured = labels(result, row)
+    if row in measured:
+        return row, None
+    if row == "tent, mix":
+        return next(iter(measured.items()), None)
+    rate = result["rates"].get(row)
+    return next(((label, r) for label, r in measured.items() if r == rate), None)
+
+
+def seeds_of(result: dict, label: str) -> list[int]:
+    found = {int(k.split("/")[2]) for k in result["streams"] if k.split("/")[0] == label}
+    return sorted(found)
+
+
+def accuracy(
+    result: dict, label: str, seed: int, batches: int | None = None, corruptions=CORRUPTIONS
+) -> float | None:
+    """Mean accuracy in % over the corruptions, of the first batches of each stream."""
+    shares = []
+    for corruption in corruptions:
+        stream = result["streams"].get(f"{label}/{corruption}/{seed}")
+        seen = min(stream["n"], (batches or 10**9) * result["batch_size"]) if stream else 0
+        if stream is None or seen < min(result["n_examples"], (batches or 10**9) * 64):
+            return None
+        shares.append(sum(stream["right"][:batches]) / seen)
+    return 100 * statistics.mean(shares)
+
+
+def over_seeds(result: dict, label: str) -> tuple[float, float] | None:
+    """Mean accuracy in % and its standard error over three orders of whole streams."""
+    seeds = [0] if label == "source" else [0, 1, 2]
+    means = [accuracy(result, label, seed) for seed in seeds]
+    if None in means:
+        return None
+    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    return statistics.mean(means), error
+
+
+def _cells(row: str, results: list[dict], cell: Callable[[dict, str], str | None]) -> list[str]:
+    cells = []
+    for result in results:
+        out = row in BATCH_NORM_ONLY and not labels(result, "batch statistics")
+        found = None if out else chosen(result, row)
+        text = cell(result, found[0]) if found else None
+        rate = f" ({found[1]:g})" if found and found[1] is not None else ""
+        cells.append("–" if out else f"{text}{rate}" if text else "not measured")
+    return cells
+
+
+def online() -> str:
+    """All rows: the same images in the same order."""
+    results = [load(f"online-{name}") for name in BUNDLED]
+
+    def cell(result: dict, label: str) -> str | None:
+        found = accuracy(result, label, 0, BATCHES)
+        return None if found is None else f"{found:.2f}"
+
+    rows = [[name, *_cells(row, results, cell)] for name, row in ROWS.items()]
+    return table(["", *BUNDLED], rows)
+
+
+def _spread(result: dict, label: str) -> str | None:
+    found = over_seeds(result, label)
+    if found is None:
+        return None
+    return f"{found[0]:.2f}" + (f" ± {found[1]:.2f}" if label != "source" else "")
+
+
+def online_orders() -> str:
+    """The rows that were run on whole streams in three orders."""
+    results = [load(f"online-{name}") for name in BUNDLED]
+    rows = []
+    for name, row in ROWS.items():
+        measured = [over_orders(result, row) for result in results]
+        if any(measured):
+            cells = [
+                "–" if row in BATCH_NORM_ONLY and not labels(r, "batch statistics") else m or "–"
+                for r, m in zip(results, measured, strict=True)
+            ]
+            rows.append([name, *cells])
+    return table(["", *BUNDLED], rows)
+
+
+def over_orders(result: dict, row: str) -> str | None:
+    """A row at every rate that was run on whole streams in three orders."""
+    parts = []
+    for label, rate in labels(result, row).items():
+        if text := _spread(result, label):
+            parts.append(text + (f" ({rate:g})" if rate is not None else ""))
+    return ", ".join(parts) or None
+
+
+def settings() -> str:
+    """What the bundled optimizers use, from their config.json, beside the paper's."""
+    names = [f"mgg-{name}-cifar10" for name in BUNDLED] + ["mgg-universal"]
+    configs = [read_config(bundled_folder(name)) for name in names]
+    fields = [config["fields"] for config in configs]
+    chosen_by = [config["training"]["chosen"]["accuracy"] for config in configs]
+    rows = [
+        ["lambda", "0.4", *(f"{f['discrepancy']:g}" for f in fields)],
+        ["step size", "0.001", *(f"{f['lr']:g}" for f in fields)],
+        ["BatchNorm statistics", "–", *(f["statistics"] for f in fields)],
+        ["outer loss", "unlabelled", *(_outer(c) for c in configs)],
+        ["clean images for statistics", "–", *(_clean(c) for c in configs)],
+        ["accuracy when chosen", "–", *(f"{100 * share:.2f}" for share in chosen_by)],
+    ]
+    return table(["", "the paper", *names], rows)
+
+
+def _outer(config: dict) -> str:
+    return "labelled" if config["training"]["recipe"]["labelled"] else "unlabelled"
+
+
+def _clean(config: dict) -> str:
+    return f"{config['training']['statistics_images']:,}"
+
+
+def held_out() -> str:
+    """Networks that no optimizer was trained on."""
+    rows = []
+    for name in HELD_OUT:
+        result = load(f"online-{name}")
+        cells = [over_orders(result, row) or "–" for row in ("source", "batch statistics")]
+        cells += [over_orders(result, row) or "–" for row in ("tent", "sar")]
+        cells += ["not measured", over_orders(result, "mgg") or "–"]
+        rows.append([name, *cells, over_orders(result, "mgg, entropy alone") or "has them"])
+    header = ["", "source", "batch statistics", "Tent", "SAR", "Adam, same loss", "mgg-universal"]
+    return table([*header, "without source statistics"], rows)
+
+
+def tuning(name: str) -> dict[str, dict[float, float]]:
+    """Row -> rate -> accuracy in % on the four extra corruptions."""
+    result = load(f"online-{name}")
+    found = {
+        row: {float(rate): 100 * share for rate, share in sorted(scores.items(), key=_rate)}
+        for row, scores in result["tuning"].items()
+        if scores
+    }
+    if name in BUNDLED:
+        training = read_config(bundled_folder(f"mgg-{name}-cifar10"))["training"]
+        logged = training["epochs"][training["chosen"]["epoch"] - 1]["accuracy"]
+        found["mgg"] = {float(rate): 100 * share for rate, share in logged.items()}
+    return found
+
+
+def _rate(item: tuple[str, float]) -> float:
+    return float(item[0])
+
+
+def rates() -> str:
+    """Accuracy of every rate on the four extra corruptions, and whether the best is at an edge."""
+    shown = {row: name for name, row in ROWS.items()}
+    rows = []
+    for name in (*BUNDLED, *HELD_OUT):
+        for row, scores in tuning(name).items():
+            best = max(scores, key=scores.get)
+            edge = "yes" if best in (min(scores), max(scores)) else "no"
+            listed = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in scores.items())
+            rows.append([name, shown[row], listed, f"{best:g}", edge])
+    return table(["", "", "rate: accuracy", "best", "at an edge"], rows)
+
+
+def sar_rates() -> str:
+    """SAR's rates on the corruptions they are chosen on, and on the fifteen."""
+    rows = []
+    for name in BUNDLED:
+        result, scores = load(f"online-{name}"), tuning(name)["sar"]
+        for label, rate in sorted(labels(result, "sar").items(), key=lambda item: item[1]):
+            fifteen = accuracy(result, label, 0, BATCHES)
+            if fifteen is not None:
+                extra = f"{scores[rate]:.2f}" if rate in scores else "not measured"
+                rows.append([name, f"{rate:g}", extra, f"{fifteen:.2f}"])
+    return table(["", "SAR's rate", "four extra corruptions", "fifteen corruptions"], rows)
+
+
+def by_corruption() -> str:
+    """Accuracies at the chosen rates, of the same images as the table of all rows."""
+    parts = []
+    for name in BUNDLED:
+        result = load(f"online-{name}")
+        found = {shown: chosen(result, row) for shown, row in ROWS.items()}
+        measured = {
+            shown: label[0]
+            for shown, label in found.items()
+            if label and accuracy(result, label[0], 0, BATCHES) is not None
+        }
+        rows = [
+            [
+                corruption,
+                *(
+                    f"{accuracy(result, label, 0, BATCHES, [corruption]):.1f}"
+                    for label in measured.values()
+                ),
+            ]
+            for corruption in CORRUPTIONS
+        ]
+        parts.append(table([name, *measured], rows))
+    return "\n\n".join(parts)
+
+
+def time_to_accuracy(result: dict, rival: str = "sar 0.1", row: str = "mgg") -> dict | None:
+    """How much sooner a row has a rival's final accuracy for good, by median times.
+
+    Accuracies so far are averaged over corruptions and seeds; the seconds of a batch are the
+    median over corruptions and seeds, so that a stream that other work stalled does not count.
+
+    Returns:
+        Number of the batch, batches of a stream, and the rival's seconds for the whole stream over
+        the row's up to that batch; None if the row never gets there.
+    """
+    curves, clocks = {}, {}
+    for label in (rival, row):
+        parts = [v for k, v in result["streams"].items() if k.split("/")[0] == label]
+        longest = max(len(part["right"]) for part in parts)
+        parts = [part for part in parts if len(part["right"]) == longest]
+        right = np.array([part["right"] for part in parts], dtype=float).cumsum(1)
+        seen = np.arange(1, longest + 1) * result["batch_size"]
+        curves[label] = (right / seen.clip(max=parts[0]["n"])).mean(0)
+        clocks[label] = np.median([part["seconds"] for part in parts], axis=0).cumsum()
+    below = np.flatnonzero(curves[row] < curves[rival][-1])
+    # From then on, not for a lucky moment.
+    first = int(below[-1]) + 1 if len(below) else 0
+    if first == len(curves[row]):
+        return None
+    ratio = float(clocks[rival][-1] / clocks[row][first])
+    return {"batch": first + 1, "of": len(curves[row]), "ratio": ratio}
+
+
+def speed() -> str:
+    rows = []
+    for name, row, shown in (
+        ("resnet26", "mgg", "MGG"),
+        ("resnet26bn", "mgg", "MGG"),
+        ("resnet26bn", "mgg, batch", "MGG on batch statistics, as SAR"),
+    ):
+        found = time_to_accuracy(load(f"online-{name}"), row=row)
+        at = "never" if found is None else f"{found['batch']} of {found['of']}"
+        rows.append([name, shown, at, "–" if found is None else f"{found['ratio']:.1f}"])
+    return table(["", "", "batch", "times faster"], rows)
+
+
+# Errors
+
+
+def clustered(gaps: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean and standard error in points, of gaps by corruption and image.
+
+    The same images stand under every corruption, so an image's mean over them is one observation.
+    """
+    means = np.mean(np.array(gaps, dtype=float), axis=0)
+    error = means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return 100 * float(means.mean()), 100 * float(error)
+
+
+def hits(result: dict, label: str, seed: int = 0) -> np.ndarray | None:
+    """Which images of a seed's streams were right, (corruptions, images); None if not recorded."""
+    rows = []
+    for corruption in CORRUPTIONS:
+        stream = result["streams"].get(f"{label}/{corruption}/{seed}", {})
+        if "hits" not in stream:
+            return None
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(stream["hits"]), np.uint8))
+        rows.append(bits[: min(stream["n"], BATCHES * result["batch_size"])].astype(float))
+    return np.array(rows)
+
+
+def paired() -> str:
+    """Differences from Adam on the same loss, of the rows whose single images are recorded."""
+    rows = []
+    for name in BUNDLED:
+        result = load(f"online-{name}")
+        recorded = dict.fromkeys(key.split("/")[0] for key in result["streams"])
+        base = chosen(result, "adam, same loss")
+        first = hits(result, base[0]) if base else None
+        if first is None:
+            continue
+        level, error = clustered(first)
+        rows.append([name, base[0], f"{level:.2f} ± {error:.2f}"])
+        for label in recorded:
+            other = None if label == base[0] else hits(result, label)
+            if other is not None:
+                gap, error = clustered(other - first)
+                rows.append([name, f"{label}, difference", f"{gap:+.2f} ± {error:.2f}"])
+    return table(["", "", "± clustered by image"], rows)
+
+
+# Methods that adapt to every image
+
+
+def per_image_figures(result: dict) -> dict[str, float]:
+    """Accuracies in %, their paired difference with its standard error, and passes an image."""
+    cells = list(result["cells"].values())
+    adapted = [cell["adapted_right"] for cell in cells]
+    source = [cell["source_right"] for cell in cells]
+    gain, error = clustered(np.array(adapted) - np.array(source))
+    passes = sum(c["forwards"] + c["backwards"] for c in cells)
+    return {
+        "source": 100 * float(np.mean(source)),
+        "adapted": 100 * float(np.mean(adapted)),
+        "gain": gain,
+        "error": error,
+        "passes": passes / sum(map(len, adapted)),
+    }
+
+
+def per_image() -> str:
+    shown = {
+        "ttt-standard": "TTT, 10 steps at 0.001 (the paper's)",
+        "ttt-standard-0.003": "TTT, 10 steps at 0.003",
+        "ttt-one-step": "TTT, 1 step at 0.01",
+        "ttt-skip-0.9": "the same, skipping images above 0.9",
+        "ttt-skip-0.8": "the same, above 0.8",
+        "ttt-skip-0.6": "the same, above 0.6",
+        "ttt-online-0.01": "TTT online at 0.01",
+        "mt3": "MT3",
+    }
+    rows = []
+    for name in PER_IMAGE:
+        result = load(f"per-image-{name}")
+        f = per_image_figures(result)
+        gain = f"{f['gain']:+.2f} ± {f['error']:.2f}"
+        n = f"{result['settings']['n_examples']:,}"
+        levels = [f"{f['source']:.2f}", f"{f['adapted']:.2f}"]
+        rows.append([shown[name], n, *levels, gain, f"{f['passes']:.0f}"])
+    header = ["", "images a corruption", "without adaptation", "adapted", "gain", "passes an image"]
+    return table(header, rows)
+
+
+def published() -> str:
+    """Averages of the papers' own tables on the official CIFAR-10-C, severity 5."""
+    rows = [
+        ["TTT, 10 steps", "66.7", "69.0", "+2.3"],
+        ["TTT online", "66.7", "79.6", "+12.9"],
+        ["MT3", "71.4", "75.6", "+4.2"],
+    ]
+    return table(["published", "without adaptation", "adapted", "gain"], rows)
+
+
+def per_image_pairs() -> str:
+    """MT3 against TTT on the same images."""
+    rows = []
+    mt3 = load("per-image-mt3")["cells"]
+    for name, shown in (("ttt-standard", "TTT, 10 steps"), ("ttt-one-step", "TTT, 1 step at 0.01")):
+        other = load(f"per-image-{name}")["cells"]
+        gaps = [np.subtract(mt3[c]["adapted_right"], other[c]["adapted_right"]) for c in mt3]
+        gap, error = clustered(gaps)
+        ratio = f"{abs(gap) / error:.1f}"
+        rows.append([f"MT3 over {shown}", f"{gap:+.2f} ± {error:.2f}", ratio])
+    return table(["", "difference", "in standard errors"], rows)
+
+
+def entropy_alone() -> str:
+    """`entropy_alone.py`'s table."""
+    path = RESULTS / "entropy-alone.json"
+    if not path.is_file():
+        return "Not measured: `python examples/entropy_alone.py --data DIR`."
+    found = json.loads(path.read_text())["accuracy"]
+    columns = list(dict.fromkeys(c for scores in found.values() for c in scores))
+    rows = [[name, *(f"{100 * s[c]:.2f}" for c in columns)] for name, s in found.items()]
+    return table(["", *columns], rows)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "online": online,
+    "online-orders": online_orders,
+    "paired": paired,
+    "settings": settings,
+    "rates": rates,
+    "sar-rates": sar_rates,
+    "speed": speed,
+    "held-out": held_out,
+    "per-image": per_image,
+    "per-image-pairs": per_image_pairs,
+    "published": published,
+    "entropy-alone": entropy_alone,
+    "by-corruption": by_corruption,
+}
+
+
+def report() -> str:
+    """All sections, each under its name."""
+    return "\n\n".join(f"## {name}\n\n{section()}" for name, section in SECTIONS.items()) + "\n"
+
+
+def renewed(text: str) -> str:
+    """A document with its blocks ``<!-- report: NAME -->`` .. ``<!-- end -->`` made anew."""
+
+    def block(match: re.Match) -> str:
+        return f"{match[1]}\n{SECTIONS[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- report: (\S+) -->)\n.*?\n?(<!-- end -->)", block, text, flags=re.DOTALL)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="renew the tables of RESULTS.md")
+    args = parser.parse_args(argv)
+    if args.write:
+        write_text(DOCUMENT, renewed(DOCUMENT.read_text()))
+    else:
+        print(report(), end="")
+
+
+if __name__ == "__main__":
+    main()
