@@ -347,7 +347,8 @@ def check(model: nn.Module, own: bool, images: Tensor, method: str) -> dict:
 
     if method != "source":
         still = options | {"lr": 0.0} | ({"chunk_size": 1} if per_image else {})
-        plain = tp.wrap(model, "source", normalize=not own, statistics=net.config.statistics)
+        kind = net.backbone.statistics.kind
+        plain = tp.wrap(model, "source", normalize=not own, statistics=kind)
         zero = tp.wrap(model, method, **still)
         for batch in images.split(1) if per_image else (images,):
             assert torch.equal(zero(batch), plain(batch)), "lr=0 is not the plain model"

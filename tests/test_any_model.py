@@ -35,7 +35,6 @@ from ttt_plugins.backbones.norms import (
 from ttt_plugins.backbones.quirks import caches
 from ttt_plugins.backbones.sharing import tied_parameters
 from ttt_plugins.backbones.stages import (
-    classifier_name,
     classifier_names,
     describe_split,
     feature_width,
@@ -45,6 +44,7 @@ from ttt_plugins.backbones.stages import (
     stages,
     trunk,
 )
+from ttt_plugins.backbones.statistics import feature_statistics
 from ttt_plugins.core import per_image, scope
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -206,7 +206,7 @@ def test_tapped_features_are_statistics_of_channels(coverage):
             backbone(x)
         sizes = [channels(m) for m in backbone.tapped.values()]
         assert [x.numel() // _count(x, axes) for x, axes, _ in record] == sizes, case
-        mean, std = backbone.feature_statistics(record)
+        mean, std = feature_statistics(record)
         assert mean.shape == std.shape == (sum(sizes),)
 
 
@@ -292,7 +292,7 @@ def test_a_timm_model_inside_a_wrapper():
     assert found is net
     assert stages(wrapped) == [prefix + n for n in stages(net)]
     assert late_norms(wrapped) == {prefix + n for n in late_norms(net)}
-    assert classifier_name(wrapped) == "0.1.head"
+    assert classifier_names(wrapped) == ["0.1.head"]
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         pooled = pooled_features(wrapped, x)
@@ -332,7 +332,7 @@ def test_an_ensemble():
 def test_a_classifier_that_cannot_be_asked_for(coverage):
     """CLIP's attention pooling: ``get_classifier`` raises in timm 1.0.9."""
     model = coverage._without_memory(lambda: timm.create_model("resnet50_clip", num_classes=10))
-    assert classifier_name(model) == "head.proj"
+    assert classifier_names(model) == ["head.proj"]
     images = torch.rand(2, 3, 224, 224, device="meta")
     pooled = pooled_features(model.eval(), images)
     assert pooled.shape == (2, feature_width(model))

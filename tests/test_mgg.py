@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import ttt_plugins as tp
 from ttt_plugins.backbones.backbone import Backbone
+from ttt_plugins.backbones.statistics import Feature, feature_statistics
 from ttt_plugins.core import gradient_memory, scope
 from ttt_plugins.core.online import Loss, Objective, Online, evaluate
 from ttt_plugins.core.registry import get_method
@@ -343,7 +344,7 @@ def test_vit_b_has_twelve_taps_of_768_and_38400_scalars(make_net, slow):
 
 def test_the_guard_does_not_matter(images):
     x = images(16, 4, F64).flatten(1)[:, :50]
-    mean, std = Backbone.feature_statistics([(x, (0,), None)])
+    mean, std = feature_statistics([Feature(x, (0,))])
     assert torch.allclose(mean, x.mean(0), rtol=1e-12)
     assert torch.allclose(std, x.std(0), rtol=1e-9)
 

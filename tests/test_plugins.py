@@ -93,7 +93,7 @@ def test_an_entry_point_may_name_the_method_itself(plugin):
         (GOOD.format("") + "    raise KeyError('late')\n", "KeyError: 'late'"),
         (GOOD.format("").replace('"plain"', '"mgg"'), "would replace.*mgg"),
         (GOOD.format("").replace('"plain"', '"my-rule"'), "letters, digits and _"),
-        (GOOD.format("").replace("prior: float = 16.0", ""), "lacks the field.*prior"),
+        (GOOD.format("").replace("frozen=True", ""), "Plain of 'plain' must be a frozen data"),
         ("from ttt_plugins.core import registry; registry.register('mgg')", "takes a Method"),
     ],
 )

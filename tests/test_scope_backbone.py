@@ -1,5 +1,9 @@
 """What adapts on which architecture, and which statistics its norms use."""
 
+import dataclasses
+import json
+import shutil
+
 import numpy as np
 import pytest
 import timm
@@ -8,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import ttt_plugins as tp
+from ttt_plugins.artifacts.folder import bundled_folder
 from ttt_plugins.backbones.backbone import Backbone
+from ttt_plugins.backbones.statistics import NormStatistics
 from ttt_plugins.core import scope
 
 F64 = torch.float64
@@ -251,7 +257,7 @@ def test_without_batch_norm_statistics_change_nothing(make_model, images):
 
 def test_unknown_statistics(make_model):
     with pytest.raises(tp.InputError, match="source"):
-        Backbone(make_model("batchnorm"), statistics="running")
+        Backbone(make_model("batchnorm"), statistics=NormStatistics("running"))
 
 
 # -- source statistics of the features ---------------------------------------------------------
@@ -395,3 +401,109 @@ def test_a_step_costs_the_passes_it_says(make_model, images, make_net):
         net(images(8))
         assert len(calls) == passes
         assert net.forwards == passes * 8
+
+
+# -- statistics as a value -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare:
+    """A config that leaves the statistics alone."""
+
+    lr: float = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlyTheKind:
+    """A third-party config with one of the two fields."""
+
+    statistics: str = "batch"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (tp.Tent(), NormStatistics("batch", 16.0)),
+        (tp.MGG(statistics="mix", prior=4.0), NormStatistics("mix", 4.0)),
+        (tp.Source(), NormStatistics()),
+        (tp.TTT(), NormStatistics()),
+        (tp.MT3(), NormStatistics()),
+        (Bare(), NormStatistics()),
+        (OnlyTheKind(), NormStatistics("batch", 16.0)),
+    ],
+)
+def test_statistics_follow_from_a_config(config, expected):
+    assert NormStatistics.of(config) == expected
+
+
+def test_per_image_configs_have_no_field_without_effect():
+    for config in (tp.TTT, tp.MT3):
+        assert not {"statistics", "prior"} & {f.name for f in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("name", ["ttt-resnet26-cifar10", "mt3-resnet26-cifar10"])
+def test_retired_fields_of_an_artifact_are_read_and_checked(name, tmp_path):
+    folder = shutil.copytree(bundled_folder(name), tmp_path / name)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["fields"] |= {"statistics": "source", "prior": 16.0}
+    file.write_text(json.dumps(config))
+    net = tp.from_pretrained(folder)
+    assert net.config == tp.from_pretrained(f"bundled:{name}").config
+    for field, value in (("statistics", "batch"), ("prior", "many")):
+        file.write_text(json.dumps(config | {"fields": config["fields"] | {field: value}}))
+        with pytest.raises(tp.ArtifactError, match=field):
+            tp.from_pretrained(folder)
+
+
+def test_layers_rest_on_their_own_statistics(make_model, images):
+    """Also after an error in mid-forward, and a layer that runs twice sees the source both times."""
+    net = tp.wrap(make_model("batchnorm"), "tent", statistics="mix", lr=0.0)
+    before = {n: t.clone() for n, t in net.backbone.source_state_dict().items()}
+
+    def fail(*_):
+        raise KeyError("in mid-forward")
+
+    handle = net.backbone.model.head.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        net(images(4))
+    handle.remove()
+    after = net.backbone.source_state_dict()
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+class Twice(torch.nn.Module):
+    """One BatchNorm in two places of a network."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.head = norm, torch.nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.head(self.norm(x).mean((2, 3)))
+
+
+def test_a_layer_in_two_places_mixes_with_the_source_in_both(images):
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(3).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    model, x = Twice(norm), images(4)
+    with torch.no_grad():
+        y, share = x, 16 / 20
+        for _ in range(2):
+            mean = share * norm.running_mean + (1 - share) * y.mean((0, 2, 3))
+            var = share * norm.running_var + (1 - share) * y.var((0, 2, 3), correction=0)
+            y = (y - mean[:, None, None]) / (var + norm.eps).sqrt()[:, None, None]
+        expected = model.head(y.mean((2, 3)))
+    ours = tp.wrap(model, "source", statistics="mix", normalize=False)(x)
+    assert torch.allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["source", "tent"])
+def test_an_exported_batch_norm_model_can_be_traced(method, make_model, images):
+    net = tp.wrap(make_model("batchnorm"), method, statistics="source")
+    plain = net.export().requires_grad_(False)
+    traced = torch.jit.trace(plain, images(4))
+    assert torch.allclose(traced(images(4, 1)), plain(images(4, 1)), atol=1e-5)

@@ -570,7 +570,6 @@ def test_images_that_do_not_fit(shape, message, make_model):
         {"chunk_size": "all"},
         {"rank": 0},
         {"lr": -1.0},
-        {"statistics": "batch"},
         {"adapt_head": "yes"},
     ],
 )

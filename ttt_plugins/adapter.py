@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .backbones.backbone import Backbone
 from .backbones.stages import describe_split
+from .backbones.statistics import feature_sums
 from .core import scope
 from .core.registry import Method, get_method
 from .data.images import batch_images
@@ -339,7 +340,7 @@ class Adapter(nn.Module):
             self.check_images(images)
             with torch.no_grad(), self.backbone.recording() as record:
                 self.backbone(images.to(self.backbone.dtype))
-            sums = self.backbone.feature_sums(record)
+            sums = feature_sums(record)
             totals = sums if totals is None else tuple(map(torch.add, totals, sums))
         if totals is None:
             raise InputError("the loader yielded no images")

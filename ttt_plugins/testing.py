@@ -138,8 +138,8 @@ def a_rate_of_zero_is_the_plain_model(build: Build, images: Images) -> None:
     if not hasattr(probe.config, "lr"):
         return
     net = build(lr=0.0)
-    same = {"statistics": probe.config.statistics, "prior": probe.config.prior}
-    plain = Adapter(probe.backbone, get_method("source"), get_method("source").config(**same))
+    source = get_method("source")
+    plain = Adapter(probe.backbone, source, source.config())  # on the backbone's statistics
     for n in (6, 1, 3):
         x, logits = images(n, n), net(images(n, n))
         # A method that goes image by image rounds as a batch of one does.

@@ -33,7 +33,8 @@ from .artifacts.hub import Access
 from .artifacts.saving import fits_any
 from .artifacts.tensor_files import fingerprint, tensor_header
 from .backbones.backbone import Backbone
-from .core.registry import Method, configure, get_method
+from .backbones.statistics import NormStatistics
+from .core.registry import Method, configure, get_method, stored_config
 from .data.images import gather_images
 from .errors import ArtifactError, InputError
 from .utils.checks import check_device, check_seed
@@ -61,8 +62,7 @@ def _build(
             mean=mean,
             std=std,
             normalize=normalize,
-            statistics=config.statistics,
-            prior=config.prior,
+            statistics=NormStatistics.of(config),
         )
         if record.check is not None:
             tensors = record.check(config, backbone, tensors, where)
@@ -235,9 +235,8 @@ def _made_for(record: Method, module: nn.Module) -> str | None:
 
 
 def _config_of(record: Method, config: dict[str, Any], name: str) -> Any:
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config["fields"].items()}
     try:
-        return configure(record.config(), fields)
+        return stored_config(record, config["fields"])
     except (InputError, TypeError, OverflowError) as error:
         raise ArtifactError(f"{name}/config.json: {error}") from error
 

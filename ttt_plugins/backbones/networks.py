@@ -9,14 +9,14 @@ After ``import ttt_plugins`` they are ordinary timm models::
 Sources: He et al., "Identity Mappings in Deep Residual Networks" (arXiv 1603.05027) for
 the pre-activation unit; Sun et al., TTT (arXiv 1909.13231) for depth 26, widths 16/32/64,
 8 groups and parameter-free shortcuts; Bartler et al., MT3 (arXiv 2103.16201) for the
-32-filter form with 16 groups, biased convolutions and a hidden layer of 256 in front of the
+32-filter form with 16 groups, biased convolutions and a hidden layer of 256 before the
 classifier; Dosovitskiy et al., ViT (arXiv 2010.11929).
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -213,14 +213,16 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def ttt_resnet26(pretrained: bool = False, **kwargs) -> PreActResNet:
     """Pre-activation ResNet-26 with GroupNorm; ``width=16`` (TTT) or ``32`` (MT3)."""
-    return build_model_with_cfg(PreActResNet, "ttt_resnet26", pretrained, **kwargs)
+    network = build_model_with_cfg(PreActResNet, "ttt_resnet26", pretrained, **kwargs)
+    return cast(PreActResNet, network)
 
 
 @register_model
 def ttt_resnet26_bn(pretrained: bool = False, **kwargs) -> PreActResNet:
     """Pre-activation ResNet-26 with BatchNorm."""
     kwargs.setdefault("norm", "batch")
-    return build_model_with_cfg(PreActResNet, "ttt_resnet26_bn", pretrained, **kwargs)
+    network = build_model_with_cfg(PreActResNet, "ttt_resnet26_bn", pretrained, **kwargs)
+    return cast(PreActResNet, network)
 
 
 @register_model
@@ -234,6 +236,7 @@ def ttt_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> VisionTransfor
         "num_heads": 3,
         "mlp_ratio": 2.0,
     }
-    return build_model_with_cfg(
+    network = build_model_with_cfg(
         VisionTransformer, "ttt_vit_tiny_patch4_32", pretrained, **{**defaults, **kwargs}
     )
+    return cast(VisionTransformer, network)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["biased_attention", "caches", "recurrent"]
+__all__ = ["caches", "prepare", "recurrent"]
 
 
-def biased_attention(model: nn.Module) -> list[nn.Module]:
-    """Attention layers of timm whose fused kernel gets a mask that depends on the queries (SAM).
+def prepare(model: nn.Module) -> None:
+    """Switch off, in a structural copy of a model, what cannot be adapted through.
 
+    Attention layers of timm whose fused kernel gets a mask that depends on the queries (SAM):
     PyTorch takes another kernel where the mask needs a gradient, which rounds otherwise.
+    Recomputation of activations: it is made for ``backward()`` and refuses gradients that are
+    asked for by name.
     """
-    return [
-        module
-        for module in model.modules()
-        if getattr(module, "fused_attn", False) and getattr(module, "rel_pos_h", None) is not None
-    ]
+    for module in model.modules():
+        named = vars(module)
+        if named.get("fused_attn") and getattr(module, "rel_pos_h", None) is not None:
+            named["fused_attn"] = False
+        if named.get("grad_checkpointing"):
+            named["grad_checkpointing"] = False
 
 
 def recurrent(model: nn.Module) -> bool:
@@ -27,8 +31,9 @@ def recurrent(model: nn.Module) -> bool:
 def caches(model: nn.Module) -> list[dict]:
     """Dicts in which modules keep what they computed from parameters in eval mode.
 
-    LeViT and its kin look attention biases up that way, for ever. With other parameters that is
-    the wrong value, and of a function's transform (``grad``, ``vmap``) not even a value.
+    LeViT and similar networks look up attention biases there, and never renew them. With other
+    parameters that is the wrong value, and inside a function transform (``grad``, ``vmap``) it is
+    no value at all.
     """
     return [
         value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,6 @@ from torch import Tensor, nn
 from ..errors import InputError
 
 __all__ = [
-    "classifier_name",
     "classifier_names",
     "describe_split",
     "feature_width",
@@ -89,7 +90,7 @@ def classifier_names(model: nn.Module) -> list[str]:
     linear = [name for name, m in modules.items() if _makes_logits(m)]
     if not linear:
         raise InputError(
-            f"{type(model).__name__} has no linear layer in front of its logits, so its pooled "
+            f"{type(model).__name__} has no linear layer before its logits, so its pooled "
             "features cannot be found"
         )
     last = linear[-1]
@@ -104,23 +105,18 @@ def classifier_names(model: nn.Module) -> list[str]:
     return [last]
 
 
-def classifier_name(model: nn.Module) -> str:
-    """Name of the module that turns pooled features into logits, the first if there are several.
-
-    Raises:
-        InputError: there is none.
-    """
-    return classifier_names(model)[0]
-
-
 def feature_width(model: nn.Module) -> int | None:
     """D of the pooled features, None where the classifier does not tell."""
-    if _has_pooling(model) and isinstance(getattr(model, "head_hidden_size", None), int):
-        return model.head_hidden_size
-    weights = [getattr(model.get_submodule(n), "weight", None) for n in classifier_names(model)]
-    if not all(isinstance(w, Tensor) and w.ndim >= 2 for w in weights):
-        return None
-    return weights[0].shape[1] if _has_pooling(model) else sum(w.shape[1] for w in weights)
+    size = getattr(model, "head_hidden_size", None)
+    if _has_pooling(model) and isinstance(size, int):
+        return size
+    widths = []
+    for name in classifier_names(model):
+        weight = getattr(model.get_submodule(name), "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim < 2:
+            return None
+        widths.append(weight.shape[1])
+    return widths[0] if _has_pooling(model) else sum(widths)
 
 
 def _has_pooling(model: nn.Module) -> bool:
@@ -142,14 +138,16 @@ def pooled_features(model: nn.Module, x: Tensor) -> Tensor:
         InputError: the model has no classifier, or does not use it.
     """
     if _has_pooling(model):
-        return _flat(model.forward_head(model.forward_features(x), pre_logits=True))
+        network: Any = model  # timm's, whose methods torch's stubs do not know
+        return _flat(network.forward_head(network.forward_features(x), pre_logits=True))
     seen: dict[str, Tensor] = {}
     names = classifier_names(model)
+
+    def keep(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[name] = args[0]
+
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: seen.update({name: args[0]})
-        )
-        for name in names
+        model.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in names
     ]
     try:
         model(x)

@@ -16,6 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,15 @@ from .scope import call, no_recomputation
 from .updates import Tensors
 from .views import image_keys
 
-__all__ = ["PerImage", "Task", "check_square", "descend", "loss_and_gradient"]
+__all__ = ["SOURCE_ONLY", "PerImage", "Task", "check_square", "descend", "loss_and_gradient"]
+
+
+#: Fields that the configs of both methods once had, and what they could hold: a batch is one
+#: image here, so BatchNorm always ran on the source's statistics.
+SOURCE_ONLY: dict[str, Callable[[Any], bool]] = {
+    "statistics": lambda value: value == "source",
+    "prior": lambda value: isinstance(value, (int, float)) and value >= 0,
+}
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import dataclasses
 import difflib
 import re
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -26,7 +26,15 @@ from torch import Tensor
 
 from ..errors import InputError
 
-__all__ = ["GROUP", "Method", "configure", "get_method", "list_methods", "register"]
+__all__ = [
+    "GROUP",
+    "Method",
+    "configure",
+    "get_method",
+    "list_methods",
+    "register",
+    "stored_config",
+]
 
 
 #: Entry points that other packages register methods through.
@@ -55,6 +63,8 @@ class Method:
         fit: ``(model, images, config, **options) -> adapter`` with what can be learned on clean
             images while the model stays as it is, ``options`` as for `wrap`; None where nothing
             can.
+        retired: fields that the config no longer has and that artifacts may still hold, each with
+            a check of the values that mean what the method does today.
     """
 
     name: str
@@ -66,6 +76,7 @@ class Method:
     eligible: Callable[..., list[str]] | None = None
     fits_any: Callable[..., bool] | None = None
     fit: Callable[..., Any] | None = None
+    retired: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
 
 
 _METHODS: dict[str, Method] = {}
@@ -77,17 +88,18 @@ def register(method: Method) -> Method:
 
     Raises:
         InputError: what is given is no `Method`, its name is not of letters, digits and
-            underscores (artifacts and the command line carry it), or its config lacks a field
-            that all have.
+            underscores (artifacts and the command line carry it), or its config is no frozen
+            dataclass.
     """
     if not isinstance(method, Method):
         raise InputError(f"register takes a Method, got {type(method).__name__}")
     if not re.fullmatch(r"\w{1,64}", method.name):
         raise InputError(f"a method's name is of letters, digits and _, got {method.name!r}")
-    fields = {f.name for f in dataclasses.fields(method.config)}
-    needed = ("statistics", "prior", *(() if method.build is None else ("params",)))
-    if lacking := [name for name in needed if name not in fields]:
-        raise InputError(f"{method.config.__name__} of {method.name!r} lacks the field {lacking}")
+    settings = getattr(method.config, "__dataclass_params__", None)
+    if settings is None or not settings.frozen:
+        raise InputError(
+            f"the config {method.config.__name__} of {method.name!r} must be a frozen dataclass"
+        )
     _METHODS[method.name] = method
     return method
 
@@ -167,3 +179,18 @@ def configure(config: Any, overrides: dict[str, Any]) -> Any:
                 f"{type(config).__name__} has no field {name!r}; its fields are {sorted(fields)}"
             )
     return dataclasses.replace(config, **overrides)
+
+
+def stored_config(method: Method, fields: Mapping[str, Any]) -> Any:
+    """The config of an artifact's fields, which may be of any version of the package.
+
+    Raises:
+        InputError: a field never existed, or it holds what the method does not do.
+    """
+    current = {}
+    for name, value in fields.items():
+        if name not in method.retired:
+            current[name] = tuple(value) if isinstance(value, list) else value
+        elif not method.retired[name](value):
+            raise InputError(f"{method.name} does not run with {name}={value!r}")
+    return configure(method.config(), current)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..backbones.norms import channels
+from ..backbones.statistics import StatisticsFields, feature_statistics
 from ..core import gradient_memory
 from ..core.objectives import entropy, feature_discrepancy
 from ..core.online import Loss, Objective, Online
@@ -39,7 +40,7 @@ __all__ = ["MGG"]
 
 
 @dataclass(frozen=True)
-class MGG:
+class MGG(StatisticsFields):
     """A learned optimizer with a gradient memory layer on the norm layers' affine parameters.
 
     Attributes:
@@ -51,7 +52,7 @@ class MGG:
         discrepancy: weight lambda of the feature statistics' distance from the source's (the
             paper: 0.4; 0.2 on ImageNet-R). Without source statistics the term is left out.
         statistics: BatchNorm statistics, ``"batch"``, ``"source"`` or ``"mix"``.
-        prior: images the source statistics count for in ``"mix"``.
+        prior: number of images that the source statistics count for in ``"mix"``.
         params: what adapts unless `wrap` is told otherwise.
         rule: what turns a gradient into an update: ``"memory"``, the learned optimizer, or
             ``"adam"`` or ``"sgd"`` with step size ``lr`` and their usual momenta. The hand-made
@@ -61,19 +62,16 @@ class MGG:
     lr: float = 1e-3
     lr_alone: float | None = None
     discrepancy: float = 0.4
-    statistics: str = "batch"
-    prior: float = 16.0
     params: str | tuple[str, ...] = "norm"
     rule: str = "memory"
 
     def __post_init__(self):
+        super().__post_init__()
         check_number(self, "lr", 0)
         check_choice(self, "rule", ("memory", "adam", "sgd"))
         if self.lr_alone is not None:
             check_number(self, "lr_alone", 0)
         check_number(self, "discrepancy", 0)
-        check_choice(self, "statistics", ("source", "batch", "mix"))
-        check_number(self, "prior", 0)
 
 
 def unlabelled_loss(config: MGG, backbone, source_statistics) -> Objective:
@@ -82,7 +80,7 @@ def unlabelled_loss(config: MGG, backbone, source_statistics) -> Objective:
     def loss(logits, features, first) -> Loss:
         value = entropy(logits).mean()
         if features:
-            mean, std = backbone.feature_statistics(features, correction=min(1, len(logits) - 1))
+            mean, std = feature_statistics(features, correction=min(1, len(logits) - 1))
             source_mean, source_std = source_statistics
             if len(logits) == 1:
                 std = source_std

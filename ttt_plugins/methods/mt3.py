@@ -34,7 +34,7 @@ from torch import Tensor
 from ..backbones.stages import feature_width, trunk
 from ..core.heads import byol_shapes, check_head, project
 from ..core.objectives import cosine_distance
-from ..core.per_image import PerImage, Task, check_square
+from ..core.per_image import SOURCE_ONLY, PerImage, Task, check_square
 from ..core.registry import Method, register
 from ..core.scope import call
 from ..core.views import BYOL_NUMBERS, byol_view, uniforms
@@ -61,8 +61,6 @@ class MT3:
         rank: of the low-rank changes with ``params="lora"``.
         chunk_size: images that adapt together, or ``"auto"``: one on a CPU, as many as fit into
             half of the free memory on an accelerator.
-        statistics: BatchNorm statistics; ``"source"`` only, since a batch here is one image.
-        prior: without effect.
     """
 
     lr: float = 0.1
@@ -72,8 +70,6 @@ class MT3:
     params: str | tuple[str, ...] = "all"
     rank: int = 4
     chunk_size: int | str = "auto"
-    statistics: str = "source"
-    prior: float = 16.0
 
     def __post_init__(self):
         check_number(self, "lr", 0)
@@ -82,8 +78,6 @@ class MT3:
         check_choice(self, "vote", (True, False))
         if self.chunk_size != "auto":
             check_integer(self, "chunk_size", 1)
-        check_choice(self, "statistics", ("source",))
-        check_number(self, "prior", 0)
 
 
 def byol_loss(
@@ -183,5 +177,6 @@ register(
         "AISTATS 2022, arXiv:2103.16201",
         check=check,
         eligible=eligible,
+        retired=SOURCE_ONLY,
     )
 )

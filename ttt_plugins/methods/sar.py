@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..backbones.norms import late_norms
+from ..backbones.statistics import StatisticsFields
 from ..core.objectives import entropy, reliable
 from ..core.online import Loss, Objective, Online
 from ..core.registry import Method, register
@@ -23,7 +24,7 @@ __all__ = ["SAR"]
 
 
 @dataclass(frozen=True)
-class SAR:
+class SAR(StatisticsFields):
     """Sharpness-aware entropy minimisation over reliable samples.
 
     Attributes:
@@ -36,7 +37,7 @@ class SAR:
         skip_late: leave out the norms of the last stage or blocks, as the paper does; with
             ``params="norm"`` only.
         statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"`` or ``"mix"``.
-        prior: images the source statistics count for in ``"mix"``.
+        prior: number of images that the source statistics count for in ``"mix"``.
         params: what adapts unless `wrap` is told otherwise.
     """
 
@@ -46,19 +47,16 @@ class SAR:
     radius: float = 0.05
     recovery: float = 0.2
     skip_late: bool = True
-    statistics: str = "batch"
-    prior: float = 16.0
     params: str | tuple[str, ...] = "norm"
 
     def __post_init__(self):
+        super().__post_init__()
         check_number(self, "lr", 0)
         check_number(self, "momentum", 0, 1)
         check_number(self, "margin", 0, 1)
         check_number(self, "radius", 0)
         check_number(self, "recovery", 0)
         check_choice(self, "skip_late", (True, False))
-        check_choice(self, "statistics", ("source", "batch", "mix"))
-        check_number(self, "prior", 0)
 
 
 def build(config: SAR, backbone, source, tensors, seed) -> Online:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..backbones.statistics import StatisticsFields
 from ..core.registry import Method, register
-from ..utils.checks import check_choice, check_number
 
 __all__ = ["Source"]
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(StatisticsFields):
     """The unadapted model.
 
     Attributes:
@@ -21,11 +21,6 @@ class Source:
     """
 
     statistics: str = "source"
-    prior: float = 16.0
-
-    def __post_init__(self):
-        check_choice(self, "statistics", ("source", "batch", "mix"))
-        check_number(self, "prior", 0)
 
 
 register(Method("source", Source, None))

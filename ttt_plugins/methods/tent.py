@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..backbones.statistics import StatisticsFields
 from ..core.objectives import entropy
 from ..core.online import Loss, Objective, Online
 from ..core.registry import Method, register
@@ -21,7 +22,7 @@ __all__ = ["Tent"]
 
 
 @dataclass(frozen=True)
-class Tent:
+class Tent(StatisticsFields):
     """Entropy minimisation over the norm layers' affine parameters.
 
     Attributes:
@@ -30,23 +31,20 @@ class Tent:
         optimizer: ``"adam"`` or ``"sgd"`` (momentum ``momentum``).
         momentum: of SGD, in [0, 1].
         statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"`` or ``"mix"``.
-        prior: images the source statistics count for in ``"mix"``.
+        prior: number of images that the source statistics count for in ``"mix"``.
         params: what adapts unless `wrap` is told otherwise.
     """
 
     lr: float = 1e-3
     optimizer: str = "adam"
     momentum: float = 0.9
-    statistics: str = "batch"
-    prior: float = 16.0
     params: str | tuple[str, ...] = "norm"
 
     def __post_init__(self):
+        super().__post_init__()
         check_number(self, "lr", 0)
         check_choice(self, "optimizer", ("adam", "sgd"))
         check_number(self, "momentum", 0, 1)
-        check_choice(self, "statistics", ("source", "batch", "mix"))
-        check_number(self, "prior", 0)
 
 
 def mean_entropy(logits, features, first) -> Loss:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..backbones.stages import feature_width, trunk
 from ..core.heads import ROTATIONS, check_head, rest_tensors, rotation_logits
-from ..core.per_image import PerImage, Task, check_square
+from ..core.per_image import SOURCE_ONLY, PerImage, Task, check_square
 from ..core.registry import Method, register
 from ..core.views import crop_and_flip, quarter_turns, uniforms
 from ..errors import ArtifactError, InputError
@@ -62,8 +62,6 @@ class TTT:
         rank: of the low-rank changes with ``params="lora"``.
         chunk_size: images that adapt together, or ``"auto"``: one on a CPU, as many as fit into
             half of the free memory on an accelerator.
-        statistics: BatchNorm statistics; ``"source"`` only, since a batch here is one image.
-        prior: without effect.
     """
 
     mode: str = "standard"
@@ -76,8 +74,6 @@ class TTT:
     params: str | tuple[str, ...] = "all"
     rank: int = 4
     chunk_size: int | str = "auto"
-    statistics: str = "source"
-    prior: float = 16.0
 
     def __post_init__(self):
         check_choice(self, "mode", ("standard", "online"))
@@ -90,8 +86,6 @@ class TTT:
         check_integer(self, "rank", 1)
         if self.chunk_size != "auto":
             check_integer(self, "chunk_size", 1)
-        check_choice(self, "statistics", ("source",))
-        check_number(self, "prior", 0)
 
 
 def rotation_views(images: Tensor, keys: Tensor, step: int, copies: int) -> tuple[Tensor, Tensor]:
@@ -194,6 +188,7 @@ register(
         "Distribution Shifts, ICML 2020, arXiv:1909.13231",
         check=check,
         eligible=eligible,
+        retired=SOURCE_ONLY,
         fit=fit,
     )
 )

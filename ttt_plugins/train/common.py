@@ -15,6 +15,7 @@ from ..artifacts.folder import OWN_WEIGHTS, Artifact, checked_text, common_confi
 from ..artifacts.hub import read_named
 from ..artifacts.schema import pretrained_settings
 from ..backbones.backbone import Backbone
+from ..backbones.statistics import NormStatistics
 from ..core.registry import get_method
 from ..data.images import LabelledImages, to_float
 from ..errors import InputError
@@ -88,7 +89,7 @@ def check_outcome(
         ArtifactError: an artifact may not hold such fields or arguments.
     """
     record = get_method(config)
-    backbone = Backbone(model, statistics=config.statistics, prior=config.prior)
+    backbone = Backbone(model, statistics=NormStatistics.of(config))
     Adapter(backbone, record, config)  # chooses what adapts
     try:
         # Unadapted, because the method's heads are yet to be trained.
