@@ -9,16 +9,17 @@ take their time.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from .adapter import Adapter
 from .benchmark.evaluate import classify
 from .benchmark.output import check_out, write_files
 from .benchmark.plots import COLOURS, figure, to_png
@@ -59,6 +60,7 @@ class Sample:
 
     @property
     def corruptions(self) -> list[str]:
+        """Names of all kinds of images except the clean ones."""
         return [name for name in self.images if name != CLEAN]
 
 
@@ -84,8 +86,10 @@ class DemoResult:
         """Accuracy in percent: a row for each corruption, a column for each method."""
         methods = list(self.predictions)
         rows = [["accuracy in %", *methods]]
-        for name in self.sample.images:
-            rows.append([name, *(f"{self.accuracy(m, name):.1f}" for m in methods)])
+        rows += [
+            [name, *(f"{self.accuracy(m, name):.1f}" for m in methods)]
+            for name in self.sample.images
+        ]
         rows.append(["mean of corruptions", *(f"{self.mean(m):.1f}" for m in methods)])
         shown = len(self.sample.labels) * len(self.sample.images)
         rows.append(["ms per image", *(f"{1e3 * self.seconds[m] / shown:.1f}" for m in methods)])
@@ -135,13 +139,13 @@ def load_sample(folder: str | Path = SAMPLE, n: int | None = None) -> Sample:
     return Sample(labels[:n], {name: images[name][:n].contiguous() for name in order})
 
 
-def build_adapters(model: str = MODEL, mgg: str = MGG) -> dict[str, nn.Module]:
+def build_adapters(model: str = MODEL, mgg: str = MGG) -> dict[str, Adapter]:
     """The unadapted model, Tent, SAR and MGG, each with its own defaults."""
     adapters = {name: wrap(model, name) for name in ("source", "tent", "sar")}
     return {**adapters, "mgg": from_pretrained(mgg)}
 
 
-def build_per_image_adapters(ttt: str = TTT, mt3: str = MT3) -> dict[str, nn.Module]:
+def build_per_image_adapters(ttt: str = TTT, mt3: str = MT3) -> dict[str, Adapter]:
     """TTT (its one-step form) and MT3, each after its own model without adaptation."""
     return {
         "ttt's model": wrap(ttt, "source"),
@@ -152,7 +156,7 @@ def build_per_image_adapters(ttt: str = TTT, mt3: str = MT3) -> dict[str, nn.Mod
 
 
 def compare(
-    nets: Mapping[str, nn.Module],
+    nets: Mapping[str, Adapter],
     sample: Sample,
     *,
     batch_size: int = BATCH_SIZE,
@@ -177,8 +181,9 @@ def compare(
 
 
 def _examples(result: DemoResult, before: str, after: str, count: int) -> list[tuple[str, int]]:
-    """(corruption, row) of images that only ``after`` gets right: kinds taking turns, no image
-    in two kinds.
+    """(corruption, row) of images that only ``after`` gets right.
+
+    The corruptions take turns, and no image is chosen under two of them.
     """
     labels = result.sample.labels
     queues = {}
@@ -198,7 +203,7 @@ def _examples(result: DemoResult, before: str, after: str, count: int) -> list[t
 def draw(
     result: DemoResult,
     *,
-    classes: list[str] = CIFAR10_CLASSES,
+    classes: Sequence[str] = CIFAR10_CLASSES,
     before: str = "source",
     after: str = "mgg",
     examples: int = 8,
@@ -206,7 +211,7 @@ def draw(
     """Bars for each corruption and method, and below some images with both predictions; PNG."""
     names, methods = list(result.sample.images), list(result.predictions)
     drawn = figure(max(9.0, 1.25 * len(names) + 3), 6.2)
-    top, bottom = drawn.subfigures(2, 1, height_ratios=[3, 2])
+    top, bottom = drawn.subfigures(2, 1, height_ratios=[3, 2], squeeze=False)[:, 0]
     axes = top.add_subplot()
     width = 0.8 / len(methods)
     for position, method in enumerate(methods):

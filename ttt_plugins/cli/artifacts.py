@@ -83,6 +83,6 @@ def add_list(commands) -> None:
     add.set_defaults(run=_list)
 
 
-def _list(args: argparse.Namespace) -> None:
+def _list(_: argparse.Namespace) -> None:
     print("methods:", *list_methods(), sep="\n  ")
     print("bundled:", *(f"bundled:{name}" for name in list_bundled()), sep="\n  ")

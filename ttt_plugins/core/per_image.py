@@ -73,7 +73,9 @@ def check_square(images: Tensor, why: str) -> None:
         raise InputError(f"{why} needs images of at least 2 x 2 pixels, these are 1 x 1")
 
 
-def descend(params: Tensors, grads: Tensors, lr: float | Tensors) -> Tensors:
+def descend(
+    params: Tensors, grads: Tensors, lr: float | Mapping[str, float] | Mapping[str, Tensor]
+) -> Tensors:
     """Plain gradient descent, ``params - lr * grads``; ``lr`` may be a rate () for each tensor."""
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
     return {name: p - rates[name] * grads[name] for name, p in params.items()}

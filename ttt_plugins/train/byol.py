@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -138,8 +137,7 @@ class _ByolTraining(NetworkTraining):
         check_outcome(config, model, recipe.arch, arguments, train.images)
         net = ByolModel(model, torch.Generator().manual_seed(recipe.seed))
         net = net.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        settings = timm.data.resolve_model_data_config(model)
-        self.normalise = Normalise(settings["mean"], settings["std"]).to(device)
+        self.normalise = Normalise(model).to(device)
         self.test, self.gap = test, gap
         optimizer = torch.optim.SGD(
             net.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
@@ -168,11 +166,13 @@ class _ByolTraining(NetworkTraining):
 
     def entry(self, means: list[float]) -> dict[str, float]:
         final = self.final.eval()
-        entry = dict(zip(("cross_entropy", "byol_loss", "accuracy"), means, strict=True))
-        entry["test_accuracy"] = accuracy(final.model, self.normalise, self.test, self.device)
-        if self.gap:
-            entry |= self.gap.measure(final.model, _detached(final))
-        return entry
+        entry = {
+            "cross_entropy": means[0],
+            "byol_loss": means[1],
+            "accuracy": means[2],
+            "test_accuracy": accuracy(final.model, self.normalise, self.test, self.device),
+        }
+        return entry | self.gap.measure(final.model, _detached(final)) if self.gap else entry
 
 
 def _detached(net: ByolModel) -> dict[str, Tensor]:

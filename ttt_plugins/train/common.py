@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..adapter import Adapter
@@ -32,7 +33,7 @@ __all__ = [
 
 
 def read_start(name: str) -> Artifact:
-    """The artifact whose model a training starts from.
+    """Read the artifact whose model a training starts from.
 
     Raises:
         InputError: it carries none.
@@ -117,12 +118,16 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 class Normalise(nn.Module):
-    """Images in [0, 1] -> ``(image - mean) / std``, by channel."""
+    """Images in [0, 1] -> ``(image - mean) / std`` by channel, as a timm model's settings say."""
 
-    def __init__(self, mean, std):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
+        settings = resolve_model_data_config(model)
+        self.register_buffer("mean", torch.tensor(settings["mean"])[:, None, None])
+        self.register_buffer("std", torch.tensor(settings["std"])[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W), any floating-point type."""

@@ -14,7 +14,6 @@ import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,7 +97,7 @@ class JointModel(nn.Module):
             raise InputError(f"the width of {type(model).__name__}'s pooled features is unknown")
         shared, self.rest = trunk(model, split)
         named, owners = dict(model.named_parameters()), {n.rpartition(".")[0] for n in self.rest}
-        memo = {id(named[n]): named[n] for n in shared}
+        memo: dict[int, Tensor] = {id(named[n]): named[n] for n in shared}
         for name, buffer in model.named_buffers():
             if name.rpartition(".")[0] not in owners:
                 memo[id(buffer)] = buffer
@@ -157,8 +156,7 @@ class _RotationTraining(NetworkTraining):
         # shared.
         model = model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         joint = JointModel(model, recipe.split).to(device)
-        settings = timm.data.resolve_model_data_config(model)
-        self.normalise = Normalise(settings["mean"], settings["std"]).to(device)
+        self.normalise = Normalise(model).to(device)
         self.test = test
         optimizer = torch.optim.SGD(
             joint.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..adapter import Adapter
 from ..artifacts.tensor_files import fingerprint
 from ..core import gradient_memory
 from ..core.online import Loss, Objective, Online, evaluate
-from ..core.updates import Situation
+from ..core.updates import Evaluation, Situation, Tensors
 from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from ..utils.checks import check_integer, check_number, check_seed
@@ -95,7 +96,7 @@ class MGGRecipe:
 
 
 def stream_accuracy(
-    net: nn.Module, data: LabelledImages, batch_size: int = 64, seed: int = 0
+    net: Adapter, data: LabelledImages, batch_size: int = 64, seed: int = 0
 ) -> float:
     """Accuracy in [0, 1] of an adapter on one shuffled stream, from a reset."""
     net.reset()
@@ -129,8 +130,8 @@ def _judge(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy at ``params`` and its gradient: the labelled outer loss."""
     judge = Objective("cross-entropy", lambda logits, *_: Loss(F.cross_entropy(logits, labels)))
-    found = evaluate(algorithm.backbone, judge, params, images)
-    return found.loss, found.grads
+    judged = evaluate(algorithm.backbone, judge, params, images)
+    return judged.loss, judged.grads
 
 
 def run_sequence(
@@ -146,33 +147,42 @@ def run_sequence(
     Returns:
         the adapted parameters at its end and the outer loss of every update.
     """
-    device = algorithm.backbone.device
+    backbone = algorithm.backbone
     state, losses = algorithm.init(), []
-    surrogate = None  # sum over the window of <theta_{t+1}, gradient of its judgement>
-    window = 0
+    # The window's sum of <parameters after an update, gradient of their judgement>.
+    surrogate: Tensor | None = None
+    window, updated = 0, False
     for images, labels in batches:
-        images = to_float(images.to(device)).to(algorithm.backbone.dtype)
-        first = evaluate(algorithm.backbone, algorithm.objective, params, images)
+        images = to_float(images.to(backbone.device)).to(backbone.dtype)
+        first = evaluate(backbone, algorithm.objective, params, images)
         if not first.finite:
             # Nothing after this is worth learning from; the next sequence starts afresh.
             return dict(algorithm.source), losses
-        if surrogate is not None:
+        if updated:
             loss, grads = first.loss, first.grads
             if recipe.labelled:
-                loss, grads = _judge(algorithm, params, images, labels.to(device))
+                loss, grads = _judge(algorithm, params, images, labels.to(backbone.device))
             losses.append(loss.item())
-            surrogate = surrogate + sum((params[n] * grads[n]).sum() for n in params)
+            judgement = torch.stack([(params[n] * grads[n]).sum() for n in params]).sum()
+            surrogate = judgement if surrogate is None else surrogate + judgement
             window += 1
             if window == recipe.truncation:
                 _descend(surrogate, slow, optimizer, recipe.clip)
                 surrogate, window = None, 0
                 params = {n: p.detach() for n, p in params.items()}
                 state = {n: t.detach() for n, t in state.items()}
-        params, state = algorithm.rule.step(params, state, first, Situation(None, algorithm.source))
-        surrogate = 0.0 if surrogate is None else surrogate
-    if isinstance(surrogate, Tensor):
+        params, state = algorithm.rule.step(
+            params, state, first, Situation(partial(_again, algorithm, images), algorithm.source)
+        )
+        updated = True
+    if surrogate is not None:
         _descend(surrogate, slow, optimizer, recipe.clip)
     return {n: p.detach() for n, p in params.items()}, losses
+
+
+def _again(algorithm: Online, images: Tensor, at: Tensors, first: Evaluation) -> Evaluation:
+    """Another pass over a batch, for rules that ask for one."""
+    return evaluate(algorithm.backbone, algorithm.objective, at, images, first)
 
 
 def _descend(surrogate: Tensor, slow: dict[str, Tensor], optimizer, clip: float) -> None:

@@ -50,7 +50,7 @@ def _means(totals: Tensor, tasks: int, task_images: int) -> dict[str, float]:
 
 def _start(recipe: MT3Recipe, classes: int) -> tuple[nn.Module, str, dict, dict[str, Tensor]]:
     """The model to start from, its architecture and arguments, and its heads."""
-    arch, model_args, tensors, start = recipe.arch, recipe.model_args, {}, None
+    arch, model_args, tensors, start = recipe.arch, recipe.model_args or {}, {}, None
     if recipe.init:
         start = read_start(recipe.init)
         arch, model_args = start.config["architecture"], start.config["model_args"]

@@ -250,12 +250,11 @@ def meta_gradient(
     together = recipe.together or (
         1 if tasks[0].device.type == "cpu" or backbone.one_by_one else count
     )
-    total, record = None, tasks[0].new_zeros(5)
-    if not count:  # more processes than tasks
-        return {n: torch.zeros_like(p) for n, p in meta.items()}, record
+    total: dict[str, Tensor] | None = None
+    record = tasks[0].new_zeros(5)
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
-        for part in zip(*(t.split(together) for t in tasks), strict=True):
+        for part in zip(*(t.split(together) for t in tasks if count), strict=True):
             if len(part[0]) == 1:
                 leaves = {n: p.detach().requires_grad_() for n, p in meta.items()}
                 value, aux = loss(leaves, *(t[0] for t in part), transforms=False)
@@ -268,4 +267,6 @@ def meta_gradient(
                 grads, aux = {n: g.sum(0) for n, g in grads.items()}, aux.sum(0)
             record = record + aux
             total = grads if total is None else {n: t + grads[n] for n, t in total.items()}
+    if total is None:  # there are more processes than tasks
+        total = {n: torch.zeros_like(p) for n, p in meta.items()}
     return total, record

@@ -64,7 +64,8 @@ class NetworkTraining(Training):
             device: where to train.
         """
         super().__init__(recipe, device)
-        self.net, self.optimizers = net, optimizers
+        self.net: Any = net
+        self.optimizers = optimizers
         self.batch_size, self.ema = recipe.batch_size, recipe.ema
         self.steps = steps_per_epoch(len(train), recipe.batch_size)
         steps, (name, warmup) = self.steps * recipe.epochs, schedule

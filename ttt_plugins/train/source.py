@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -162,8 +161,7 @@ class _SourceTraining(NetworkTraining):
         model = model.to(device)
         if train.images.shape[2] >= 32 and not recipe.patch_drop:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        settings = timm.data.resolve_model_data_config(model)
-        self.normalise = Normalise(settings["mean"], settings["std"]).to(device)
+        self.normalise = Normalise(model).to(device)
         self.test = test
         optimizers = _optimizers(model, recipe)
         super().__init__(recipe, model, optimizers, ("cosine", recipe.warmup), train, device)
