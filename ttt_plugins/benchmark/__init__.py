@@ -6,16 +6,16 @@
 >>> print(results.table())
 """
 
-from .cells import CORRUPTIONS, DATASETS, EXTRA_CORRUPTIONS, Cell, CorruptionData
-from .compare import compare, comparison_table
+from ..data.datasets import CORRUPTIONS, DATASETS, EXTRA_CORRUPTIONS
+from ..utils.processes import Worker, worker_from_environment
+from .cells import Cell, CorruptionData
+from .comparison import compare, comparison_table
+from .device import Execution
 from .evaluate import evaluate_cell
-from .execution import Execution
+from .folders import load_stream, open_dataset
 from .protocols import PROTOCOLS
-from .records import CellRecord, MethodRecord
-from .results import Results
+from .results import CellRecord, MethodRecord, Results
 from .run import run_benchmark
-from .sharding import Worker, worker_from_environment
-from .streams import load_stream, open_dataset
 
 __all__ = [
     "CORRUPTIONS",

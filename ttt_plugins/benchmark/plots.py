@@ -1,22 +1,37 @@
-"""The picture of a run; matplotlib is imported here only, and only when it is drawn."""
+"""Pictures of runs; matplotlib is imported here only, and only when something is drawn."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from ..data.datasets import DATASETS
 from ..errors import MissingDependencyError
-from .records import MethodRecord
-from .results import Results
+from ..utils.text import printable
+from .results import CellRecord, MethodRecord, Results
 
-__all__ = ["COLOURS", "bars", "figure", "percentages", "plot_results", "to_png", "to_svg"]
+__all__ = [
+    "COLOURS",
+    "accuracy_along",
+    "bars",
+    "curves",
+    "figure",
+    "percentages",
+    "plot_results",
+    "scatter",
+    "to_png",
+    "to_svg",
+]
 
 #: Colours of the source model and of the adapters after it (Okabe & Ito, told apart by
 #: colour-blind readers).
 COLOURS = ["#999999", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442"]
+#: Points of a curve at most; more would be noise.
+_POINTS = 50
 
 
-def figure(width: float, height: float):
+def figure(width: float, height: float) -> Any:
     """An empty matplotlib figure, sizes in inches, that leaves the user's backend alone.
 
     Raises:
@@ -29,14 +44,23 @@ def figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def to_png(drawn, dpi: int = 120) -> bytes:
+def _name(text: str) -> str:
+    """A name as matplotlib shows it unchanged.
+
+    Dollar signs would begin mathematics, and legends leave out labels with a leading underscore.
+    """
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def to_png(drawn: Any, dpi: int = 120) -> bytes:
     """A figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     drawn.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
-def to_svg(drawn) -> str:
+def to_svg(drawn: Any) -> str:
     """A figure as an ``<svg>`` element to put into a page; its text stays text."""
     import matplotlib
 
@@ -48,44 +72,140 @@ def to_svg(drawn) -> str:
     return text[text.index("<svg") :]
 
 
-def bars(drawn, columns: Mapping[str, Mapping[str, float]], colours: Sequence[str]) -> None:
+# -- figures -----------------------------------------------------------------------------
+
+
+def bars(columns: Mapping[str, Mapping[str, float]], colours: Sequence[str], width: float) -> Any:
     """Accuracy in % by corruption and its mean, for each label in ``columns``."""
+    drawn = figure(width, 4.2)
     axes = drawn.add_subplot()
-    width = 0.8 / len(columns)
+    thickness = 0.8 / len(columns)
     names = list(next(iter(columns.values())))
     for position, ((label, column), colour) in enumerate(
         zip(columns.items(), colours, strict=True)
     ):
-        places = [i + position * width for i in range(len(names))]
-        axes.bar(places, [column[name] for name in names], width, color=colour, label=label)
-    middle = (len(columns) - 1) * width / 2
-    axes.set_xticks([i + middle for i in range(len(names))], names, rotation=40, ha="right")
-    axes.set_ylim(0, 115)  # room for the legend above bars of any height
+        places = [i + position * thickness for i in range(len(names))]
+        heights = [column[name] for name in names]
+        axes.bar(places, heights, thickness, color=colour, label=_name(label))
+    middle = (len(columns) - 1) * thickness / 2
+    ticks = [i + middle for i in range(len(names))]
+    axes.set_xticks(ticks, list(map(_name, names)), rotation=40, ha="right")
+    axes.set_ylim(0, 115)  # space for the legend above bars of any height
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("accuracy in %")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(ncols=min(4, len(columns)), loc="upper right", fontsize=8)
+    return drawn
 
 
-def percentages(method: MethodRecord) -> dict[str, float]:
-    """Accuracy in % of each corruption, and of all as ``mean``."""
-    found = {name: 100 * value for name, value in method.by("corruption").items()}
-    return {**found, "mean": 100 * method.mean()}
+def curves(
+    lines: Sequence[tuple[str, Sequence[int], Sequence[float]]], colours: Sequence[str]
+) -> Any:
+    """(label, images since the last reset, accuracy so far in [0, 1]) of each method."""
+    drawn = figure(8, 4)
+    axes = drawn.add_subplot()
+    for (label, places, values), colour in zip(lines, colours, strict=True):
+        shares = [100 * value for value in values]
+        axes.plot(places, shares, color=colour, label=_name(label), marker=".")
+    axes.set_xlabel("images since the last reset")
+    axes.set_ylabel("accuracy so far in %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return drawn
+
+
+def scatter(methods: Sequence[tuple[str, MethodRecord]], colours: Sequence[str]) -> Any:
+    """Mean accuracy of each labelled method against its time and its passes."""
+    drawn = figure(8, 4)
+    panels = drawn.subplots(1, 2, sharey=True)
+    for (label, method), colour in zip(methods, colours, strict=True):
+        passes = method.per_image("forwards") + method.per_image("backwards")
+        share = percentages(method)["mean"]
+        for axes, cost in zip(panels, (1000 * method.per_image("seconds"), passes), strict=True):
+            axes.scatter(cost, share, color=colour, label=_name(label), zorder=2)
+    panels[0].set_xlabel("ms an image")
+    panels[1].set_xlabel("passes an image (forward and backward)")
+    panels[0].set_ylabel("mean accuracy in %")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+    panels[1].legend(fontsize=8)
+    return drawn
 
 
 def plot_results(results: Results) -> bytes:
     """Accuracy of each corruption as bars, the source model beside the adapter, as PNG."""
     settings = results.settings
     methods = results.methods[::-1]  # the source first, so that the gain is to its right
-    columns = {f"{m.method} (mean {100 * m.mean():.1f} %)": percentages(m) for m in methods}
+    shares = [percentages(m) for m in methods]
+    columns = {
+        f"{m.method} (mean {share['mean']:.1f} %)": share
+        for m, share in zip(methods, shares, strict=True)
+    }
     names = methods[0].by("corruption")
-    drawn = figure(max(6.0, 0.62 * len(names) + 2), 4.2)
-    bars(drawn, columns, COLOURS[: len(methods)] if len(methods) > 1 else COLOURS[1:2])
+    colours = COLOURS[: len(methods)] if len(methods) > 1 else COLOURS[1:2]
+    drawn = bars(columns, colours, max(6.0, 0.62 * len(names) + 2))
     severities = ", ".join(map(str, methods[0].by("severity")))
     drawn.axes[0].set_title(
-        f"{settings['model']} on corrupted {settings['dataset']} (severity {severities})\n"
+        f"{_name(settings['model'])} on {DATASETS[settings['dataset']].title} "
+        f"(severity {severities})\n"
         f"{settings['protocol']}, batch size {settings['batch_size']}",
         fontsize=10,
     )
     return to_png(drawn)
+
+
+# -- figures of methods ------------------------------------------------------------------
+
+
+def percentages(method: MethodRecord) -> dict[str, float]:
+    """Accuracy in % of each corruption, and of all as ``mean``."""
+    shares = {name: 100 * value for name, value in method.by("corruption").items()}
+    return {**shares, "mean": 100 * (method.mean() or 0.0)}
+
+
+def _batches(cells: Sequence[CellRecord], batch_size: int, interleaved: bool) -> list[list[int]]:
+    """[right, images] of each batch of one stream."""
+    if interleaved:
+        total = sum(cell.n for cell in cells)
+        right = [sum(column) for column in zip(*(c.correct_per_batch for c in cells), strict=True)]
+        return [[r, min(batch_size, total - i * batch_size)] for i, r in enumerate(right)]
+    return [
+        [right, min(batch_size, cell.n - i * batch_size)]
+        for cell in cells
+        for i, right in enumerate(cell.correct_per_batch)
+    ]
+
+
+def accuracy_along(
+    method: MethodRecord, batch_size: int, interleaved: bool
+) -> tuple[list[int], list[float]]:
+    """How the accuracy develops from one reset to the next.
+
+    Args:
+        method: what was measured.
+        batch_size: images in a batch.
+        interleaved: a batch holds images of several cells.
+
+    Returns:
+        images since the last reset, and the accuracy in [0, 1] up to there, over all streams that
+        are cut into batches like the longest one, so that the streams do not change on the way.
+    """
+    grouped: dict[tuple[int | None, int], list[CellRecord]] = {}
+    for cell in method.cells:
+        grouped.setdefault((cell.seed, cell.stream), []).append(cell)
+    streams = [_batches(cells, batch_size, interleaved) for cells in grouped.values()]
+    sizes = [[images for _, images in stream] for stream in streams]
+    longest = max(sizes, key=sum)
+    chosen = [s for s, size in zip(streams, sizes, strict=True) if size == longest]
+    places, values, right, shown = [], [], 0, 0
+    for column in zip(*chosen, strict=True):
+        right += sum(batch[0] for batch in column)
+        shown += sum(batch[1] for batch in column)
+        places.append(shown // len(chosen))
+        values.append(right / shown)
+    # Every so many, counted from the end, whose value is the stream's.
+    step = -(-len(places) // _POINTS)
+    thinned = slice((len(places) - 1) % step, None, step)
+    return places[thinned], values[thinned]

@@ -10,14 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .cells import Cell, CorruptionData
-from .orders import correlated, shuffled
 
-__all__ = ["CONCENTRATION", "PROTOCOLS", "Stretch", "describe_order", "plan", "streams"]
+__all__ = [
+    "CONCENTRATION",
+    "PROTOCOLS",
+    "StreamProtocol",
+    "Stretch",
+    "correlated",
+    "describe_order",
+    "plan",
+    "shuffled",
+    "streams",
+]
 
 #: Of the Dirichlet distribution of class-correlated streams, as in NOTE and RoTTA.
 CONCENTRATION = 0.1
@@ -43,12 +53,68 @@ class Stretch:
         return len(self.rows)
 
 
+# -- the order of the images in a cell ---------------------------------------------------
+
+
+def shuffled(count: int, seed: int | None) -> Tensor:
+    """Rows 0..count-1, drawn by ``torch.Generator().manual_seed(seed)``; in order if None."""
+    if seed is None:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(labels: Tensor, concentration: float, seed: int | None) -> Tensor:
+    """Rows in an order in which neighbouring images tend to be of one class.
+
+    There are as many slots in time as classes. The images of each class are spread over the slots
+    in proportions drawn from a symmetric Dirichlet distribution; in a slot the classes follow one
+    another in random order (the construction of NOTE, Gong et al., arXiv 2208.05117, and RoTTA,
+    Yuan et al., arXiv 2303.13899).
+
+    Args:
+        labels: (N,) int64.
+        concentration: of the Dirichlet distribution, above 0: 0.1 gives slots of one or two
+            classes (the papers' setting), 100 nearly equal shares of all classes in every slot.
+        seed: of ``numpy.random.RandomState``, whose draws no numpy version changes; None is 0.
+
+    Returns:
+        every row once, (N,) int64.
+
+    Raises:
+        InputError: a concentration that is not positive and finite.
+    """
+    if not 0 < concentration < float("inf"):
+        raise InputError(f"concentration must be a finite number above 0, got {concentration}")
+    random = np.random.RandomState(0 if seed is None else seed)
+    classes = np.unique(labels.numpy())
+    slots: list[list[np.ndarray]] = [[] for _ in classes]
+    for label in classes:
+        rows = random.permutation(np.flatnonzero(labels.numpy() == label))
+        shares = random.dirichlet([concentration] * len(classes))
+        # A tiny concentration underflows to 0/0: the whole class in one slot is its limit.
+        if not np.isfinite(shares).all():
+            shares = np.eye(len(classes))[random.randint(len(classes))]
+        cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(int)
+        for slot, part in zip(slots, np.split(rows, cuts), strict=True):
+            slot.append(part)
+    ordered = [slot[i] for slot in slots for i in random.permutation(len(slot))]
+    return torch.from_numpy(np.concatenate(ordered))
+
+
+# -- protocols ---------------------------------------------------------------------------
+
 Order = Callable[[Cell, int], Tensor]
+Resets = Callable[[Cell | None, Cell], bool]
+Planner = Callable[[CorruptionData, int | None, Order], list[Stretch]]
 
 
-def _one_by_one(cells: Iterable[Cell], data, order: Order, resets) -> list[Stretch]:
+def _one_by_one(
+    cells: Iterable[Cell], data: CorruptionData, order: Order, resets: Resets
+) -> list[Stretch]:
     """One stretch for each cell named, in this order; ``resets(previous, cell)``."""
-    stretches, previous, met = [], None, {}
+    stretches: list[Stretch] = []
+    previous: Cell | None = None
+    met: dict[Cell, int] = {}
     for cell in cells:
         rows = order(cell, data.counts[cell])
         pairs = torch.stack([torch.zeros_like(rows), rows], 1)
@@ -58,7 +124,7 @@ def _one_by_one(cells: Iterable[Cell], data, order: Order, resets) -> list[Stret
     return stretches
 
 
-def _each(previous: Cell | None, cell: Cell) -> bool:
+def _each_cell(*_: object) -> bool:
     return True
 
 
@@ -66,15 +132,15 @@ def _each_corruption(previous: Cell | None, cell: Cell) -> bool:
     return previous is None or previous[0] != cell[0]
 
 
-def _at_the_start(previous: Cell | None, cell: Cell) -> bool:
+def _at_the_start(previous: Cell | None, _: Cell) -> bool:
     return previous is None
 
 
-def _cells_as_given(resets) -> Callable[..., list[Stretch]]:
-    return lambda data, seed, order: _one_by_one(data.counts, data, order, resets)
+def _cells_in_order(resets: Resets) -> Planner:
+    return lambda data, _, order: _one_by_one(data.counts, data, order, resets)
 
 
-def _gradual(data: CorruptionData, seed: int | None, order: Order) -> list[Stretch]:
+def _gradual(data: CorruptionData, _: int | None, order: Order) -> list[Stretch]:
     cells: list[Cell] = []
     for name in dict.fromkeys(name for name, _ in data.counts):
         up = sorted(severity for n, severity in data.counts if n == name)
@@ -82,7 +148,7 @@ def _gradual(data: CorruptionData, seed: int | None, order: Order) -> list[Stret
     return _one_by_one(cells, data, order, _at_the_start)
 
 
-def _mixed(data: CorruptionData, seed: int | None, order: Order) -> list[Stretch]:
+def _mixed(data: CorruptionData, seed: int | None, _: Order) -> list[Stretch]:
     pairs = [
         torch.stack([torch.full((count,), position), torch.arange(count)], 1)
         for position, count in enumerate(data.counts.values())
@@ -92,13 +158,40 @@ def _mixed(data: CorruptionData, seed: int | None, order: Order) -> list[Stretch
     return [Stretch(True, tuple(data.counts), together[rows])]
 
 
+@dataclass(frozen=True)
+class StreamProtocol:
+    """A protocol.
+
+    Attributes:
+        stretches: makes the plan from the cells, the seed and the order of a cell's rows.
+        resets: where the adapter is reset, in words.
+        interleaved: a batch may hold images of several cells.
+        by_class: images come by class, in the order of `correlated`.
+    """
+
+    stretches: Planner
+    resets: str
+    interleaved: bool = False
+    by_class: bool = False
+
+
+#: ``reset-per-cell``; ``reset-per-corruption``, the severities of one corruption without a reset
+#: between them; ``continual``, one reset before the first cell only; ``gradual``, the same, with
+#: each corruption's severities going up and down again (1, 2, .., 5, .., 2, 1; CoTTA, arXiv
+#: 2203.13591), so that all but the highest are met twice; ``mixed``, the images of all cells
+#: shuffled together, one reset before them; ``correlated``, a reset before each cell, whose images
+#: come by class.
 PROTOCOLS = {
-    "reset-per-cell": _cells_as_given(_each),
-    "reset-per-corruption": _cells_as_given(_each_corruption),
-    "continual": _cells_as_given(_at_the_start),
-    "gradual": _gradual,
-    "mixed": _mixed,
-    "correlated": _cells_as_given(_each),
+    "reset-per-cell": StreamProtocol(_cells_in_order(_each_cell), "before each cell"),
+    "reset-per-corruption": StreamProtocol(
+        _cells_in_order(_each_corruption), "before each corruption"
+    ),
+    "continual": StreamProtocol(_cells_in_order(_at_the_start), "before the first cell only"),
+    "gradual": StreamProtocol(
+        _gradual, "before the first cell only; severities go up and down again"
+    ),
+    "mixed": StreamProtocol(_mixed, "before the first image only", interleaved=True),
+    "correlated": StreamProtocol(_cells_in_order(_each_cell), "before each cell", by_class=True),
 }
 
 
@@ -111,16 +204,14 @@ def plan(
     """The stretches of a protocol over the cells of ``data``, in the cells' order.
 
     Args:
-        protocol: ``reset-per-cell``; ``reset-per-corruption``, the severities of one corruption
-            without a reset between them; ``continual``, one reset before the first cell only;
-            ``gradual``, the same, with each corruption's severities going up and down again
-            (1, 2, .., 5, .., 2, 1; CoTTA, arXiv 2203.13591), so that all but the highest are
-            met twice; ``mixed``, the images of all cells shuffled together, one reset before
-            them; ``correlated``, a reset before each cell, whose images come by class
-            (`orders.correlated`).
+        protocol: a key of `PROTOCOLS`.
+        data: the cells.
         seed: of the order of the images in each cell (the same for cells of equal size and
             labels); None keeps the stored order, where ``mixed`` and ``correlated`` take seed 0.
         concentration: of the Dirichlet distribution of ``correlated``.
+
+    Returns:
+        stretches that together meet every cell.
 
     Raises:
         InputError: no such protocol, no cells, or a concentration that is not positive.
@@ -129,31 +220,32 @@ def plan(
         raise InputError(f"unknown protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
     if not data.counts:
         raise InputError("no cells to evaluate on")
+    chosen = PROTOCOLS[protocol]
 
     def order(cell: Cell, count: int) -> Tensor:
-        if protocol == "correlated":
+        if chosen.by_class:
             return correlated(data.labels(cell), concentration, seed)
         return shuffled(count, seed)
 
-    return PROTOCOLS[protocol](data, seed, order)
+    return chosen.stretches(data, seed, order)
 
 
 def streams(stretches: list[Stretch]) -> list[list[Stretch]]:
     """Stretches from one reset to the next; nothing passes from one stream to another."""
-    found: list[list[Stretch]] = []
+    grouped: list[list[Stretch]] = []
     for stretch in stretches:
-        if stretch.reset or not found:
-            found.append([])
-        found[-1].append(stretch)
-    return found
+        if stretch.reset or not grouped:
+            grouped.append([])
+        grouped[-1].append(stretch)
+    return grouped
 
 
-def describe_order(protocol: str, seeds: list[int | None], concentration: float) -> str:
+def describe_order(protocol: str, seeds: list[int | None], concentration: float | None) -> str:
     """The order of the images in words, for result files."""
-    drawn = " and ".join(str(seed or 0) for seed in seeds)
-    if protocol == "mixed":
+    chosen, drawn = PROTOCOLS[protocol], " and ".join(str(seed or 0) for seed in seeds)
+    if chosen.interleaved:
         return f"all cells shuffled together by torch.Generator().manual_seed({drawn})"
-    if protocol == "correlated":
+    if chosen.by_class:
         return (
             f"each cell by class, Dirichlet({concentration}) shares of as many slots as classes, "
             f"numpy.random.RandomState({drawn})"

@@ -1,27 +1,165 @@
-"""A finished run: ``results.json``, written and read back, and the table."""
+"""What a run found: records of cells and methods, ``results.json``, and the table."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, TypeVar
 
-from .records import CellRecord, MethodRecord
+from ..data.datasets import DATASETS
+from ..errors import DataError
+from ..utils.text import printable
+from .cells import Cell
+from .protocols import PROTOCOLS
 
-__all__ = ["FORMAT_VERSION", "Results", "align", "finite"]
+__all__ = [
+    "FORMAT_VERSION",
+    "CellRecord",
+    "MethodRecord",
+    "Results",
+    "align",
+    "finite",
+    "read_results",
+]
 
 FORMAT_VERSION = 2
+Record = TypeVar("Record")
+#: Bytes; the results of 75 cells of 10,000 images at batch size 1 have about 5 MB for each method.
+_MAX_FILE = 1 << 30
+
+
+# -- records -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """One method on one cell.
+
+    Attributes:
+        corruption, severity: the cell; severity 1 to 5.
+        n: images.
+        accuracy: share of right predictions, in [0, 1].
+        loss: mean cross-entropy in nats.
+        ece: expected calibration error in [0, 1], see `evaluate.calibration_error`.
+        seconds: wall time of adapting and predicting, data already in memory.
+        forwards, backwards: passes of an image through the model, in either direction. Where
+            cells are mixed in one stream, each has its images' share of time and passes.
+        peak_memory: bytes that tensors took at most on the GPU; on a CPU, that the process had
+            taken so far.
+        correct_per_batch: right predictions among this cell's images, batch by batch.
+        seed: of the order.
+        stream: which stream of this method and seed the cell was met in, from 0; there is a
+            reset between one stream and the next.
+        visit: how many times the stream had met the cell before.
+    """
+
+    corruption: str
+    severity: int
+    n: int
+    accuracy: float
+    loss: float
+    ece: float
+    seconds: float
+    forwards: int
+    backwards: int
+    peak_memory: int
+    correct_per_batch: list[int]
+    seed: int | None = None
+    stream: int = 0
+    visit: int = 0
+
+
+@dataclass(frozen=True)
+class MethodRecord:
+    """One method on all cells: the adapter, or the unadapted source model beside it.
+
+    Attributes:
+        name: model and method, as in RobustBench's files.
+        method: the method's name.
+        config: the method's fields.
+        description: what adapts, in words.
+        clean_accuracy: on the uncorrupted images, in [0, 1]; None if it was not measured.
+        skipped_updates: updates left out because a loss or gradient was not finite.
+        cells: in the order met.
+    """
+
+    name: str
+    method: str
+    config: dict[str, Any]
+    description: str
+    clean_accuracy: float | None
+    skipped_updates: int
+    cells: list[CellRecord]
+
+    def accuracies(self) -> dict[Cell, float]:
+        """Accuracy of each cell, the mean of its visits and seeds."""
+        by_cell: dict[Cell, list[float]] = {}
+        for cell in self.cells:
+            by_cell.setdefault((cell.corruption, cell.severity), []).append(cell.accuracy)
+        return {cell: fmean(values) for cell, values in by_cell.items()}
+
+    def mean(self, corruptions: Sequence[str] | None = None) -> float | None:
+        """Mean accuracy of the cells (of these corruptions), each counting the same."""
+        chosen = [
+            a for c, a in self.accuracies().items() if corruptions is None or c[0] in corruptions
+        ]
+        return fmean(chosen) if chosen else None
+
+    def standard_error(self, corruptions: Sequence[str] | None = None) -> float | None:
+        """Of `mean` over the seeds: their sample deviation over the root of their number.
+
+        None for a single seed.
+        """
+        seeds = list(dict.fromkeys(cell.seed for cell in self.cells))
+        if len(seeds) < 2:
+            return None
+        by_seed = [replace(self, cells=[c for c in self.cells if c.seed == s]) for s in seeds]
+        means = [m for method in by_seed if (m := method.mean(corruptions)) is not None]
+        return stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
+
+    def by(self, field: str) -> dict[Any, float]:
+        """Mean accuracy by ``corruption`` or ``severity``, in the order met."""
+        place = ("corruption", "severity").index(field)
+        cells = self.accuracies()
+        keys = dict.fromkeys(cell[place] for cell in cells)
+        return {k: fmean(a for cell, a in cells.items() if cell[place] == k) for k in keys}
+
+    def per_image(self, field: str) -> float:
+        """Mean ``forwards``, ``backwards`` or ``seconds`` of an image."""
+        return sum(getattr(c, field) for c in self.cells) / sum(c.n for c in self.cells)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as it stands in ``results.json``, with averages for readers."""
+        averages = {
+            "accuracy": self.mean(),
+            "standard_error": self.standard_error(),
+            "by_corruption": self.by("corruption"),
+            "by_severity": {str(k): v for k, v in self.by("severity").items()},
+            "seconds": sum(c.seconds for c in self.cells),
+            "forwards_per_image": self.per_image("forwards"),
+            "backwards_per_image": self.per_image("backwards"),
+        }
+        return {**asdict(self), "averages": averages}
+
+
+# -- a finished run ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Results:
-    """A finished run; ``methods`` holds the adapter first, then the source model if it ran.
+    """A finished run.
 
-    ``settings`` is what makes two runs the same experiment; ``circumstances`` is the rest
-    (order in words, data note, versions, machine, command).
+    Attributes:
+        settings: what makes two runs the same experiment.
+        circumstances: the rest (order in words, data note, versions, machine, command).
+        methods: the adapter first, then the source model if it ran.
     """
 
     settings: dict[str, Any]
@@ -29,6 +167,7 @@ class Results:
     methods: list[MethodRecord]
 
     def to_json(self) -> str:
+        """The text of ``results.json``; a figure that is not finite is null."""
         methods = [m.to_dict() for m in self.methods]
         text = json.dumps(
             finite(
@@ -51,47 +190,56 @@ class Results:
         """What `to_json` wrote; a figure that was not finite is NaN again.
 
         Raises:
-            ValueError, KeyError, TypeError: the text is something else.
+            ValueError: the text is anything else.
         """
-        found = json.loads(text)
-        if (version := found.pop("format_version")) != FORMAT_VERSION:
+        try:
+            stored = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+        if not isinstance(stored, dict):
+            raise ValueError("it is no JSON object")
+        if (version := stored.pop("format_version", None)) != FORMAT_VERSION:
             raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
-        methods = []
-        for method in found.pop("methods"):
-            del method["averages"]
-            cells = [
-                CellRecord(
-                    **{k: math.nan if v is None and k != "seed" else v for k, v in c.items()}
-                )
-                for c in method.pop("cells")
-            ]
-            methods.append(MethodRecord(**method, cells=cells))
-        return cls(found.pop("settings"), found, methods)
+        methods = stored.pop("methods", None)
+        if not isinstance(methods, list) or not methods:
+            raise ValueError("methods must be a list of at least one")
+        records = [_read_method(method, f"methods[{i}]") for i, method in enumerate(methods)]
+        settings = stored.pop("settings", None)
+        _check_types(settings, _SETTINGS, "settings")
+        _check_types(stored, _CIRCUMSTANCES, "results")
+        for name, known in (("dataset", DATASETS), ("protocol", PROTOCOLS)):
+            if name in settings and settings[name] not in known:
+                raise ValueError(f"unknown {name} {settings[name][:40]!r}")
+        return cls(settings, stored, records)
 
     def table(self) -> str:
         """Accuracy in percent for each corruption (mean of its severities), aligned."""
         rows = [["corruption", "images", *(m.method for m in self.methods)]]
         columns = [m.by("corruption") for m in self.methods]
-        images = {}
+        images: dict[str, int] = {}
         for cell in self.methods[0].cells:
             images[cell.corruption] = images.get(cell.corruption, 0) + cell.n
         for name, count in images.items():
             rows.append([name, str(count), *(f"{100 * column[name]:.2f}" for column in columns)])
-        means = [f"{100 * m.mean():.2f}" for m in self.methods]
+        means = [_percent(m.mean()) for m in self.methods]
         rows.append(["mean", str(sum(images.values())), *means])
         clean = [m.clean_accuracy for m in self.methods]
         if clean[0] is not None:
             count = self.circumstances["clean"]["n"]
-            rows.append(["clean", str(count), *(f"{100 * c:.2f}" for c in clean)])
+            rows.append(["clean", str(count), *map(_percent, clean)])
         if len(self.methods) == 2:
             rows[0].append("gain")
             for row in rows[1:]:
                 row.append(f"{float(row[2]) - float(row[3]):+.2f}")
         errors = [m.standard_error() for m in self.methods]
         if errors[0] is not None:
-            spread = [f"{100 * e:.2f}" for e in errors]
+            spread = list(map(_percent, errors))
             rows.append(["standard error", "", *spread, *[""] * (len(rows[0]) - 2 - len(spread))])
         return align(rows)
+
+
+def _percent(share: float | None) -> str:
+    return "nan" if share is None else f"{100 * share:.2f}"
 
 
 def _one_line(match: re.Match[str]) -> str:
@@ -109,10 +257,146 @@ def finite(value: Any) -> Any:
 
 def align(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    shown = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = []
-    for row in rows:
+    for row in shown:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+# -- reading -----------------------------------------------------------------------------
+
+#: Settings that other parts of the package read, where they are there, and their types.
+_SETTINGS: dict[str, Any] = {
+    "model": str,
+    "dataset": str,
+    "layout": str,
+    "protocol": str,
+    "device": str,
+    "cells": dict[str, int],
+    "batch_size": int,
+    "concentration": float | None,
+    "seeds": list[int | None],
+    "execution": dict[str, Any],
+}
+_CIRCUMSTANCES: dict[str, Any] = {
+    "order": str,
+    "versions": dict[str, Any],
+    "machine": dict[str, Any],
+    "clean": dict[str, Any] | None,
+    "data_note": str | None,
+    "command": str | None,
+}
+#: Figures of a cell that may be unknown: written as null, read as NaN.
+_MAY_BE_NAN = ("loss", "ece")
+#: No number that a run finds is as large, and sums of smaller ones do not overflow.
+_LARGEST = 1e100
+
+
+def read_results(file: Path) -> Results:
+    """A whole ``results.json``: the one reader of the benchmark's results.
+
+    Raises:
+        DataError: it is missing, damaged, or not the results of this version.
+    """
+    try:
+        if not file.is_file():
+            raise DataError(f"{file}: no such file; its folder is not the OUT of a finished run")
+        if file.stat().st_size > _MAX_FILE:
+            raise ValueError(f"it has more than {_MAX_FILE:,} bytes")
+        results = Results.from_json(file.read_text(encoding="utf-8"))
+        _check_complete(results)
+        return results
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{file}: not the results of this program ({reason})") from error
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a type, given as in an annotation."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if kind is int:
+        return type(value) is int and abs(value) < 1 << 63
+    if kind is float:
+        return (type(value) is float and abs(value) < _LARGEST) or _fits(value, int)
+    return kind is Any or isinstance(value, kind)
+
+
+def _check_types(stored: Any, kinds: Mapping[str, Any], where: str) -> None:
+    if not isinstance(stored, dict):
+        raise ValueError(f"{where}: must be an object")
+    for name, kind in kinds.items():
+        if name in stored and not _fits(stored[name], kind):
+            raise ValueError(f"{where}: {name} must be {getattr(kind, '__name__', kind)}")
+
+
+def _read_record(cls: type[Record], stored: Any, where: str, **read: Any) -> Record:
+    """A record from its JSON object, whose keys are its fields and nothing else."""
+    _check_types(stored, typing.get_type_hints(cls), where)
+    stored = stored | read
+    needed = {f.name for f in fields(cls)}  # pyright: ignore[reportArgumentType]
+    if odd := sorted(needed ^ stored.keys()):
+        state = "is missing" if odd[0] in needed else "is unknown"
+        raise ValueError(f"{where}: {odd[0][:40]!r} {state}")
+    return cls(**stored)
+
+
+def _read_cell(stored: Any, where: str) -> CellRecord:
+    unknown = {}
+    if isinstance(stored, dict):
+        unknown = {k: math.nan for k in _MAY_BE_NAN if stored.get(k, 0) is None}
+        stored = {k: v for k, v in stored.items() if k not in unknown}
+    return _read_record(CellRecord, stored, where, **unknown)
+
+
+def _read_method(stored: Any, where: str) -> MethodRecord:
+    if not isinstance(stored, dict) or not isinstance(stored.get("cells"), list):
+        raise ValueError(f"{where}: must be an object with a list of cells")
+    cells = [_read_cell(c, f"{where}.cells[{i}]") for i, c in enumerate(stored["cells"])]
+    rest = {k: v for k, v in stored.items() if k not in ("averages", "cells")}
+    return _read_record(MethodRecord, rest, where, cells=cells)
+
+
+def _check_complete(results: Results) -> None:
+    """What a whole file has beyond the right types.
+
+    Raises:
+        ValueError: a setting is missing, or the figures contradict each other.
+    """
+    for stored, kinds in ((results.settings, _SETTINGS), (results.circumstances, _CIRCUMSTANCES)):
+        if missing := [name for name in kinds if name not in stored]:
+            raise ValueError(f"{missing[0]!r} is missing")
+    batch_size = results.settings["batch_size"]
+    if batch_size < 1:
+        raise ValueError("batch_size must be at least 1")
+    interleaved = PROTOCOLS[results.settings["protocol"]].interleaved
+    for method in results.methods:
+        if not method.cells:
+            raise ValueError(f"{method.name[:40]!r} has no cells")
+        shares = [c.accuracy for c in method.cells]
+        if method.clean_accuracy is not None:
+            shares.append(method.clean_accuracy)
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError("accuracies must be from 0 to 1")
+        counts = [n for c in method.cells for n in (c.n - 1, c.forwards, c.backwards, c.seconds)]
+        if min(counts) < 0:
+            raise ValueError("a cell has no images, or a negative cost")
+        streams: dict[tuple[int | None, int], int] = {}
+        for cell in method.cells:
+            key = (cell.seed, cell.stream)
+            streams[key] = streams.get(key, 0) + cell.n
+        for cell in method.cells:
+            shown = streams[cell.seed, cell.stream] if interleaved else cell.n
+            if len(cell.correct_per_batch) != -(-shown // batch_size):
+                raise ValueError(f"{cell.corruption[:40]!r} has another number of batches")

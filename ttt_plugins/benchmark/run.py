@@ -4,44 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..artifacts.tensor_files import fingerprint
-from ..errors import InputError
+from ..data.datasets import DATASETS
+from ..data.images import LabelledImages
+from ..errors import DataError, InputError
 from ..utils import robustbench as bridge
 from ..utils.checks import check_seed
+from ..utils.processes import FileLock, Worker
 from . import plots
-from .beginning import begin_run, join_run, read_results
-from .cells import DATASETS, CorruptionData
-from .evaluate import device_of
-from .execution import Execution
-from .leaderboard import leaderboard_files
-from .output import check_out, locked, write_files
-from .progress import UNFINISHED, Progress
-from .protocols import CONCENTRATION
-from .results import Results
-from .sharding import Worker
-from .work import Work
+from .adaptive import AdaptiveModel, device_of
+from .cells import CorruptionData
+from .device import Execution, Loader, to_unit
+from .jobs import Job, job_records, run_job
+from .leaderboard import leaderboard_files, mean_corruption_error
+from .protocols import CONCENTRATION, PROTOCOLS, describe_order, plan, shuffled, streams
+from .results import CellRecord, MethodRecord, Results, read_results
+from .resume import UNFINISHED, Progress, begin_run, check_out, join_run, versions, write_files
 
 __all__ = ["run_benchmark"]
 
-
-def _weights(net: nn.Module) -> str | None:
-    """Fingerprint of the wrapped model and of what the method learned beforehand."""
-    if not hasattr(net, "backbone"):
-        return None
-    return fingerprint(net.backbone.source_state_dict() | net.learned_tensors())
+#: What the last of several processes claims: putting the finished jobs together.
+_MERGE = "merge"
+#: Seconds between two looks at jobs that other processes are at.
+_POLL = 0.1
 
 
 def run_benchmark(
-    net: nn.Module,
+    net: AdaptiveModel,
     data: CorruptionData,
     *,
-    baseline: nn.Module | None = None,
+    baseline: AdaptiveModel | None = None,
     out: str | Path | None = None,
     protocol: str = "reset-per-cell",
     concentration: float = CONCENTRATION,
@@ -57,6 +60,9 @@ def run_benchmark(
 ) -> Results:
     """Evaluate an adapter on every cell, and its unadapted model on the same images.
 
+    Clean accuracy is ``robustbench.utils.clean_accuracy`` of a freshly reset adapter, where the
+    data has clean images; of the first seed's order.
+
     Args:
         net: the adapter.
         data: from `open_dataset`, or `CorruptionData.from_arrays`.
@@ -64,20 +70,22 @@ def run_benchmark(
         out: folder that gets ``results.json``, RobustBench's two files and ``plot.png``, at the
             end and all together; until then every finished piece is kept in its folder
             ``unfinished``. None writes nothing.
-        protocol, concentration: see `protocols.plan`.
+        protocol: a key of `PROTOCOLS`: in which order images are met, and where ``net`` is reset.
+        concentration: of the Dirichlet distribution of the protocol ``correlated``, above 0.
+        batch_size: images in a batch, at least 1.
         seed: of the images' order; None keeps the stored one. Several: the run is made once for
             each, with the adapter's own draws from it too, and figures are means.
         execution: memory layout, precision, compilation.
         model_name: how the model is called in the files.
         command: the command line that started this, for the record.
         overwrite: replace other results or an unfinished run in ``out``.
-        resume: go on with an unfinished run of the same settings, to the figures of an unbroken
-            one; return the results of a finished one; begin if there is neither.
-        worker: this process among several that make the run together and share ``out``; each
-            returns the results, which are those of a single process.
+        resume: resume an unfinished run of the same settings, to the figures of an unbroken one;
+            return the results of a finished one; begin if there is neither.
+        worker: this process among several that make the run together and share ``out``.
+        progress: show a progress bar.
 
-    Clean accuracy is ``robustbench.utils.clean_accuracy`` of a freshly reset adapter, where the
-    data has clean images; of the first seed's order.
+    Returns:
+        the results; of several processes each returns those of all, as a single one would.
 
     Raises:
         InputError: settings that do not fit each other, the model, or what ``out`` holds, such as
@@ -85,85 +93,317 @@ def run_benchmark(
         DataError: the data cannot be read, or ``out`` cannot be written.
         DistributedError: the processes lost each other.
     """
-    classes = DATASETS[data.dataset].classes
-    if net.num_classes not in (None, classes):
-        raise InputError(f"{data.dataset} has {classes} classes, the model {net.num_classes}")
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    if batch_size >= 1 << 31:
-        raise InputError(f"batch_size must have 31 bits at most, got {batch_size}")
-    if worker is not None and out is None:
-        raise InputError("several processes need a folder that they share: give out")
-    if out is not None:
-        out = check_out(out)
-    execution = execution or Execution()
-    device = device_of(net)
     nets = [net] if baseline is None else [net, baseline]
     seeds = [seed] if seed is None or isinstance(seed, int) else list(dict.fromkeys(seed))
-    for each in seeds:
-        if each is not None:
-            check_seed(each)
-    several = len(seeds) > 1
+    _check_arguments(nets, data, batch_size, seeds)
+    if out is not None:
+        out = check_out(out)
+    elif worker is not None:
+        raise InputError("several processes need a folder that they share: give out")
+    execution = execution or Execution()
+    by_class = protocol in PROTOCOLS and PROTOCOLS[protocol].by_class
     settings = {
         "model": model_name,
-        "weights": _weights(net),
-        "method": net.method,
-        "config": dataclasses.asdict(net.config),
-        "baseline": baseline is not None,
+        **_settings_of_nets(nets, seeds),
         "dataset": data.dataset,
         "layout": data.layout,
         "cells": {f"{name} {severity}": count for (name, severity), count in data.counts.items()},
         "protocol": protocol,
-        "concentration": concentration if protocol == "correlated" else None,
+        "concentration": concentration if by_class else None,
         "batch_size": batch_size,
         "seeds": seeds,
-        "adapter_seeds": seeds if several else [getattr(net, "seed", None)],
+        "execution": dataclasses.asdict(execution),
+    }
+    run = _Run(nets, data, settings, execution, command, progress)
+    if out is None:
+        return run.in_memory()
+    plots.figure(1, 1)  # a missing matplotlib is found now, not after hours
+    with _begun(out, settings, resume, overwrite, worker) as stored:
+        return run.into(out, worker) if stored is None else stored
+
+
+def _check_arguments(
+    nets: Sequence[AdaptiveModel],
+    data: CorruptionData,
+    batch_size: int,
+    seeds: Sequence[int | None],
+) -> None:
+    for net in nets:
+        if not isinstance(net, AdaptiveModel):
+            raise InputError(
+                f"{type(net).__name__} is no adapter: wrap the model first, as in "
+                'ttt_plugins.wrap(model, "tent")'
+            )
+    classes = DATASETS[data.dataset].classes
+    if nets[0].num_classes not in (None, classes):
+        raise InputError(f"{data.dataset} has {classes} classes, the model {nets[0].num_classes}")
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size >= 1 << 31:
+        raise InputError(f"batch_size must have 31 bits at most, got {batch_size}")
+    for seed in seeds:
+        if seed is not None:
+            check_seed(seed)
+
+
+def _settings_of_nets(nets: Sequence[AdaptiveModel], seeds: Sequence[int | None]) -> dict[str, Any]:
+    net, device = nets[0], device_of(nets[0])
+    return {
+        # Of the wrapped model and of what the method learned beforehand.
+        "weights": fingerprint(net.backbone.source_state_dict() | net.learned_tensors()),
+        "method": net.method,
+        "config": dataclasses.asdict(net.config),
+        "baseline": len(nets) > 1,
+        "adapter_seeds": seeds if len(seeds) > 1 else [net.seed],
         "device": device.type,
         # Sums are cut where the threads are, so that their number is in the last bits.
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "execution": dataclasses.asdict(execution),
     }
-    work = Work(nets, data, settings, execution, command)
-    if data.clean is not None:
-        bridge.import_robustbench()
-        work.read_clean()
-    if out is None:
-        for each in nets:
-            execution.prepare(each)
-        return work.alone(Progress(None), progress)
-    plots.figure(1, 1)  # a missing matplotlib is found now, not after hours
-    kept = Progress(out / UNFINISHED)
 
-    def finish() -> None:
-        if not kept.header.exists():
-            return  # a process did this and died before it could say so
-        results = work.results(kept)
-        texts = {**leaderboard_files(results), "results.json": results.to_json()}
-        files = {name: text.encode() for name, text in texts.items()}
-        write_files(out, {"plot.png": plots.plot_results(results), **files})
-        kept.discard()
 
-    with contextlib.ExitStack() as held:
-        if worker is None:
-            held.enter_context(locked(out))
+@contextlib.contextmanager
+def _begun(
+    out: Path, settings: dict[str, Any], resume: bool, overwrite: bool, worker: Worker | None
+) -> Iterator[Results | None]:
+    """Hold the results folder against other runs and make it ready; yields finished results."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot make this folder ({error.strerror})") from error
+    with FileLock(out) as lock, contextlib.ExitStack() as stack:
+        leading = worker is None or stack.enter_context(worker.main_process_first())
+        if leading:
+            if not lock.take():
+                raise InputError(f"{out}: another run is writing into this folder")
             stored = begin_run(out, settings, resume, overwrite)
         else:
-            run = worker.next_run()
-            with worker.leader_first(f"{run}/begun") as leading:
-                # A process of ours may still be in the run before.
-                share = held.enter_context(locked(out, not leading, worker.lease))
-                if leading:
-                    stored = begin_run(out, settings, resume, overwrite)
-                    share()
-                else:
-                    stored = join_run(out, settings)
-        if stored is not None:
-            return stored
-        for each in nets:
-            execution.prepare(each)
+            stored = join_run(out, settings)
+        if worker is not None:
+            lock.take(shared=True)
+        stack.close()  # the other processes may follow
+        yield stored
+
+
+class _Run:
+    """The jobs of a run, done by one process or by several, and put together at the end.
+
+    Args:
+        nets: the adapter, and the unadapted model if it is to run too.
+        data: the cells.
+        settings: as in ``results.json``.
+        execution: memory layout, precision, compilation.
+        command: the command line that started this.
+        show: show a progress bar.
+
+    Raises:
+        InputError: a protocol that does not exist or does not fit the data.
+    """
+
+    def __init__(
+        self,
+        nets: list[AdaptiveModel],
+        data: CorruptionData,
+        settings: dict[str, Any],
+        execution: Execution,
+        command: str | None,
+        show: bool,
+    ):
+        self.nets, self.data, self.settings = nets, data, settings
+        self.execution, self.command, self.show = execution, command, show
+        self.batch_size: int = settings["batch_size"]
+        self.clean: LabelledImages | None = None
+        self.jobs: list[Job] = []
+        self._seeded: dict[tuple[int, int | None], AdaptiveModel] = {}
+        concentration = settings["concentration"] or CONCENTRATION
+        for seed in settings["seeds"]:
+            stretches = plan(settings["protocol"], data, seed, concentration)
+            for number, stream in enumerate(streams(stretches)):
+                for method in range(len(nets)):
+                    name = f"method{method}-seed{seed}-stream{number:03d}"
+                    self.jobs.append(Job(name, method, seed, number, tuple(stream)))
+        if data.clean is not None:
+            bridge.import_robustbench()
+            clean, seed = data.clean(), settings["seeds"][0]
+            self.clean = clean[shuffled(len(clean), seed)]
+            first = [Job(f"method{i}-clean", i, seed, 0) for i in range(len(nets))]
+            self.jobs = first + self.jobs
+
+    # -- doing the jobs --------------------------------------------------------------------
+
+    def in_memory(self) -> Results:
+        """Do all jobs in this process and write nothing."""
+        progress = Progress(None)
+        self._do_all(progress)
+        return self._assemble(progress)
+
+    def into(self, out: Path, worker: Worker | None) -> Results:
+        """Do all jobs, or with other processes those that they leave, and write the results."""
+        progress = Progress(out / UNFINISHED)
         if worker is None:
-            work.alone(kept, progress)
-            finish()
+            self._do_all(progress)
+            self._finish(out, progress)
         else:
-            work.together(kept, worker, run, finish, progress)
+            self._share(out, progress, worker)
         return read_results(out / "results.json")
+
+    def _do_all(self, progress: Progress) -> None:
+        with self._working() as (loader, bar):
+            for job, following in zip(self.jobs, [*self.jobs[1:], None], strict=True):
+                bar.set_description(job.title)
+                self._do(job, loader, progress, bar.update, following)
+
+    def _share(self, out: Path, progress: Progress, worker: Worker) -> None:
+        """Do jobs until none are left in any process; one of them writes the results."""
+        self.show = self.show and worker.rank == 0
+        # The longest first, so that no process waits long for the last one.
+        waiting = sorted(self.jobs, key=len, reverse=True)
+        with self._working() as (loader, bar):
+            while waiting:
+                before = len(waiting)
+                for job in list(waiting):
+                    bar.set_description(job.title)
+                    if _claim(progress, job.name, self._do, job, loader, progress, bar.update):
+                        waiting.remove(job)
+                if len(waiting) == before:
+                    time.sleep(_POLL)
+        while not _claim(progress, _MERGE, self._finish, out, progress):
+            time.sleep(_POLL)
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[tuple[Loader, Any]]:
+        for net in self.nets:
+            self.execution.prepare(net)
+        clean = 0 if self.clean is None else -(-len(self.clean) // self.batch_size)
+        total = sum(job.batches(self.batch_size) or clean for job in self.jobs)
+        loader = Loader(self.data.load)
+        try:
+            with tqdm(total=total, unit="batch", disable=not self.show, leave=False) as bar:
+                yield loader, bar
+        finally:
+            loader.close()
+
+    def _do(
+        self,
+        job: Job,
+        loader: Loader,
+        progress: Progress,
+        advance: Callable[[int], object],
+        following: Job | None = None,
+    ) -> None:
+        net = self._net(job)
+        if job.stretches:
+            cells = None if following is None else following.first_cells
+            run_job(job, net, loader, progress, self.batch_size, self.execution, advance, cells)
+        elif self.clean is not None:
+            if progress.value(job.name) is None:
+                progress.save_value(job.name, self._clean_accuracy(net, self.clean, advance))
+            else:
+                advance(-(-len(self.clean) // self.batch_size))
+
+    def _net(self, job: Job) -> AdaptiveModel:
+        """The method; of several seeds, a copy on the same model that draws from the job's."""
+        net = self.nets[job.method]
+        if len(self.settings["seeds"]) < 2:
+            return net
+        key = (job.method, job.seed)
+        if key not in self._seeded:
+            self._seeded = {k: n for k, n in self._seeded.items() if k[1] == job.seed}
+            self._seeded[key] = net.with_tensors(net.config)
+            self._seeded[key].seed = job.seed or 0
+        return self._seeded[key]
+
+    def _clean_accuracy(
+        self, net: AdaptiveModel, clean: LabelledImages, advance: Callable[[int], object]
+    ) -> float:
+        """On its own: a fresh adapter before, and nothing learned from it after."""
+        device = device_of(net)
+
+        def model(images: Tensor) -> Tensor:
+            advance(1)
+            with self.execution.context(device):
+                return net(images)
+
+        net.reset()
+        images = to_unit(clean.images)
+        accuracy = bridge.clean_accuracy(model, images, clean.labels, self.batch_size, device)
+        net.reset()
+        return accuracy
+
+    # -- the results -----------------------------------------------------------------------
+
+    def _finish(self, out: Path, progress: Progress) -> None:
+        results = self._assemble(progress)
+        texts = {"results.json": results.to_json(), **leaderboard_files(results)}
+        files = {name: text.encode() for name, text in texts.items()}
+        write_files(out, {**files, "plot.png": plots.plot_results(results)})
+        progress.discard()
+
+    def _assemble(self, progress: Progress) -> Results:
+        """Put the finished jobs together, in the order of the plan."""
+        settings = self.settings
+        cells: list[list[CellRecord]] = [[] for _ in self.nets]
+        clean: list[float | None] = [None for _ in self.nets]
+        skipped = [0 for _ in self.nets]
+        for job in self.jobs:
+            if job.stretches:
+                records, count = job_records(job, progress, self.batch_size)
+                cells[job.method] += records
+                skipped[job.method] += count
+            else:
+                clean[job.method] = progress.value(job.name)
+        model = re.split(r"[/:\\]", settings["model"].rstrip("/\\"))[-1]
+        methods = [
+            MethodRecord(
+                f"{model}_{net.method}",
+                net.method,
+                dataclasses.asdict(net.config),
+                net.describe(),
+                clean[i],
+                skipped[i],
+                cells[i],
+            )
+            for i, net in enumerate(self.nets)
+        ]
+        count = None if self.clean is None else len(self.clean)
+        circumstances = {
+            "order": describe_order(
+                settings["protocol"], settings["seeds"], settings["concentration"]
+            ),
+            "data_note": self.data.note,
+            "clean": count and {"n": count, "by": "robustbench.utils.clean_accuracy"},
+            "versions": versions(),
+            "machine": _machine(device_of(self.nets[0])),
+            "command": self.command,
+            "corruptions_mce": {
+                m.name: mean_corruption_error(m, settings["dataset"]) for m in methods
+            },
+        }
+        return Results(settings, circumstances, methods)
+
+
+def _claim(progress: Progress, name: str, do: Callable[..., object], *args: Any) -> bool:
+    """Do something unless another process is at it; whether it is done now.
+
+    The claim is a lock on a file, which the system drops when the process ends, however it ends.
+    """
+    try:
+        with FileLock(progress.header.with_name(f"{name}.lock")) as lock:
+            if not lock.take():
+                return False
+            if progress.header.exists():
+                do(*args)
+    except (DataError, FileNotFoundError):
+        if progress.header.exists():
+            raise
+        # Another process has put the run together meanwhile.
+    return True
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Processor, its threads, and the accelerator if one is used."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        processor = names[0] if names else processor
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"cpu": processor, "threads": torch.get_num_threads(), "gpu": gpu}

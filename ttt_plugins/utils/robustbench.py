@@ -1,8 +1,8 @@
 """RobustBench, imported lazily and nowhere else.
 
 RobustBench 1.1.1 imports ``autoattack``, while its dependency pyautoattack installs that module
-as ``pyautoattack``. The old name is lent for the duration of the import and taken back
-afterwards, so that nobody else finds an ``autoattack`` that is not installed.
+as ``pyautoattack``. The old name exists for the duration of the import only, so that no other
+package finds an ``autoattack`` that is not installed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -26,9 +27,10 @@ from torch import Tensor, nn
 from ..errors import DataError, InputError, MissingDependencyError
 
 __all__ = [
+    "RobustBenchDataset",
     "clean_accuracy",
     "download_corruptions",
-    "has_clean_images",
+    "has_clean_arrays",
     "imagenet_test_files",
     "import_robustbench",
     "load_clean_images",
@@ -38,6 +40,25 @@ __all__ = [
 ]
 
 _INSTALL = 'pip install "ttt-plugins[robustbench]"'
+#: The data sets of RobustBench's zoo of models evaluated on common corruptions.
+_ZOO = ("cifar10", "cifar100", "imagenet")
+
+
+@dataclass(frozen=True)
+class RobustBenchDataset:
+    """What RobustBench calls a data set of corrupted images.
+
+    Attributes:
+        name: value of its ``BenchmarkDataset``.
+        threat: name of its ``ThreatModel``.
+        preprocessing: key of its ``PREPROCESSINGS`` for corrupted images, None for none.
+        clean_preprocessing: key for uncorrupted images.
+    """
+
+    name: str
+    threat: str = "corruptions"
+    preprocessing: str | None = None
+    clean_preprocessing: str | None = None
 
 
 def version(package: str) -> str | None:
@@ -83,6 +104,20 @@ def _explain(error: Exception) -> str:
     return f"RobustBench does not import beside {installed} ({text}): {_INSTALL}"
 
 
+def _submodules() -> set[str]:
+    return {name for name in sys.modules if name.startswith("robustbench.")}
+
+
+def _forget(names: set[str]) -> None:
+    """Drop submodules that a failed import has left behind.
+
+    Python drops only the package itself. The next import would find the old submodules and would
+    not make them attributes of the new package.
+    """
+    for name in names:
+        del sys.modules[name]
+
+
 def import_robustbench() -> ModuleType:
     """The package ``robustbench`` with its submodules data, utils, loaders and model_zoo.
 
@@ -90,24 +125,25 @@ def import_robustbench() -> ModuleType:
         MissingDependencyError: it is not installed, or does not import beside the installed
             versions of other packages; the message says which, and what to install.
     """
-    if "robustbench.eval" in sys.modules:
+    if {"robustbench", "robustbench.eval"} <= sys.modules.keys():
         return sys.modules["robustbench"]
+    if "robustbench" not in sys.modules:
+        _forget(_submodules())
+    before = _submodules()
     try:
         # pkg_resources and torch.jit warn about RobustBench's own code, not the user's.
         with warnings.catch_warnings(), _autoattack_alias():
             warnings.simplefilter("ignore")
             return importlib.import_module("robustbench")
     except Exception as error:  # mismatched builds fail with RuntimeError, AttributeError, ...
+        _forget(_submodules() - before)
         raise MissingDependencyError(_explain(error)) from error
 
 
-def _enums(dataset: str):
-    """RobustBench's (dataset, threat model) of one of our dataset names."""
+def _enums(dataset: RobustBenchDataset):
+    """RobustBench's (dataset, threat model)."""
     enums = import_robustbench().model_zoo.enums
-    threat = enums.ThreatModel
-    if dataset == "imagenet3dcc":
-        return enums.BenchmarkDataset.imagenet, threat.corruptions_3d
-    return enums.BenchmarkDataset(dataset), threat.corruptions
+    return enums.BenchmarkDataset(dataset.name), enums.ThreatModel[dataset.threat]
 
 
 def load_zoo_model(spec: str, model_dir: str | Path) -> nn.Module:
@@ -123,13 +159,13 @@ def load_zoo_model(spec: str, model_dir: str | Path) -> nn.Module:
         DataError: the weights are missing and cannot be downloaded, or do not fit the model.
     """
     dataset, slash, name = spec.removeprefix("robustbench:").partition("/")
-    if not slash or dataset not in ("cifar10", "cifar100", "imagenet"):
+    if not slash or dataset not in _ZOO:
         raise InputError(
             f"{spec!r}: expected robustbench:<dataset>/<name> with the dataset cifar10, cifar100 "
             "or imagenet, such as robustbench:cifar10/Standard"
         )
     robustbench = import_robustbench()
-    key, threat = _enums(dataset)
+    key, threat = _enums(RobustBenchDataset(dataset))
     zoo = robustbench.model_zoo.model_dicts[key][threat]
     if name not in zoo:
         close = difflib.get_close_matches(name, zoo, n=5, cutoff=0.4) or sorted(zoo)
@@ -139,7 +175,7 @@ def load_zoo_model(spec: str, model_dir: str | Path) -> nn.Module:
         )
     drive_ids = zoo[name]["gdrive_id"]
     file = Path(model_dir) / dataset / "corruptions" / f"{name}.pt"
-    # An ensemble's members lie beside each other as <name>.pt_m0.pt, <name>.pt_m1.pt, ...
+    # The members of an ensemble are files of their own: <name>.pt_m0.pt, <name>.pt_m1.pt, ...
     many = isinstance(drive_ids, list)
     files = [Path(f"{file}_m{i}.pt") for i in range(len(drive_ids))] if many else [file]
     missing = [f for f in files if not f.is_file()]
@@ -157,14 +193,18 @@ def load_zoo_model(spec: str, model_dir: str | Path) -> nn.Module:
 
 
 def clean_accuracy(
-    net: nn.Module, images: Tensor, labels: Tensor, batch_size: int, device: torch.device
+    net: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    device: torch.device,
 ) -> float:
     """``robustbench.utils.clean_accuracy``: float images in [0, 1] -> accuracy in [0, 1]."""
     return import_robustbench().utils.clean_accuracy(net, images, labels, batch_size, device)
 
 
 def load_corrupted_images(
-    dataset: str, corruption: str, severity: int, n_examples: int, data_dir: Path
+    dataset: RobustBenchDataset, corruption: str, severity: int, n_examples: int, data_dir: Path
 ) -> tuple[Tensor, Tensor]:
     """One cell by RobustBench's loader: float images (N, 3, H, W) in [0, 1], labels (N,).
 
@@ -174,12 +214,12 @@ def load_corrupted_images(
     data = import_robustbench().data
     key, threat = _enums(dataset)
     load = data.CORRUPTION_DATASET_LOADERS[key][threat]
-    preprocessing = data.PREPROCESSINGS["Res224" if key.value == "imagenet" else None]
+    preprocessing = data.PREPROCESSINGS[dataset.preprocessing]
     # By position: CIFAR's loaders call the preprocessing `_`, ImageNet's `prepr`.
     return load(n_examples, severity, str(data_dir), False, [corruption], preprocessing)
 
 
-def download_corruptions(dataset: str, data_dir: Path) -> None:
+def download_corruptions(dataset: RobustBenchDataset, data_dir: Path) -> None:
     """Fetch the folder of corrupted images into ``data_dir`` by RobustBench's own downloader.
 
     It appears there complete or not at all: the downloader takes an archive that an interrupted
@@ -208,30 +248,28 @@ def download_corruptions(dataset: str, data_dir: Path) -> None:
             ) from error
 
 
-def has_clean_images(dataset: str, data_dir: Path) -> bool:
-    """Whether `load_clean_images` would find its files without a download."""
-    import_robustbench()
-    if dataset.startswith("imagenet"):
-        return (data_dir / "val").is_dir()
+def has_clean_arrays(reader: str, data_dir: Path) -> bool:
+    """Whether torchvision's reader finds its test images in a folder, without a download."""
     from torchvision import datasets
 
-    reader = datasets.CIFAR10 if dataset == "cifar10" else datasets.CIFAR100
     try:
-        reader(str(data_dir), train=False, download=False)
+        getattr(datasets, reader)(str(data_dir), train=False, download=False)
     except RuntimeError:
         return False
     return True
 
 
-def load_clean_images(dataset: str, n_examples: int, data_dir: Path) -> tuple[Tensor, Tensor]:
+def load_clean_images(
+    dataset: RobustBenchDataset, n_examples: int, data_dir: Path
+) -> tuple[Tensor, Tensor]:
     """The uncorrupted test images as `load_corrupted_images` returns them."""
     data = import_robustbench().data
     key, _ = _enums(dataset)
-    preprocessing = data.PREPROCESSINGS["Res256Crop224" if key.value == "imagenet" else None]
+    preprocessing = data.PREPROCESSINGS[dataset.clean_preprocessing]
     return data.load_clean_dataset(key, n_examples, str(data_dir), preprocessing)
 
 
 def imagenet_test_files() -> list[str]:
     """The 5,000 images that RobustBench evaluates on, ``<class>/<file>``, in its order."""
-    folder = Path(import_robustbench().__file__).parent
+    folder = Path(import_robustbench().__path__[0])
     return (folder / "helper_files" / "imagenet_test_image_ids.txt").read_text().split()

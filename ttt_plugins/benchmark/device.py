@@ -1,0 +1,207 @@
+"""How a run uses the device: batches on it without waiting, memory layout, precision, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.images import LabelledImages
+from ..errors import InputError
+from .adaptive import AdaptiveModel
+from .cells import Cell
+
+__all__ = [
+    "Execution",
+    "Loader",
+    "batches",
+    "gather",
+    "peak_memory",
+    "reset_peak_memory",
+    "to_unit",
+]
+
+#: Images move to the GPU at once if they take at most this share of its free memory.
+_SHARE = 0.25
+
+
+def gather(parts: Mapping[int, LabelledImages], picks: Tensor, field: str) -> Tensor:
+    """The images or labels of the picked (part, row) pairs (B, 2), in their order."""
+    chosen: list[int] = picks[:, 0].unique().tolist()
+    sources = {part: getattr(parts[part], field) for part in chosen}
+    like = next(iter(sources.values()))
+    if len(chosen) == 1:
+        return like[picks[:, 1].to(like.device)]
+    gathered = like.new_empty((len(picks), *like.shape[1:]))
+    for part, source in sources.items():
+        places = picks[:, 0] == part
+        gathered[places.to(like.device)] = source[picks[places, 1].to(like.device)]
+    return gathered
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the GPU through pinned memory, so that the copy runs beside the host's work."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def batches(
+    parts: Mapping[int, LabelledImages], rows: Tensor, batch_size: int, device: torch.device
+) -> Iterator[Tensor]:
+    """uint8 batches (B, 3, H, W) on the device, of the picked (part, row) pairs (N, 2).
+
+    On a GPU all images are moved at once if they fit, and batches are picked there; otherwise
+    each batch is sent while the previous one is worked on.
+    """
+    picks = rows.split(batch_size)
+    if device.type != "cuda":
+        for pick in picks:
+            yield gather(parts, pick, "images").to(device)
+        return
+    size = sum(part.images.numel() for part in parts.values())
+    if size <= _SHARE * torch.cuda.mem_get_info(device)[0]:
+        flat = torch.cat([_send(part.images, device) for part in parts.values()])
+        lengths = torch.tensor([0, *(len(part) for part in parts.values())]).cumsum(0)
+        starts = dict(zip(parts, lengths.tolist(), strict=False))
+        table = torch.zeros(max(parts) + 1, dtype=torch.int64)
+        for part, start in starts.items():
+            table[part] = start
+        places = _send(table[rows[:, 0]] + rows[:, 1], device)
+        for chosen in places.split(batch_size):
+            yield flat[chosen]
+        return
+    ahead: Tensor | None = None
+    for pick in picks:
+        sent = _send(gather(parts, pick, "images"), device)
+        if ahead is not None:
+            yield ahead
+        ahead = sent
+    if ahead is not None:
+        yield ahead
+
+
+class Loader:
+    """Reads cells, keeps the latest ones, and reads those named next in a thread.
+
+    Args:
+        load: reads one cell.
+    """
+
+    def __init__(self, load: Callable[[Cell], LabelledImages]):
+        self._load = load
+        self._thread = ThreadPoolExecutor(1, "ttt-plugins-load")
+        self._read: dict[tuple[Cell, ...], Future[dict[int, LabelledImages]]] = {}
+
+    def _start(self, cells: tuple[Cell, ...]) -> Future[dict[int, LabelledImages]]:
+        if cells not in self._read:
+            self._read[cells] = self._thread.submit(
+                lambda: {i: self._load(cell) for i, cell in enumerate(cells)}
+            )
+        return self._read[cells]
+
+    def __call__(
+        self, cells: tuple[Cell, ...], following: tuple[Cell, ...] | None = None
+    ) -> dict[int, LabelledImages]:
+        """Position in ``cells`` -> images; ``following`` are read meanwhile."""
+        wanted = self._start(cells)
+        # All others are dropped, so that at most two sets of cells are in memory.
+        for other in [c for c in self._read if c not in (cells, following)]:
+            del self._read[other]
+        if following is not None:
+            self._start(following)
+        try:
+            return wanted.result()
+        except BaseException:
+            self._read.pop(cells, None)
+            raise
+
+    def close(self) -> None:
+        """End the thread and forget what it has read."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._read.clear()
+
+
+# -- precision and memory ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run uses the machine; the defaults change nothing, and all of it is recorded.
+
+    Attributes:
+        channels_last: images and convolution weights in NHWC memory layout. The model's own
+            weights are moved there; their values stay.
+        autocast: ``"bfloat16"`` or ``"float16"``: run the model under ``torch.autocast``.
+        compile: backend of ``torch.compile`` for the model, such as ``"inductor"``.
+
+    Raises:
+        InputError: no such type or compile backend.
+    """
+
+    channels_last: bool = False
+    autocast: str | None = None
+    compile: str | None = None
+
+    def __post_init__(self):
+        if self.autocast not in (None, "bfloat16", "float16"):
+            raise InputError(f"autocast is bfloat16 or float16, got {self.autocast!r}")
+        if self.compile is not None:
+            known = torch.compiler.list_backends(exclude_tags=())
+            if self.compile not in known:
+                raise InputError(f"no compile backend {self.compile!r}; there are {known}")
+
+    def prepare(self, net: AdaptiveModel) -> None:
+        """Bring an adapter into this form, in place."""
+        if self.channels_last:
+            net.to(memory_format=torch.channels_last)
+        if self.compile is not None:
+            # In place, so that the parameters keep the names by which they adapt.
+            net.backbone.model.compile(backend=self.compile)
+
+    def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """What the model runs inside."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=getattr(torch, self.autocast))
+
+    def unit(self, images: Tensor) -> Tensor:
+        """uint8 images on the device -> float32 in [0, 1], in this memory layout."""
+        scaled = to_unit(images)
+        if self.channels_last:
+            return scaled.contiguous(memory_format=torch.channels_last)
+        return scaled
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 images -> float32 in [0, 1], as exact as RobustBench's on the CPU.
+
+    CUDA multiplies by the reciprocal of a Python number; by a tensor it divides. That tensor is
+    filled on the device: a copy from the host would wait.
+    """
+    return images.float().div_(torch.full((), 255.0, device=images.device))
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to measure anew what `peak_memory` returns; without effect on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on the GPU; on the CPU, that the process has taken."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0
+    # Linux counts kilobytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

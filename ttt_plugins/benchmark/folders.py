@@ -1,0 +1,316 @@
+"""From a data folder to checked cells, whichever of the two layouts it has.
+
+Everything that can be wrong with a folder is found when it is opened, before the first image is
+adapted to. What is on disk is used; what is missing is downloaded only where that is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.npy_files import NpzImages, map_array
+from ..data.datasets import DATASETS, CompactLayout, Dataset
+from ..data.images import LabelledImages
+from ..data.parquet import read_labels, read_parquet
+from ..errors import DataError, InputError
+from ..utils import robustbench as bridge
+from .cells import Cell, CorruptionData
+
+__all__ = ["load_stream", "open_dataset"]
+
+
+def open_dataset(
+    dataset: str,
+    data_dir: str | Path,
+    *,
+    corruptions: Sequence[str] | None = None,
+    severities: Sequence[int] | None = None,
+    n_examples: int | None = None,
+    labels: str | Path | None = None,
+    download: bool = False,
+) -> CorruptionData:
+    """Find and check a data folder.
+
+    Args:
+        dataset: a key of `DATASETS`, such as ``"cifar10"``.
+        data_dir: holds ``CIFAR-10-C`` (or the like), or is it; or holds ``<corruption>.npz``
+            files, or a folder ``cifar10c`` of them.
+        corruptions: the benchmark's own by default.
+        severities: 1 to 5; by default all that the folder has.
+        n_examples: how many images of each cell to use, from its first; by default all.
+        labels: parquet file of the uncorrupted test images and their labels, if it is not
+            ``test.parquet`` in ``data_dir``, beside it, or in a folder ``cifar10`` there.
+        download: fetch CIFAR-10-C or CIFAR-100-C (about 2.9 GB, over the network) with
+            RobustBench's downloader if ``data_dir`` has neither layout; a line on standard
+            output says so first. RobustBench cannot download the ImageNet ones.
+
+    Returns:
+        the cells, in the order of ``corruptions`` and ``severities``.
+
+    Raises:
+        InputError: an unknown dataset, corruption or severity.
+        DataError: a file is missing, damaged, of another shape or type, or has too few rows.
+    """
+    if dataset not in DATASETS:
+        raise InputError(f"unknown dataset {dataset!r}; there are {', '.join(DATASETS)}")
+    spec = DATASETS[dataset]
+    known = spec.corruptions + spec.extra_corruptions
+    names = list(dict.fromkeys(corruptions or spec.corruptions))
+    for name in names:
+        if name not in known:
+            raise InputError(f"unknown corruption {name!r}; there are {', '.join(known)}")
+    levels = list(dict.fromkeys(severities)) if severities else None
+    if levels and not set(levels) <= set(spec.severities):
+        lowest, highest = spec.severities[0], spec.severities[-1]
+        raise InputError(f"severities are {lowest} to {highest}, got {levels}")
+    if n_examples is not None and n_examples < 1:
+        raise InputError(f"n_examples must be at least 1, got {n_examples}")
+    if labels is not None and spec.compact is None:
+        raise InputError(f"a parquet file of labels is for the compact layout, not for {dataset}")
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    root = folder.parent if folder.name == spec.title else folder
+    if not (root / spec.title).is_dir():
+        if spec.compact is not None:
+            for candidate in (folder, folder / spec.compact.folder):
+                if any(candidate.glob("*.npz")):
+                    return _open_compact(dataset, candidate, names, levels, n_examples, labels)
+        _download(spec, root, folder, download)
+    return _open_robustbench(dataset, root, names, levels, n_examples, labels)
+
+
+def load_stream(
+    data_dir: str | Path,
+    corruption: str,
+    severity: int = 5,
+    *,
+    dataset: str = "cifar10",
+    **options: Any,
+) -> LabelledImages:
+    """The images of one cell; ``options`` as for `open_dataset`."""
+    data = open_dataset(
+        dataset, data_dir, corruptions=[corruption], severities=[severity], **options
+    )
+    return data.load((corruption, severity))
+
+
+def _download(spec: Dataset, root: Path, folder: Path, allowed: bool) -> None:
+    if not allowed:
+        also = "" if spec.compact is None else " and no <corruption>.npz files"
+        raise DataError(f"{folder}: holds no folder {spec.title}{also}; nothing was downloaded")
+    if spec.download_size is not None:
+        print(
+            f"{root / spec.title} is not there: fetching {spec.download_size} with RobustBench's "
+            "downloader (Ctrl-C, and --no-download, if that is a mistake)",
+            flush=True,
+        )
+    bridge.download_corruptions(spec.robustbench, root)
+
+
+# -- what both layouts need --------------------------------------------------------------
+
+
+def _enough(path: Path, count: int, n_examples: int | None, what: str) -> int:
+    """How many images to use of ``count``."""
+    if n_examples is not None and n_examples > count:
+        raise DataError(f"{path}: {what} has {count} images, {n_examples} are asked for")
+    return n_examples or count
+
+
+def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
+        raise DataError(f"{path}: labels must be integers from 0 to {classes - 1}")
+
+
+def _find_test_parquet(
+    compact: CompactLayout, folder: Path, labels: str | Path | None
+) -> Path | None:
+    """The parquet file of the clean test images in or near a folder."""
+    if labels is not None:
+        return Path(labels)
+    name = compact.clean_folder
+    places = (folder, folder.parent, folder / name, folder.parent / name)
+    return next((p / "test.parquet" for p in places if (p / "test.parquet").is_file()), None)
+
+
+def _read_clean(file: Path, n_examples: int | None) -> LabelledImages:
+    return read_parquet(file)[:n_examples]
+
+
+# -- the compact layout ------------------------------------------------------------------
+
+
+def _read_npz(path: Path, spec: Dataset, severities: Sequence[int] | None) -> dict[int, np.ndarray]:
+    """Arrays of the wanted severities (of all that the file has if None)."""
+    file = NpzImages(path, spec.side, spec.rows)
+    present = [s for s in spec.severities if f"severity_{s}" in file.names]
+    wanted = severities or present
+    missing = [s for s in severities or spec.severities if s not in present]
+    if missing and (severities or not present):
+        raise DataError(f"{path}: has no array severity_{missing[0]}, only severities {present}")
+    return {severity: file.read(f"severity_{severity}") for severity in wanted}
+
+
+def _open_compact(
+    dataset: str,
+    folder: Path,
+    names: list[str],
+    severities: list[int] | None,
+    n_examples: int | None,
+    labels: str | Path | None,
+) -> CorruptionData:
+    """Read a folder of ``<corruption>.npz`` files; arguments and errors as for `open_dataset`."""
+    spec = DATASETS[dataset]
+    assert spec.compact is not None
+    test = _find_test_parquet(spec.compact, folder, labels)
+    if test is None:
+        raise DataError(
+            f"{folder}: no test.parquet with the labels here, beside it or in "
+            f"{spec.compact.clean_folder}/; name it with --labels"
+        )
+    read = functools.cache(read_labels)
+    cells: dict[Cell, LabelledImages] = {}
+    paths = [folder / f"{name}.npz" for name in names]
+    with ThreadPoolExecutor() as threads:  # decompression lets other threads run
+        read_file = functools.partial(_read_npz, spec=spec, severities=severities)
+        arrays = list(threads.map(read_file, paths))
+    for name, path, by_severity in zip(names, paths, arrays, strict=True):
+        for severity, images in by_severity.items():
+            extra = name in spec.extra_corruptions
+            source = test.with_name("train.parquet") if extra else test
+            known = read(source)
+            if not 1 <= len(images) <= len(known):
+                raise DataError(
+                    f"{path}: severity_{severity} has {len(images)} images, but {source} has "
+                    f"{len(known)} labels"
+                )
+            _check_labels(source, known.numpy(), spec.classes)
+            used = _enough(path, len(images), n_examples, f"severity_{severity}")
+            # The extra ones are made from the last rows of the training file, in its order.
+            known = known[len(known) - len(images) :] if extra else known
+            pixels = torch.from_numpy(images[:used]).permute(0, 3, 1, 2).contiguous()
+            cells[name, severity] = LabelledImages(pixels, known[:used])
+    return CorruptionData(
+        dataset,
+        "compact",
+        {cell: len(images) for cell, images in cells.items()},
+        cells.__getitem__,
+        functools.partial(_read_clean, test, n_examples),
+        spec.compact.note,
+    )
+
+
+# -- RobustBench's layout ----------------------------------------------------------------
+
+
+def _to_bytes(images: Tensor, labels: Tensor) -> LabelledImages:
+    """RobustBench's floats k/255 back to the bytes they came from, which is exact."""
+    return LabelledImages(images.mul(255).round_().to(torch.uint8), labels.long())
+
+
+def _check_arrays(folder: Path, names: list[str], spec: Dataset) -> Tensor:
+    """Check the headers of all files; returns the labels (rows,), the same for every cell."""
+    levels = len(spec.severities)
+    shape = (levels * spec.rows, spec.side, spec.side, 3)
+    file = folder / "labels.npy"
+    labels = map_array(file)
+    # The published file repeats the labels for each severity.
+    if labels.shape not in ((spec.rows,), (levels * spec.rows,)):
+        raise DataError(
+            f"{file}: must hold {spec.rows} labels (or {levels} times as many), has shape "
+            f"{labels.shape}"
+        )
+    _check_labels(file, labels, spec.classes)
+    for name in names:
+        path = folder / f"{name}.npy"
+        array = map_array(path)
+        if array.shape != shape or array.dtype != np.uint8:
+            raise DataError(
+                f"{path}: must be uint8 {shape}, {spec.rows} images for each severity; is "
+                f"{array.dtype} {array.shape}"
+            )
+    return torch.from_numpy(labels[: spec.rows].astype(np.int64))
+
+
+def _picture_labels() -> Tensor:
+    """Of the images in RobustBench's order: positions in the sorted list of classes."""
+    names = [file.split("/")[0] for file in bridge.imagenet_test_files()]
+    places = {name: i for i, name in enumerate(sorted(set(names)))}
+    return torch.tensor([places[name] for name in names])
+
+
+def _check_pictures(folder: Path, n_examples: int) -> None:
+    """Check one cell's folder: all classes are there, and the files that will be read."""
+    files = bridge.imagenet_test_files()
+    classes = {file.split("/")[0] for file in files}
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    present = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+    # Labels are positions in the sorted list of folders: one more or less shifts them all.
+    if present != classes:
+        odd = min(present ^ classes)
+        state = "is missing" if odd in classes else "is not one of ImageNet's classes"
+        raise DataError(f"{folder}: must hold the {len(classes)} class folders; {odd} {state}")
+    for file in files[:n_examples]:
+        if not (folder / file).is_file():
+            raise DataError(f"{folder / file}: no such file, one of the first {n_examples} images")
+
+
+def _open_robustbench(
+    dataset: str,
+    root: Path,
+    names: list[str],
+    severities: list[int] | None,
+    n_examples: int | None,
+    labels: str | Path | None,
+) -> CorruptionData:
+    """Check a folder in RobustBench's layout; arguments and errors as for `open_dataset`."""
+    spec = DATASETS[dataset]
+    bridge.import_robustbench()
+    folder = root / spec.title
+    used = _enough(folder, spec.rows, n_examples, "a cell")
+    cells = [(name, severity) for name in names for severity in severities or spec.severities]
+    pictures = spec.layout == "pictures"
+    if pictures:
+        for name, severity in cells:
+            _check_pictures(folder / name / str(severity), used)
+        known = _picture_labels()[:used]
+        published = (root / spec.clean_images).is_dir()
+    else:
+        known = _check_arrays(folder, names, spec)[:used]
+        published = labels is None and bridge.has_clean_arrays(spec.clean_images, root)
+
+    def read(loader: Callable, *what: Any) -> LabelledImages:
+        try:
+            return _to_bytes(*loader(spec.robustbench, *what, used, root))
+        except Exception as error:  # a damaged picture surfaces as whatever the decoder raises
+            raise DataError(
+                f"{root}: RobustBench's loader failed on {what or 'the clean images'} ({error})"
+            ) from error
+
+    clean: Callable[[], LabelledImages] | None = None
+    # The published clean images, if they are there, before re-encoded ones.
+    if published:
+        if pictures:
+            _check_pictures(root / spec.clean_images, used)
+        clean = functools.partial(read, bridge.load_clean_images)
+    elif spec.compact is not None:
+        parquet = _find_test_parquet(spec.compact, root, labels)
+        clean = parquet and functools.partial(_read_clean, parquet, n_examples)
+    return CorruptionData(
+        dataset,
+        "robustbench",
+        dict.fromkeys(cells, used),
+        lambda cell: read(bridge.load_corrupted_images, *cell),
+        clean,
+        read_labels=lambda _: known,
+    )

@@ -1,0 +1,331 @@
+"""The results folder, and what an unfinished run has done so far in it.
+
+``OUT/unfinished`` holds ``run.json`` (the settings), and for each job a folder with one file for
+each finished piece and ``state.safetensors``, the adapter after the last of them. Every file
+appears whole or not at all, so that a process may be killed at any moment; several processes may
+write beside each other, for pieces are named by what they are. Every file says which run it
+belongs to and carries a checksum: one that is another run's or damaged counts as missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..artifacts.folder import CONFIG
+from ..artifacts.tensor_files import fingerprint
+from ..errors import DataError, InputError
+from ..utils.files import nearest_path, replacing
+from ..utils.robustbench import version
+from ..version import __version__
+from .evaluate import Answers, Evaluation
+from .results import Results, finite, read_results
+
+__all__ = ["Progress", "begin_run", "check_out", "join_run", "versions", "write_files"]
+
+#: Name of the folder in the results folder.
+UNFINISHED = "unfinished"
+
+State = dict[str, Tensor]
+
+
+# -- the results folder ------------------------------------------------------------------
+
+
+def check_out(out: str | Path) -> Path:
+    """Whether a run may write into this folder at all, which need not exist yet.
+
+    Raises:
+        InputError: it is an artifact, whose own ``results.json`` has another form, or no folder.
+    """
+    out = Path(out)
+    try:
+        nearest, is_artifact = nearest_path(out), (out / CONFIG).exists()
+        usable = nearest.is_dir()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{str(out)[:200]!r}: cannot make this folder ({reason})") from error
+    if not usable:
+        raise InputError(f"{out}: cannot make this folder ({nearest} is no folder)")
+    if is_artifact:
+        raise InputError(
+            f"{out} holds a {CONFIG}: it is an artifact or a model, which a benchmark's files "
+            "would spoil; choose another folder"
+        )
+    return out
+
+
+def write_files(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write all files, or none; the first of them appears last.
+
+    Raises:
+        DataError: the disk refuses; what was there before stays.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            for name, content in files.items():
+                stack.enter_context(replacing(out / name)).write_bytes(content)
+    except OSError as error:
+        raise DataError(f"{out}: cannot write the results ({error.strerror})") from error
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what the figures depend on; None for what is not installed."""
+    names = ("torch", "torchvision", "timm", "robustbench", "numpy")
+    installed = {name: version(name) for name in names}
+    return {"ttt_plugins": __version__, "python": platform.python_version(), **installed}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty if it is anything else."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds results of other settings.
+
+    Args:
+        file: a JSON file with what is there under ``settings``; the folder is free without it.
+        settings: those wanted.
+
+    Raises:
+        InputError: other settings, or a file that is not of ours.
+    """
+    if not file.exists():
+        return
+    stored = _read_object(file).get("settings")
+    wanted = json.loads(json.dumps(finite(settings), default=str))
+    if stored != wanted:
+        known = stored if isinstance(stored, dict) else {}
+        other = next((k for k in wanted if known.get(k) != wanted[k]), "format")
+        raise InputError(
+            f"{file.parent} holds results of other settings ({other} differs); choose another "
+            "folder or pass overwrite=True (--overwrite)"
+        )
+
+
+def begin_run(out: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> Results | None:
+    """Make the results folder ready; the results in it if ``resume`` finds them finished.
+
+    Raises:
+        InputError: it holds another run, or an unfinished one that is not to be resumed.
+        DataError: the folder cannot be written, or its results cannot be read.
+    """
+    finished, unfinished = out / "results.json", Progress(out / UNFINISHED)
+    for stray in out.glob(".*.tmp"):  # of a process that was killed while it wrote
+        stray.unlink(missing_ok=True)
+    if not overwrite:
+        _check_settings(finished, settings)
+        _check_settings(unfinished.header, settings)
+        if unfinished.header.exists():
+            if not resume:
+                raise InputError(
+                    f"{out} holds an unfinished run; resume it (--resume) or start over "
+                    "(--overwrite)"
+                )
+            _check_versions(out, unfinished.header)
+            return None
+        if resume and finished.exists():
+            return read_results(finished)
+    unfinished.begin(settings)
+    return None
+
+
+def _check_versions(out: Path, header: Path) -> None:
+    stored, now = _read_object(header).get("versions"), versions()
+    stored = stored if isinstance(stored, dict) else {}
+    if odd := [f"{n} {stored.get(n)}, now {now[n]}" for n in now if stored.get(n) != now[n]]:
+        raise InputError(
+            f"{out} was begun by other versions ({'; '.join(odd)}), whose figures may differ; "
+            "start over (--overwrite)"
+        )
+
+
+def join_run(out: Path, settings: dict[str, Any]) -> Results | None:
+    """What `begin_run` returned in the process that began; errors likewise."""
+    header = Progress(out / UNFINISHED).header
+    if header.exists():
+        _check_settings(header, settings)
+        return None
+    _check_settings(out / "results.json", settings)  # the others were done before this one came
+    return read_results(out / "results.json")
+
+
+# -- pieces ------------------------------------------------------------------------------
+
+
+def _checksum(tensors: State, about: dict[str, Any]) -> str:
+    text = fingerprint(tensors) + json.dumps(about, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write(path: Path, tensors: State, about: dict[str, Any]) -> None:
+    content = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    text = json.dumps({**about, "sha256": _checksum(content, about)})
+    # As a tensor: safetensors shows the metadata of a file only to readers that open it by its
+    # name, which must then be valid Unicode.
+    content["about"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(content))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _read(path: Path, run: str) -> tuple[State, dict[str, Any]] | None:
+    """Tensors and description in a file; None if it is missing, damaged or of another run."""
+    try:
+        tensors = load(path.read_bytes())
+        about = json.loads(bytes(tensors.pop("about").tolist()))
+        checksum = about.pop("sha256")
+        own = about.pop("run") == run and checksum == _checksum(tensors, {**about, "run": run})
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return (tensors, about) if own else None
+
+
+class Progress:
+    """Pieces of jobs by name and number.
+
+    Args:
+        folder: where they are kept; in memory only if it is None.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._pieces: dict[tuple[str, int], Evaluation] = {}
+        self._values: dict[str, float] = {}
+
+    def _file(self, *names: str) -> Path:
+        assert self.folder is not None
+        return self.folder.joinpath(*names)
+
+    @property
+    def header(self) -> Path:
+        """The file that says which run this is; while it is there, the run is unfinished."""
+        return self._file("run.json")
+
+    @property
+    def _run(self) -> str:
+        """Which run the pieces belong to: it stands for the settings, the versions and the start.
+
+        Raises:
+            DataError: the header is gone.
+        """
+        try:
+            return hashlib.sha256(self.header.read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(f"{self.header}: cannot be read ({error.strerror})") from error
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Start from nothing.
+
+        Raises:
+            DataError: the disk refuses.
+        """
+        self.discard()  # what a process left that was killed while it discarded
+        # Pieces that could not be deleted do not match the new identity.
+        header = {"settings": finite(settings), "versions": versions(), "id": uuid.uuid4().hex}
+        try:
+            self.header.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.header) as temporary:
+                temporary.write_text(json.dumps(header, indent=1, default=str), encoding="utf-8")
+        except OSError as error:
+            self.discard()
+            raise DataError(f"{self.header}: cannot be written ({error.strerror})") from error
+
+    def save(self, name: str, piece: int, evaluation: Evaluation, state: State | None) -> None:
+        """Keep a finished piece, and the adapter's state after it where more is to come.
+
+        Raises:
+            DataError: the disk refuses; what was there before stays.
+        """
+        if self.folder is None:
+            self._pieces[name, piece] = evaluation
+            return
+        run, numbers = self._run, dict(vars(evaluation))
+        answers = numbers.pop("answers")
+        file = self._file(name, f"{piece:04d}.safetensors")
+        _write(file, dict(vars(answers)), {**numbers, "run": run})
+        if state is None:
+            return
+        # A kernel may depend on the memory layout, so that it belongs to the state.
+        layout = torch.channels_last
+        moved = [n for n, t in state.items() if t.ndim == 4 and not t.is_contiguous()]
+        moved = [n for n in moved if state[n].is_contiguous(memory_format=layout)]
+        # After the piece: if only the piece is there, it is done again.
+        about = {"after": piece, "channels_last": moved, "run": run}
+        _write(file.with_name("state.safetensors"), state, about)
+
+    def evaluations(self, name: str, pieces: int) -> list[Evaluation]:
+        """The finished pieces of a job, from its first to the first that is missing.
+
+        Raises:
+            DataError: the run is over, and another process is deleting its pieces.
+        """
+        finished: list[Evaluation] = []
+        run = "" if self.folder is None else self._run
+        for piece in range(pieces):
+            evaluation = self._pieces.get((name, piece))
+            if self.folder is not None:
+                stored = _read(self._file(name, f"{piece:04d}.safetensors"), run)
+                if stored is not None:
+                    evaluation = Evaluation(Answers(**stored[0]), **stored[1])
+            if evaluation is None:
+                break
+            finished.append(evaluation)
+        if self.folder is not None and run != self._run:
+            raise DataError(f"{self.header}: another run has begun in this folder")
+        return finished
+
+    def state(self, name: str) -> tuple[int, State] | None:
+        """(number of the piece before it, state of the adapter) of a job, if there is one."""
+        if self.folder is None:
+            return None
+        stored = _read(self._file(name, "state.safetensors"), self._run)
+        if stored is None:
+            return None
+        tensors, about = stored
+        for tensor in about["channels_last"]:
+            tensors[tensor] = tensors[tensor].contiguous(memory_format=torch.channels_last)
+        return about["after"], tensors
+
+    def save_value(self, name: str, value: float) -> None:
+        """Keep a number; errors as for `save`."""
+        self._values[name] = value
+        if self.folder is not None:
+            tensors = {"value": torch.tensor(value, dtype=torch.float64)}
+            _write(self._file(f"{name}.safetensors"), tensors, {"run": self._run})
+
+    def value(self, name: str) -> float | None:
+        """What `save_value` kept, None if nothing."""
+        if self.folder is None:
+            return self._values.get(name)
+        stored = _read(self._file(f"{name}.safetensors"), self._run)
+        return None if stored is None else stored[0]["value"].item()
+
+    def discard(self) -> None:
+        """Forget everything."""
+        self._pieces.clear()
+        self._values.clear()
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                self.header.unlink()  # first, so that the rest is not taken for a run
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,139 @@
+"""Arrays in npy and npz files, checked by their headers before any memory is taken for them."""
+
+from __future__ import annotations
+
+import contextlib
+import lzma
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+from numpy.lib import format as npy
+
+from ..errors import DataError
+
+__all__ = ["ArrayHeader", "NpzImages", "map_array"]
+
+#: Characters of a header; that of an image array has about 80.
+_MAX_HEADER = 10_000
+#: What numpy, zipfile and the decompressors raise for files that are damaged or hostile.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+    NotImplementedError,
+    SyntaxError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+
+
+class ArrayHeader(NamedTuple):
+    """What the header of an npy file says."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+
+
+def _read_header(stream: IO[bytes]) -> ArrayHeader:
+    version = npy.read_magic(stream)
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"npy format {version} is not supported")
+    header = ArrayHeader(*read(stream, max_header_size=_MAX_HEADER))
+    if header.dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    return header
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Whatever goes wrong becomes one error; messages about files are one line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path}: not a readable {kind} file ({reason})") from error
+
+
+def map_array(path: Path) -> np.ndarray:
+    """The array of an npy file, mapped from the disk: nothing is read but what is looked at.
+
+    Raises:
+        DataError: the file is missing, damaged, cut short, or holds Python objects.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    with _reading(path, "npy"):
+        with path.open("rb") as stream:
+            shape, _, dtype = _read_header(stream)
+            size = math.prod(shape) * dtype.itemsize
+            if stream.tell() + size > path.stat().st_size:
+                raise ValueError(f"cut short: its header announces {size:,} bytes of numbers")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+class NpzImages:
+    """The images in one npz file, uint8 (N, H, W, 3).
+
+    Args:
+        path: the file.
+        side: height and width of the images.
+        limit: images that an array may have.
+
+    Raises:
+        DataError: the file is missing, no zip archive, or cut short.
+    """
+
+    def __init__(self, path: Path, side: int, limit: int):
+        self.path, self.side, self.limit = path, side, limit
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        if not zipfile.is_zipfile(path):
+            raise DataError(f"{path}: not an npz file, or cut short")
+        with _reading(path, "npz"), zipfile.ZipFile(path) as archive:
+            members = [info.filename for info in archive.infolist()]
+        self.names = {name.removesuffix(".npy") for name in members if name.endswith(".npy")}
+
+    def read(self, name: str) -> np.ndarray:
+        """One array.
+
+        Raises:
+            DataError: it is damaged or encrypted, is no array of images, or has too many.
+        """
+        with (
+            _reading(self.path, "npz"),
+            zipfile.ZipFile(self.path) as archive,
+            archive.open(f"{name}.npy") as stream,
+        ):
+            shape, fortran_order, dtype = _read_header(stream)
+            if dtype != np.uint8 or len(shape) != 4 or shape[1:] != (self.side, self.side, 3):
+                raise DataError(
+                    f"{self.path}: {name} must be uint8 (N, {self.side}, {self.side}, 3), "
+                    f"is {dtype} {shape}"
+                )
+            if shape[0] > self.limit:
+                raise DataError(
+                    f"{self.path}: {name} announces {shape[0]:,} images, the data set has "
+                    f"{self.limit:,}"
+                )
+            size = math.prod(shape)
+            content = stream.read(size)
+            # Reading to the end is also what makes zipfile compare the checksum.
+            if len(content) < size or stream.read(1):
+                raise ValueError(f"{name} does not have the size that its header announces")
+        array = np.frombuffer(bytearray(content), np.uint8)
+        return array.reshape(shape, order="F" if fortran_order else "C")

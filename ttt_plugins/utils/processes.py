@@ -1,0 +1,255 @@
+"""Processes: locks that end with them, what torchrun says about them, and how they are stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from ..errors import DistributedError
+
+__all__ = [
+    "FileLock",
+    "Place",
+    "Terminated",
+    "Worker",
+    "place_from_environment",
+    "raising_on_sigterm",
+    "worker_from_environment",
+]
+
+#: Seconds between two looks at a lock or a store that this process waits for.
+_POLL = 0.05
+#: Seconds that process 0 waits for the others to have read its last message.
+_FAREWELL = 10.0
+
+
+# -- locks -------------------------------------------------------------------------------
+
+
+class FileLock:
+    """A lock on a file or an existing folder, which the system drops when its process ends.
+
+    A file is made if it is not there. On systems and file systems without locks every attempt
+    succeeds.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path):
+        flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+        self._handle = os.open(path, flags, 0o666)
+
+    def take(self, *, shared: bool = False, patience: float = 0.0) -> bool:
+        """Try for at most ``patience`` seconds; a lock that is held already changes its kind.
+
+        Returns:
+            whether this process has the lock now.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return True
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(self._handle, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    return False
+                time.sleep(_POLL)
+                continue
+            except OSError:
+                return True
+            return True
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+
+# -- torchrun ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """What torchrun says in the environment about this process.
+
+    Attributes:
+        rank: number of this process among all, from 0.
+        world_size: number of all processes.
+        local_rank: number of this process on its machine, from 0.
+        restarts: how many times torchrun has started all processes again.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    restarts: int = 0
+
+
+def place_from_environment() -> Place:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and TORCHELASTIC_RESTART_COUNT; one process if unset.
+
+    Raises:
+        DistributedError: a value is not a number, or they contradict each other.
+    """
+
+    def number(name: str, default: int) -> int:
+        text = os.environ.get(name, str(default))
+        if not text.isascii() or not text.isdigit() or len(text) > 9:
+            raise DistributedError(
+                f"cannot join the other processes: {name} must be a whole number, got "
+                f"{text[:40]!r}; torchrun sets it, for a single process leave it unset"
+            )
+        return int(text)
+
+    world_size = number("WORLD_SIZE", 1)
+    place = Place(
+        number("RANK", 0),
+        world_size,
+        number("LOCAL_RANK", 0),
+        number("TORCHELASTIC_RESTART_COUNT", 0),
+    )
+    if place.rank >= max(world_size, 1):
+        raise DistributedError(
+            f"cannot join the other processes: RANK is {place.rank}, but WORLD_SIZE {world_size}"
+        )
+    return place
+
+
+class Worker:
+    """One process among several that make the same runs in the same order.
+
+    Args:
+        store: of torch.distributed, the same for all processes.
+        rank: number of this process, from 0.
+        world_size: number of all processes.
+
+    Raises:
+        DistributedError: from every method, if the store is gone.
+    """
+
+    def __init__(self, store: Any, rank: int, world_size: int):
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self._blocks = 0
+
+    def _ask(self, call: str, *args: Any) -> Any:
+        try:
+            return getattr(self.store, call)(*args)
+        except RuntimeError as error:  # of torch.distributed, whichever it is
+            raise DistributedError(
+                "the store of the processes cannot be reached (has process 0 ended?); finished "
+                f"cells are on disk, resume with --resume ({str(error).splitlines()[0]})"
+            ) from error
+
+    @staticmethod
+    def _wait(ready: Callable[[], bool], patience: float = float("inf")) -> None:
+        # Not by the store's own wait, which neither Ctrl-C nor SIGTERM would interrupt.
+        end = time.monotonic() + patience
+        while not ready() and time.monotonic() < end:
+            time.sleep(_POLL)
+
+    def _count(self, what: str, more: int = 0) -> int:
+        return self._ask("add", f"block{self._blocks}/{what}", more)
+
+    @contextlib.contextmanager
+    def main_process_first(self) -> Iterator[bool]:
+        """Process 0 goes through the block before the others, once all have arrived at it.
+
+        Yields:
+            whether this is process 0.
+
+        Raises:
+            DistributedError: process 0 failed in the block.
+        """
+        self._blocks += 1
+        key = f"block{self._blocks}"
+        self._count("arrived", 1)
+        if self.rank:
+            self._wait(lambda: self._ask("check", [key]))
+            verdict = self._ask("get", key).decode()
+            self._count("read", 1)
+            if verdict != "ok":
+                raise DistributedError(f"process 0 failed: {verdict}")
+            yield False
+            return
+        self._wait(lambda: self._count("arrived") >= self.world_size)
+        try:
+            yield True
+        except BaseException as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            with contextlib.suppress(DistributedError):  # the first error is the one to report
+                self._ask("set", key, reason)
+            raise
+        self._ask("set", key, "ok")
+
+    def leave(self) -> None:
+        """The end: process 0, in which the store may live, lets the others read its last word."""
+        if self.rank or not self._blocks:
+            return
+        with contextlib.suppress(DistributedError):
+            self._wait(lambda: self._count("read") >= self.world_size - 1, _FAREWELL)
+
+
+def worker_from_environment() -> Worker | None:
+    """The process that torchrun (or RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says this is.
+
+    Returns:
+        None if it was started alone.
+
+    Raises:
+        DistributedError: the other processes cannot be reached.
+    """
+    place = place_from_environment()
+    if place.world_size < 2:
+        return None
+    try:
+        found = rendezvous("env://", timeout=timedelta(minutes=10))
+        store, rank, world_size = next(iter(found))
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(f"cannot join the other processes ({error})") from error
+    # The store may outlive processes that torchrun starts again.
+    store = dist.PrefixStore(f"ttt_plugins/{place.restarts}", store)  # pyright: ignore[reportPrivateImportUsage]
+    return Worker(store, rank, world_size)
+
+
+# -- signals -----------------------------------------------------------------------------
+
+
+class Terminated(BaseException):
+    """The process was asked to end by SIGTERM; like KeyboardInterrupt, it is no error."""
+
+
+@contextlib.contextmanager
+def raising_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises `Terminated` inside the block, so that locks, files and bars are left tidy.
+
+    Without effect outside the main thread, which alone may handle signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
