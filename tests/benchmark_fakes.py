@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +36,8 @@ class FakeAdapter(nn.Module):
         self.weight = nn.Parameter(WEIGHT[:classes].clone())
         self.method, self.config, self.num_classes = method, FakeConfig(lr), classes
         self.forwards = self.backwards = self.skipped_updates = 0
+        self.seed, self.checks_pixels = 0, True
+        self.backbone = SimpleNamespace(model=self, source_state_dict=dict)
         self.resets = 0
         self.reset()
         self.resets = 0
@@ -58,6 +61,12 @@ class FakeAdapter(nn.Module):
 
     def load_adaptation_state(self, state: dict[str, torch.Tensor]) -> None:
         self.shift = state["shift"].clone()
+
+    def learned_tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def with_tensors(self, config: FakeConfig) -> FakeAdapter:
+        return self  # it draws nothing
 
     def describe(self) -> str:
         return f"{self.method}, for tests"

@@ -26,11 +26,10 @@ from ttt_plugins.benchmark import (
     open_dataset,
     run_benchmark,
 )
-from ttt_plugins.benchmark import output as output_module
-from ttt_plugins.benchmark.execution import to_unit
+from ttt_plugins.benchmark import resume as resume_module
+from ttt_plugins.benchmark.device import to_unit
 from ttt_plugins.benchmark.leaderboard import INELIGIBLE, model_info, unaggregated_csv
-from ttt_plugins.benchmark.orders import shuffled
-from ttt_plugins.benchmark.protocols import plan
+from ttt_plugins.benchmark.protocols import plan, shuffled
 from ttt_plugins.cli import main
 from ttt_plugins.cli.flags import Parser, add_dataclass_flags, dataclass_from_args
 from ttt_plugins.demo import Sample, build_per_image_adapters, compare, draw, load_sample
@@ -517,10 +516,10 @@ def test_leaderboard_json_has_robustbenchs_schema(finished, robustbench):
 
 def test_our_tables_of_names_are_robustbenchs(robustbench):
     data, enums = robustbench.data, robustbench.model_zoo.enums
-    for name, dataset in DATASETS.items():
-        key, threat = bridge._enums(name)
+    for dataset in DATASETS.values():
+        key, threat = bridge._enums(dataset.robustbench)
         assert tuple(dataset.corruptions) == data.CORRUPTIONS_DICT[key][threat]
-        assert dataset.folder == data.CORRUPTIONS_DIR_NAMES[key][threat]
+        assert dataset.title == data.CORRUPTIONS_DIR_NAMES[key][threat]
         assert dataset.classes == robustbench.utils.DATASET_CLASSES[key]
     assert len(DATASETS) == len(enums.BenchmarkDataset) + 1
 
@@ -545,14 +544,14 @@ def test_other_settings_are_refused_and_the_same_are_not(finished):
 def test_a_full_disk_leaves_what_was_there(finished, monkeypatch):
     _, out, run = finished
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    original = output_module.Path.write_bytes
+    original = resume_module.Path.write_bytes
 
     def full(path, content):
         if "results.json" in path.name:
             raise OSError(28, "No space left on device")
         return original(path, content)
 
-    monkeypatch.setattr(output_module.Path, "write_bytes", full)
+    monkeypatch.setattr(resume_module.Path, "write_bytes", full)
     with pytest.raises(DataError, match="No space left"):
         run()
     now = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
@@ -616,9 +615,8 @@ def test_pairs_of_versions_that_cannot_work_are_named(error, message, monkeypatc
 
 
 def test_zoo_weights_beside_the_model(robustbench, tmp_path):
-    zoo = robustbench.model_zoo.model_dicts[bridge._enums("cifar10")[0]][
-        bridge._enums("cifar10")[1]
-    ]
+    key, threat = bridge._enums(DATASETS["cifar10"].robustbench)
+    zoo = robustbench.model_zoo.model_dicts[key][threat]
     model = zoo["Hendrycks2020AugMix_ResNeXt"]["model"]().eval()
     folder = tmp_path / "cifar10" / "corruptions"
     folder.mkdir(parents=True)

@@ -25,20 +25,20 @@ from ttt_plugins.benchmark import (
     open_dataset,
     run_benchmark,
 )
-from ttt_plugins.benchmark.batches import Loader, batches, gather
-from ttt_plugins.benchmark.calibration import calibration_error
-from ttt_plugins.benchmark.cells import CORRUPTIONS_3D
+from ttt_plugins.benchmark.device import Loader, batches, gather
+from ttt_plugins.benchmark.evaluate import calibration_error
 from ttt_plugins.benchmark.leaderboard import (
-    alexnet_errors,
     leaderboard_files,
     mean_corruption_error,
     model_info,
 )
-from ttt_plugins.benchmark.orders import correlated
-from ttt_plugins.benchmark.protocols import plan, streams
+from ttt_plugins.benchmark.protocols import correlated, plan, streams
 from ttt_plugins.cli import main
+from ttt_plugins.data.datasets import CORRUPTIONS_3D, DATASETS
 from ttt_plugins.errors import DataError, InputError, MissingDependencyError
 from ttt_plugins.utils import robustbench as bridge
+
+ALEXNET_ERRORS = DATASETS["imagenet"].reference_errors
 
 
 def run(data, net=None, **options):
@@ -245,12 +245,12 @@ def test_mean_corruption_error_by_hand():
         wrong = sum(1 - accuracy[name, severity] for severity in (1, 2, 3, 4, 5))
         total += (wrong / 5) / published[name]
     assert mean_corruption_error(_record(accuracy), "imagenet") == pytest.approx(total / 15)
-    assert alexnet_errors() == published
+    assert published == ALEXNET_ERRORS
     assert mean(published.values()) == pytest.approx(0.789, abs=5e-4)  # what papers round it to
 
 
 def test_mean_corruption_error_of_alexnet_is_one_and_needs_all_cells():
-    same = {(n, s): 1 - alexnet_errors()[n] for n in CORRUPTIONS for s in range(1, 6)}
+    same = {(n, s): 1 - ALEXNET_ERRORS[n] for n in CORRUPTIONS for s in range(1, 6)}
     assert mean_corruption_error(_record(same), "imagenet") == pytest.approx(1)
     for dataset in ("cifar10", "cifar100", "imagenet3dcc"):
         assert mean_corruption_error(_record(same), dataset) is None
@@ -262,7 +262,7 @@ def test_mean_corruption_error_agrees_with_robustbenchs_formula():
     pandas = pytest.importorskip("pandas")
     accuracy = _full()
     model = pandas.DataFrame(accuracy, index=["m"])
-    alexnet = {(n, s): 1 - alexnet_errors()[n] for n in CORRUPTIONS for s in range(1, 6)}
+    alexnet = {(n, s): 1 - ALEXNET_ERRORS[n] for n in CORRUPTIONS for s in range(1, 6)}
     alexnet = pandas.DataFrame(alexnet, index=["AlexNet"]).loc["AlexNet"]
     total = 0
     for name in CORRUPTIONS:  # robustbench 1.1.1, eval.py
@@ -299,7 +299,7 @@ def test_robustbenchs_own_code_reads_the_csv_and_goes_on_with_it(tmp_path, monke
     circumstances = {"order": "", "clean": None, "data_note": None}
     circumstances["versions"] = {"ttt_plugins": "0"}
     ours = _full()
-    alexnet = {(n, s): 1 - alexnet_errors()[n] for n in CORRUPTIONS for s in range(1, 6)}
+    alexnet = {(n, s): 1 - ALEXNET_ERRORS[n] for n in CORRUPTIONS for s in range(1, 6)}
     methods = [_record(ours), dataclasses.replace(_record(alexnet), name="AlexNet")]
     files = leaderboard_files(Results(settings, circumstances, methods))
     (folder / "unaggregated_results.csv").write_text(files["unaggregated_results.csv"])
@@ -395,7 +395,7 @@ def test_batches_are_the_rows_in_order():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("share", [0.25, 0.0])
 def test_batches_on_a_gpu_are_those_on_the_cpu(share, monkeypatch):
-    monkeypatch.setattr("ttt_plugins.benchmark.batches._SHARE", share)
+    monkeypatch.setattr("ttt_plugins.benchmark.device._SHARE", share)
     data = memory_data({("fog", 5): 9, ("snow", 5): 7})
     parts = {i: data.load(cell) for i, cell in enumerate(data.counts)}
     rows = torch.tensor([[1, 3], [0, 8], [0, 0], [1, 6], [1, 3]])

@@ -1,4 +1,4 @@
-"""Runs that are stopped and gone on with, against unbroken ones: the same figures, bit for bit."""
+"""Runs that are stopped and resumed, against unbroken ones: the same figures, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from benchmark_fakes import FakeAdapter, figures, memory_data, write_parquet
 
 import ttt_plugins as tp
 from ttt_plugins.benchmark import PROTOCOLS, Execution, run_benchmark
-from ttt_plugins.benchmark import output as output_module
-from ttt_plugins.benchmark import tasks as tasks_module
-from ttt_plugins.benchmark.output import locked
-from ttt_plugins.benchmark.progress import UNFINISHED, Progress
+from ttt_plugins.benchmark import jobs as jobs_module
+from ttt_plugins.benchmark.resume import UNFINISHED, Progress
 from ttt_plugins.cli import main
 from ttt_plugins.core.heads import init_byol, init_rotation
 from ttt_plugins.errors import DataError, InputError
+from ttt_plugins.utils import files as files_module
+from ttt_plugins.utils.processes import FileLock
 
 COUNTS = {("fog", 1): 20, ("fog", 5): 30, ("snow", 1): 20, ("snow", 5): 9}
 FILES = ["b_fake.json", "plot.png", "results.json", "unaggregated_results.csv"]
@@ -113,7 +113,7 @@ def test_every_cell_is_on_disk_before_the_next_one_starts(tmp_path):
 
 def test_a_long_stretch_is_kept_in_pieces(tmp_path, monkeypatch):
     whole = run(None, protocol="mixed", seed=1)
-    monkeypatch.setattr(tasks_module, "PIECE", 15)  # two batches
+    monkeypatch.setattr(jobs_module, "PIECE", 15)  # two batches
     with pytest.raises(Stopped):
         run(tmp_path / "out", Stopping(7), protocol="mixed", seed=1)
     again = Stopping()
@@ -158,15 +158,13 @@ def test_every_methods_state_is_stored_whole(method, make_net, make_model, tmp_p
     assert figures(once(tmp_path / "out", resume=True)) == figures(unbroken)
 
 
-def test_an_adapter_without_a_state_starts_its_stream_anew(tmp_path, monkeypatch):
-    unbroken = run(None, protocol="continual")
+def test_what_is_no_adapter_is_refused_at_once(make_model, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"ByobNet|ResNet.* is no adapter: wrap the model first"):
+        run(tmp_path / "out", make_model("batchnorm"))
     monkeypatch.delattr(FakeAdapter, "load_adaptation_state")
-    with pytest.raises(Stopped):
-        run(tmp_path / "out", Stopping(10), protocol="continual")
-    again = Stopping()
-    resumed = run(tmp_path / "out", again, protocol="continual", resume=True)
-    assert figures(resumed) == figures(unbroken)
-    assert again.forwards == sum(COUNTS.values())
+    with pytest.raises(InputError, match="FakeAdapter is no adapter"):
+        run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -187,20 +185,21 @@ def test_a_lost_or_damaged_file_costs_time_only(lose, tmp_path):
 
 
 def test_memory_layout_belongs_to_the_state(tmp_path):
-    progress = Progress(tmp_path)
-    outcome = dataclasses.replace(_outcome(), seconds=1.5)
+    progress = Progress(tmp_path / "unfinished")
+    progress.begin({})
+    evaluation = dataclasses.replace(_evaluation(), seconds=1.5)
     weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
-    progress.save("stream", 0, outcome, {"w": weight, "v": torch.randn(2, 2).T})
+    progress.save("stream", 0, evaluation, {"w": weight, "v": torch.randn(2, 2).T})
     after, state = progress.state("stream")
     assert after == 0
     assert state["w"].stride() == weight.stride()
     assert torch.equal(state["w"], weight)
-    (found,) = progress.outcomes("stream", 3)
+    (found,) = progress.evaluations("stream", 3)
     assert found.seconds == 1.5
-    assert torch.equal(found.right, outcome.right)
+    assert torch.equal(found.answers.right, evaluation.answers.right)
 
 
-def _outcome():
+def _evaluation():
     from ttt_plugins.benchmark.evaluate import classify
 
     data = memory_data({("fog", 5): 3})
@@ -336,24 +335,28 @@ def test_two_runs_into_one_folder(tmp_path):
 def test_a_lock_ends_with_its_process(tmp_path):
     code = (
         "import os, sys\nfrom pathlib import Path\n"
-        "from ttt_plugins.benchmark.output import locked\n"
-        "with locked(Path(sys.argv[1])):\n"
+        "from ttt_plugins.utils.processes import FileLock\n"
+        "with FileLock(Path(sys.argv[1])) as lock:\n"
+        "    assert lock.take()\n"
         "    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     out = tmp_path / "out"
+    out.mkdir()
     argv = [sys.executable, "-W", "ignore", "-c", code, str(out)]
     holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match="another run is writing"), locked(out):
-            pass
+        with FileLock(out) as lock:
+            assert not lock.take()
+        with pytest.raises(InputError, match="another run is writing"):
+            run(out)
     finally:
         holder.kill()
         holder.wait()
         holder.stdin.close()
         holder.stdout.close()
-    with locked(out):
-        pass
+    with FileLock(out) as lock:
+        assert lock.take()
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 6])
@@ -371,7 +374,7 @@ def test_a_disk_that_fills_up(after, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         original(handle)
 
-    monkeypatch.setattr(output_module.os, "fsync", full)
+    monkeypatch.setattr(files_module.os, "fsync", full)
     with pytest.raises(DataError, match="No space left on device"):
         run(out, protocol="reset-per-cell")
     now = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}

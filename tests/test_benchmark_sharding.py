@@ -1,7 +1,8 @@
-"""Several processes on one run: the queue, and two processes of which one is killed."""
+"""Several processes on one run: claims by locks, and two processes of which one is killed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,11 +19,10 @@ from benchmark_fakes import FakeAdapter, figures, memory_data, write_parquet
 from torch.distributed import HashStore, TCPStore
 
 from ttt_plugins.benchmark import Results, Worker, run_benchmark, worker_from_environment
-from ttt_plugins.benchmark.progress import UNFINISHED
+from ttt_plugins.benchmark.resume import UNFINISHED
 from ttt_plugins.cli import main
 from ttt_plugins.errors import DataError, DistributedError, InputError
-
-LEASE = 0.4
+from ttt_plugins.utils.processes import FileLock, place_from_environment
 
 
 @pytest.fixture
@@ -30,150 +30,126 @@ def quick_plots(monkeypatch):
     monkeypatch.setattr("ttt_plugins.benchmark.plots.plot_results", lambda results: b"PNG")
 
 
-@pytest.fixture
-def workers():
-    """``workers(n)``: processes of one run, in this one, on one store."""
-    made = []
-
-    def make(count, lease=LEASE):
-        store = HashStore()
-        made.extend(Worker(store, rank, count, lease) for rank in range(count))
-        return made
-
-    yield make
-    for worker in made:
-        worker._stop.set()
+def workers(count):
+    """Processes of one run, in this one, on one store."""
+    store = HashStore()
+    return [Worker(store, rank, count) for rank in range(count)]
 
 
-def die(worker):
-    """Stop counting, as a dead process does."""
-    worker._stop.set()
-    worker._thread.join()
+# -- locks -------------------------------------------------------------------------------
 
 
-# -- the queue ---------------------------------------------------------------------------
+def test_a_lock_belongs_to_one(tmp_path):
+    with FileLock(tmp_path / "lock") as first, FileLock(tmp_path / "lock") as second:
+        assert first.take()
+        assert not second.take()
+        start = time.monotonic()
+        assert not second.take(patience=0.2)
+        assert time.monotonic() - start >= 0.2
+    with FileLock(tmp_path / "lock") as third:
+        assert third.take()
 
 
-def test_everything_is_handed_out_once(workers):
+def test_a_folder_may_be_shared(tmp_path):
+    with FileLock(tmp_path) as first, FileLock(tmp_path) as second, FileLock(tmp_path) as third:
+        assert first.take()
+        assert not second.take(shared=True)
+        assert first.take(shared=True)
+        assert second.take(shared=True)
+        assert not third.take()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_ends_with_a_process_that_is_killed(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from ttt_plugins.utils.processes import FileLock\n"
+        "with FileLock(Path(sys.argv[1])) as lock:\n"
+        "    print(lock.take(), flush=True)\n    sys.stdin.read()\n"
+    )
+    argv = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "lock")]
+    holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with FileLock(tmp_path / "lock") as lock:
+        try:
+            assert holder.stdout.readline() == "True\n"
+            assert not lock.take()
+        finally:
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+            holder.stdin.close()
+            holder.stdout.close()
+        assert lock.take()
+
+
+# -- process 0 first ---------------------------------------------------------------------
+
+
+def test_process_0_comes_first_and_its_failure_is_everybodys():
     first, second = workers(2)
-    names = [f"task{i}" for i in range(40)]
-    got = {first: [], second: []}
-
-    def take(worker):
-        while (name := worker.take("run", names)) is not None:
-            got[worker].append(name)
-            time.sleep(0.001)
-            worker.finish("run", name)
-
-    threads = [threading.Thread(target=take, args=(w,)) for w in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(got[first] + got[second]) == sorted(names)
-    assert got[first]
-    assert got[second]
-
-
-def test_a_dead_processs_task_is_taken_over_and_a_living_ones_is_not(workers):
-    first, second = workers(2)
-    assert first.take("run", ["a", "b"]) == "a"
-    assert second.take("run", ["a", "b"]) == "b"
-    second.finish("run", "b")
-    waited = []
-    start = time.monotonic()
-
-    def idle():
-        waited.append(time.monotonic() - start)
-        if len(waited) == 20:  # far more than a lease: the first one is alive all the while
-            die(first)
-
-    assert second.take("run", ["a", "b"], idle) == "a"
-    assert waited[19] > LEASE
-    # it was not dead after all, and says that it is done: that is not its business any more
-    first.finish("run", "a")
-    assert first._swap("run/a", "nobody", "nobody") == second.name
-    second.finish("run", "a")
-    assert second.take("run", ["a", "b"]) is None
-
-
-def test_a_task_given_back_goes_to_whoever_asks(workers):
-    first, second = workers(2)
-    assert first.take("run", ["a"]) == "a"
-    first.release("run", "a")
-    assert second.take("run", ["a"]) == "a"
-
-
-def test_process_0_comes_first_and_its_failure_is_everybodys(workers):
-    first, second = workers(2)
-    order = []
+    order, errors = [], []
 
     def follow():
-        with second.leader_first("data") as leading:
+        with second.main_process_first() as leading:
             order.append(("second", leading))
+        try:
+            with second.main_process_first():
+                order.append("second went on")
+        except DistributedError as error:
+            errors.append(str(error))
 
     thread = threading.Thread(target=follow)
     thread.start()
-    with first.leader_first("data") as leading:
-        time.sleep(0.1)
+    with first.main_process_first() as leading:
+        time.sleep(0.2)
         order.append(("first", leading))
+    with pytest.raises(DataError), first.main_process_first():
+        raise DataError("no such folder")
     thread.join()
     assert order == [("first", True), ("second", False)]
-    with pytest.raises(DataError), first.leader_first("more"):
-        raise DataError("no such folder")
-    failed = pytest.raises(DistributedError, match="process 0 failed: no such folder")
-    with failed, second.leader_first("more"):
-        raise AssertionError
-    die(first)
-    with pytest.raises(DistributedError, match="process 0 ended"), second.leader_first("last"):
-        raise AssertionError
+    assert errors == ["process 0 failed: no such folder"]
 
 
-def test_process_0_begins_no_run_before_all_came_to_the_last(workers):
-    first, second = workers(2, lease=5)
+def test_process_0_begins_no_run_before_all_came_to_the_last():
+    first, second = workers(2)
     order = []
 
     def follow():
-        with second.leader_first("run1"):
+        with second.main_process_first():
             time.sleep(0.3)
-            order.append("second in run1")
+            order.append("second in its first block")
+        with second.main_process_first():
+            pass
 
     thread = threading.Thread(target=follow)
-    with first.leader_first("run1"):
-        thread.start()
-    with first.leader_first("run2"):
-        order.append("first in run2")
+    thread.start()
+    with first.main_process_first():
+        pass
+    with first.main_process_first():
+        order.append("first in its second block")
     thread.join()
-    assert order == ["second in run1", "first in run2"]
+    assert order == ["second in its first block", "first in its second block"]
 
 
-def test_process_0_goes_on_without_the_dead(workers):
-    first, second, third = workers(3)
-    die(second)
-    with first.leader_first("run1"):
-        pass
-    with third.leader_first("run1"):
-        pass
-    with first.leader_first("run2") as leading:
-        assert leading
-
-
-def test_process_0_leaves_last(workers):
-    first, second, third = workers(3)
-    die(third)
+def test_process_0_leaves_when_its_last_word_was_read():
+    first, second = workers(2)
     left = []
 
-    def leave():
+    def lead():
+        with first.main_process_first():
+            pass
         first.leave()
         left.append("first")
 
-    thread = threading.Thread(target=leave)
+    thread = threading.Thread(target=lead)
     thread.start()
-    time.sleep(1.5 * LEASE)
+    second._blocks += 1  # it has arrived, and is slow to look
+    second._count("arrived", 1)
+    time.sleep(0.4)
     assert not left
-    second.leave()
-    thread.join(20 * LEASE)
+    second._count("read", 1)
+    thread.join()
     assert left == ["first"]
+    second.leave()  # which waits for no other process
 
 
 def test_a_store_that_is_gone():
@@ -185,10 +161,10 @@ def test_a_store_that_is_gone():
         timeout=timedelta(seconds=5),
         wait_for_workers=False,
     )
-    worker = Worker(store, 1, 2, LEASE)
+    worker = Worker(store, 1, 2)
     del server
-    with pytest.raises(DistributedError, match="--resume"):
-        worker.take("run", ["a"])
+    with pytest.raises(DistributedError, match="--resume"), worker.main_process_first():
+        raise AssertionError
     worker.leave()  # and leaving is no error
 
 
@@ -201,6 +177,29 @@ def test_started_alone(monkeypatch):
     monkeypatch.setenv("RANK", "nonsense")
     with pytest.raises(DistributedError, match="cannot join"):
         worker_from_environment()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WORLD_SIZE", "abc"),
+        ("WORLD_SIZE", ""),
+        ("WORLD_SIZE", "-2"),
+        ("RANK", "1.5"),
+        ("RANK", "7"),
+        ("LOCAL_RANK", "9" * 5000),
+        ("TORCHELASTIC_RESTART_COUNT", "\u0663"),
+    ],
+)
+def test_an_environment_that_cannot_be(name, value, monkeypatch, capsys):
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(DistributedError, match=f"cannot join the other processes: {name}"):
+        place_from_environment()
+    assert main(["benchmark", "m", "--data-dir", "d", "--out", "o"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ttt-plugins: error: cannot join the other processes: {name}")
 
 
 # -- runs --------------------------------------------------------------------------------
@@ -222,7 +221,7 @@ def _run(out, worker=None, net=None, **options):
 
 
 @pytest.mark.parametrize("protocol", ["reset-per-cell", "reset-per-corruption", "gradual"])
-def test_threads_as_processes(protocol, workers, tmp_path, quick_plots):
+def test_threads_as_processes(protocol, tmp_path, quick_plots):
     found, nets = {}, [FakeAdapter(), FakeAdapter()]
 
     def go(worker):
@@ -231,7 +230,7 @@ def test_threads_as_processes(protocol, workers, tmp_path, quick_plots):
         _run(out, worker, protocol="continual")
         found[worker.rank] = _run(out, worker, nets[worker.rank], protocol=protocol, overwrite=True)
 
-    threads = [threading.Thread(target=go, args=(w,)) for w in workers(2, lease=5)]
+    threads = [threading.Thread(target=go, args=(w,)) for w in workers(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -244,7 +243,7 @@ def test_threads_as_processes(protocol, workers, tmp_path, quick_plots):
     assert sum(net.forwards for net in nets) == sum(c.forwards for c in alone.methods[0].cells)
 
 
-def test_an_error_in_one_process_leaves_its_task_to_another(workers, tmp_path, quick_plots):
+def test_an_error_in_one_process_leaves_its_job_to_another(tmp_path, quick_plots):
     class Failing(FakeAdapter):
         def forward(self, images):
             raise MemoryError
@@ -254,7 +253,7 @@ def test_an_error_in_one_process_leaves_its_task_to_another(workers, tmp_path, q
             thread.join()
             return super().forward(images)
 
-    first, second = workers(2, lease=60)
+    first, second = workers(2)
     errors = []
 
     def fail():
@@ -270,7 +269,7 @@ def test_an_error_in_one_process_leaves_its_task_to_another(workers, tmp_path, q
     assert figures(found) == figures(_run(None))
 
 
-def test_several_processes_need_a_folder(workers):
+def test_several_processes_need_a_folder():
     with pytest.raises(InputError, match="give out"):
         _run(None, workers(2)[0])
 
@@ -304,7 +303,7 @@ class Mortal(FakeAdapter):
         return super().forward(images)
 
 counts = eval(sys.argv[5])
-worker = Worker(store, rank, 2, lease=1.0)
+worker = Worker(store, rank, 2)
 results = run_benchmark(
     Mortal(), memory_data(counts), baseline=FakeAdapter("source", lr=0.0), out=out, worker=worker,
     batch_size=7, progress=False, model_name="a/b", seed=[0, 3], protocol="reset-per-corruption",
@@ -390,22 +389,30 @@ def test_torchrun_gives_the_figures_of_one_process(tmp_path, capsys):
     assert json.dumps(found.methods[0].config) == json.dumps(alone.methods[0].config)
 
 
-def test_torchruns_restarted_processes_go_on(tmp_path, monkeypatch):
-    asked = {}
-    monkeypatch.setattr("ttt_plugins.cli.benchmark._run", lambda args, w: asked.update(vars(args)))
-    left = []
+def test_torchruns_restarted_processes_resume(tmp_path, monkeypatch):
+    asked, left = [], []
 
     class Fake:
         rank = 0
 
+        def main_process_first(self):
+            return contextlib.nullcontext(True)
+
         def leave(self):
             left.append(True)
 
-    monkeypatch.setattr("ttt_plugins.cli.benchmark.worker_from_environment", lambda lease: Fake())
-    argv = ["benchmark", "m", "--data-dir", "d", "--out", "o"]
-    assert main(argv) == 0
-    assert not asked["resume"]
+    def run(*_, **options):
+        asked.append(options["resume"])
+        raise InputError("this is enough")
+
+    data = memory_data({("fog", 5): 4})
+    monkeypatch.setattr("ttt_plugins.cli.benchmark.worker_from_environment", Fake)
+    monkeypatch.setattr("ttt_plugins.cli.benchmark.open_dataset", lambda *_, **__: data)
+    monkeypatch.setattr("ttt_plugins.cli.benchmark.run_benchmark", run)
+    argv = ["benchmark", "bundled:source-resnet26-cifar10", "--method", "source"]
+    argv += ["--data-dir", "d", "--out", str(tmp_path / "o"), "--lease", "3"]
+    assert main(argv) == 2
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert main(argv) == 0
-    assert asked["resume"]
+    assert main(argv) == 2
+    assert asked == [False, True]
     assert left == [True, True]

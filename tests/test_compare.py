@@ -12,8 +12,8 @@ import pytest
 from benchmark_fakes import FakeAdapter, memory_data
 
 from ttt_plugins.benchmark import CellRecord, MethodRecord, Results, compare, run_benchmark
-from ttt_plugins.benchmark.compare import differences, read_entries, rows
-from ttt_plugins.benchmark.report import accuracy_along, page
+from ttt_plugins.benchmark.comparison import differences, page, read_entries, rows
+from ttt_plugins.benchmark.plots import accuracy_along
 from ttt_plugins.cli import main
 from ttt_plugins.errors import DataError, InputError
 

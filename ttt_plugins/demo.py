@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 
 from .adapter import Adapter
 from .benchmark.evaluate import classify
-from .benchmark.output import check_out, write_files
 from .benchmark.plots import COLOURS, figure, to_png
-from .benchmark.results import align
+from .benchmark.resume import check_out, write_files
 from .data.cifar10 import CIFAR10_CLASSES
 from .data.images import LabelledImages
 from .errors import DataError, InputError
+from .utils.text import align
 from .wrapping import from_pretrained, wrap
 
 __all__ = [
@@ -174,9 +174,9 @@ def compare(
             for name, net in nets.items():
                 bar.set_description(f"{kind}, {name}")
                 net.reset()
-                outcome = classify(net, parts, rows, batch_size, bar.update)
-                predictions[name][kind] = outcome.predictions
-                seconds[name] += outcome.seconds
+                evaluation = classify(net, parts, rows, batch_size, bar.update)
+                predictions[name][kind] = evaluation.answers.predictions
+                seconds[name] += evaluation.seconds
     return DemoResult(predictions, seconds, sample)
 
 

@@ -22,18 +22,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..data.datasets import DATASETS
 from ..errors import ArtifactError
 from .strict_json import read_json
 
 __all__ = ["check_measured", "eval_results", "load_measured", "reduce_benchmark"]
 
 _VERSION = 1
-_DATASETS = {
-    "cifar10": "CIFAR-10-C",
-    "cifar100": "CIFAR-100-C",
-    "imagenet": "ImageNet-C",
-    "imagenet3dcc": "ImageNet-3DCC",
-}
 _NEEDED = {
     "dataset": str,
     "severities": list,
@@ -117,11 +112,12 @@ def reduce_benchmark(results: Mapping[str, Any], where: str = "results") -> dict
     """
     try:
         settings, methods = results["settings"], results["methods"]
+        known = DATASETS.get(settings["dataset"])
         cells = [(c["corruption"], c["severity"]) for c in methods[0]["cells"]]
         # Version 1 of that file has one seed, version 2 a list; None is the stored order.
         seeds = settings["seeds"] if "seeds" in settings else [settings["seed"]]
         run = {
-            "dataset": _DATASETS.get(settings["dataset"], settings["dataset"]),
+            "dataset": settings["dataset"] if known is None else known.title,
             "severities": sorted({severity for _, severity in cells}),
             "corruptions": list(dict.fromkeys(name for name, _ in cells)),
             "images": max(c["n"] for c in methods[0]["cells"]),

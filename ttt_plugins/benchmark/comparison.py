@@ -18,12 +18,12 @@ from markupsafe import Markup
 from ..data.datasets import DATASETS
 from ..errors import DataError, InputError
 from ..utils.files import write_text
-from ..utils.text import printable
+from ..utils.text import align, printable
 from ..version import __version__
 from . import plots
 from .leaderboard import mean_corruption_error
 from .protocols import PROTOCOLS
-from .results import MethodRecord, Results, align, read_results
+from .results import MethodRecord, Results, read_results
 
 __all__ = ["Entry", "compare", "comparison_table", "differences", "page", "read_entries", "rows"]
 

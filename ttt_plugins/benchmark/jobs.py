@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import DataError
+from ..utils.processes import FileLock
 from .adaptive import AdaptiveModel
 from .cells import Cell
 from .device import Execution, Loader
@@ -16,7 +18,7 @@ from .protocols import Stretch
 from .results import CellRecord
 from .resume import Progress
 
-__all__ = ["Job", "job_records", "run_job"]
+__all__ = ["Job", "claim", "job_records", "run_job"]
 
 #: Images of a piece at most; longer stretches are stored in several. More than the 10,000 of a
 #: CIFAR cell, so that a cell is one piece, and few enough that little is lost with one.
@@ -133,3 +135,21 @@ def job_records(job: Job, progress: Progress, batch_size: int) -> tuple[list[Cel
         own = [e for e, (s, _) in zip(evaluations, pieces, strict=True) if s is stretch]
         records += cell_records(stretch, join(own), batch_size, seed=job.seed, stream=job.stream)
     return records, sum(evaluation.skipped for evaluation in evaluations)
+
+
+def claim(progress: Progress, name: str, do: Callable[..., object], *args: Any) -> bool:
+    """Do something unless another process is at it; whether it is done now.
+
+    The claim is a lock on a file, which the system drops when the process ends, however it ends.
+    """
+    try:
+        with FileLock(progress.header.with_name(f"{name}.lock")) as lock:
+            if not lock.take():
+                return False
+            if progress.header.exists():
+                do(*args)
+    except (DataError, FileNotFoundError):
+        if progress.header.exists():
+            raise
+        # Another process has put the run together meanwhile.
+    return True

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ..data.datasets import DATASETS
 from ..errors import DataError
-from ..utils.text import printable
+from ..utils.text import align
 from .cells import Cell
 from .protocols import PROTOCOLS
 
@@ -24,7 +24,6 @@ __all__ = [
     "CellRecord",
     "MethodRecord",
     "Results",
-    "align",
     "finite",
     "read_results",
 ]
@@ -158,7 +157,7 @@ class Results:
 
     Attributes:
         settings: what makes two runs the same experiment.
-        circumstances: the rest (order in words, data note, versions, machine, command).
+        circumstances: the rest, such as versions, machine and command.
         methods: the adapter first, then the source model if it ran.
     """
 
@@ -253,18 +252,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines: the first column to the left, the others to the right."""
-    shown = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    lines = []
-    for row in shown:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 # -- reading -----------------------------------------------------------------------------

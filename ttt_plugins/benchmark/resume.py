@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ from ..version import __version__
 from .evaluate import Answers, Evaluation
 from .results import Results, finite, read_results
 
-__all__ = ["Progress", "begin_run", "check_out", "join_run", "versions", "write_files"]
+__all__ = ["Progress", "begin_run", "check_out", "join_run", "machine", "versions", "write_files"]
 
 #: Name of the folder in the results folder.
 UNFINISHED = "unfinished"
@@ -86,6 +87,16 @@ def versions() -> dict[str, str | None]:
     names = ("torch", "torchvision", "timm", "robustbench", "numpy")
     installed = {name: version(name) for name in names}
     return {"ttt_plugins": __version__, "python": platform.python_version(), **installed}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Processor, its threads, and the accelerator if one is used."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        processor = names[0] if names else processor
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"cpu": processor, "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 from ..artifacts.tensor_files import fingerprint
 from ..data.datasets import DATASETS
 from ..data.images import LabelledImages
-from ..errors import DataError, InputError
+from ..errors import InputError
 from ..utils import robustbench as bridge
 from ..utils.checks import check_seed
 from ..utils.processes import FileLock, Worker
@@ -26,11 +25,20 @@ from . import plots
 from .adaptive import AdaptiveModel, device_of
 from .cells import CorruptionData
 from .device import Execution, Loader, to_unit
-from .jobs import Job, job_records, run_job
+from .jobs import Job, claim, job_records, run_job
 from .leaderboard import leaderboard_files, mean_corruption_error
 from .protocols import CONCENTRATION, PROTOCOLS, describe_order, plan, shuffled, streams
 from .results import CellRecord, MethodRecord, Results, read_results
-from .resume import UNFINISHED, Progress, begin_run, check_out, join_run, versions, write_files
+from .resume import (
+    UNFINISHED,
+    Progress,
+    begin_run,
+    check_out,
+    join_run,
+    machine,
+    versions,
+    write_files,
+)
 
 __all__ = ["run_benchmark"]
 
@@ -262,11 +270,11 @@ class _Run:
                 before = len(waiting)
                 for job in list(waiting):
                     bar.set_description(job.title)
-                    if _claim(progress, job.name, self._do, job, loader, progress, bar.update):
+                    if claim(progress, job.name, self._do, job, loader, progress, bar.update):
                         waiting.remove(job)
                 if len(waiting) == before:
                     time.sleep(_POLL)
-        while not _claim(progress, _MERGE, self._finish, out, progress):
+        while not claim(progress, _MERGE, self._finish, out, progress):
             time.sleep(_POLL)
 
     @contextlib.contextmanager
@@ -372,38 +380,10 @@ class _Run:
             "data_note": self.data.note,
             "clean": count and {"n": count, "by": "robustbench.utils.clean_accuracy"},
             "versions": versions(),
-            "machine": _machine(device_of(self.nets[0])),
+            "machine": machine(device_of(self.nets[0])),
             "command": self.command,
             "corruptions_mce": {
                 m.name: mean_corruption_error(m, settings["dataset"]) for m in methods
             },
         }
         return Results(settings, circumstances, methods)
-
-
-def _claim(progress: Progress, name: str, do: Callable[..., object], *args: Any) -> bool:
-    """Do something unless another process is at it; whether it is done now.
-
-    The claim is a lock on a file, which the system drops when the process ends, however it ends.
-    """
-    try:
-        with FileLock(progress.header.with_name(f"{name}.lock")) as lock:
-            if not lock.take():
-                return False
-            if progress.header.exists():
-                do(*args)
-    except (DataError, FileNotFoundError):
-        if progress.header.exists():
-            raise
-        # Another process has put the run together meanwhile.
-    return True
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    """Processor, its threads, and the accelerator if one is used."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        processor = names[0] if names else processor
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"cpu": processor, "threads": torch.get_num_threads(), "gpu": gpu}

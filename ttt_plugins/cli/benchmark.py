@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from pathlib import Path
 
 import torch
@@ -21,11 +20,13 @@ from ..benchmark import (
     run_benchmark,
     worker_from_environment,
 )
-from ..benchmark.output import check_out
 from ..benchmark.protocols import CONCENTRATION
+from ..benchmark.resume import check_out
 from ..core.registry import get_method
 from ..errors import InputError
 from ..utils.checks import check_device, check_seed
+from ..utils.processes import Worker, place_from_environment, raising_on_sigterm
+from ..utils.text import printable
 from ..wrapping import from_pretrained, wrap
 from .flags import add_field_flags, fields_from_pairs
 
@@ -93,13 +94,8 @@ def _add_execution_flags(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--threads", type=int, help="of the processor (default: torch's own; 1 under torchrun)"
     )
-    add.add_argument(
-        "--lease",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="under torchrun: a process silent for so long counts as dead (default: %(default)s)",
-    )
+    # Accepted without effect: the system itself says which processes are alive.
+    add.add_argument("--lease", type=float, help=argparse.SUPPRESS)
 
 
 def _benchmark(args: argparse.Namespace) -> None:
@@ -112,25 +108,26 @@ def _benchmark(args: argparse.Namespace) -> None:
         if args.threads > _THREADS:
             raise InputError(f"--threads must be at most {_THREADS}, got {args.threads}")
         torch.set_num_threads(args.threads)
-    worker = worker_from_environment(args.lease)
-    if worker is None:
-        _run(args, None)
-        return
-    if args.device == "cuda" and torch.cuda.is_available():
-        place = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-        args.device = f"cuda:{place}"
-    # torchrun starts all processes anew when one has died: what they had done is on disk.
-    args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    try:
-        _run(args, worker)
-    finally:
-        worker.leave()
+    place = place_from_environment()
+    with raising_on_sigterm(f"finished pieces are in {args.out}; resume the run with --resume"):
+        worker = worker_from_environment()
+        if worker is None:
+            _run(args, None)
+            return
+        if args.device == "cuda" and torch.cuda.is_available():
+            args.device = f"cuda:{place.local_rank % torch.cuda.device_count()}"
+        # torchrun starts all processes again when one has died: what they had done is on disk.
+        args.resume |= place.restarts > 0
+        try:
+            _run(args, worker)
+        finally:
+            worker.leave()
 
 
-def _run(args: argparse.Namespace, worker) -> None:
+def _run(args: argparse.Namespace, worker: Worker | None) -> None:
     execution = Execution(args.channels_last, args.autocast, args.compile)
     # What is downloaded is downloaded once.
-    with worker.leader_first("data") if worker else contextlib.nullcontext(True):
+    with worker.main_process_first() if worker else contextlib.nullcontext(True):
         data = open_dataset(
             args.dataset,
             args.data_dir,
@@ -143,7 +140,7 @@ def _run(args: argparse.Namespace, worker) -> None:
     seeds, first = args.seed, args.seed[0] if args.seed else None
     args.seed = first  # of the adapter
     # A timm name without --pretrained means random weights: let them be the same ones twice.
-    with worker.leader_first("weights") if worker else contextlib.nullcontext(True):
+    with worker.main_process_first() if worker else contextlib.nullcontext(True):
         torch.manual_seed(first or 0)
         net = _adapter(args)
         torch.manual_seed(first or 0)
@@ -177,7 +174,7 @@ def _run(args: argparse.Namespace, worker) -> None:
         print("clean accuracy not measured: no clean images in the data folder")
     if data.note:
         print(data.note)
-    print(f"results.json, RobustBench's files and plot.png are in {args.out}")
+    print(f"results.json, RobustBench's files and plot.png are in {printable(str(args.out))}")
 
 
 def _adapter(args: argparse.Namespace) -> Adapter:
@@ -233,4 +230,4 @@ def add_compare(commands) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     print(compare(args.folders, args.html))
-    print(f"the report is {args.html}")
+    print(f"the report is {printable(str(args.html))}")

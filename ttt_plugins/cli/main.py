@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ..demo import run_demo
 from ..errors import TTTError
+from ..utils.processes import Terminated
+from ..utils.text import printable
 from .artifacts import add_artifacts, add_convert, add_list
 from .benchmark import add_benchmark, add_compare
 from .flags import PROGRAM, Parser
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: its words; those of the command line by default.
 
     Returns:
-        the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
+        the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
@@ -42,11 +44,14 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         except KeyboardInterrupt:
             return 130
+        except Terminated as stop:
+            _say("stopped", stop)
+            return 143
     return 0
 
 
 def _say(kind: str, text: object) -> None:
-    print(f"{PROGRAM}: {kind}: {' '.join(str(text).split())}", file=sys.stderr)
+    print(f"{PROGRAM}: {kind}: {printable(' '.join(str(text).split()))}", file=sys.stderr)
 
 
 def _show_warning(message, *_, **__) -> None:

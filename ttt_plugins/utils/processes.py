@@ -236,17 +236,20 @@ class Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def raising_on_sigterm() -> Iterator[None]:
+def raising_on_sigterm(advice: str) -> Iterator[None]:
     """SIGTERM raises `Terminated` inside the block, so that locks, files and bars are left tidy.
 
     Without effect outside the main thread, which alone may handle signals.
+
+    Args:
+        advice: what the user can do next, the exception's text.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: object) -> None:
-        raise Terminated
+        raise Terminated(advice)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
