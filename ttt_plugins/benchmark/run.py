@@ -109,19 +109,8 @@ def run_benchmark(
     elif worker is not None:
         raise InputError("several processes need a folder that they share: give out")
     execution = execution or Execution()
-    by_class = protocol in PROTOCOLS and PROTOCOLS[protocol].by_class
-    settings = {
-        "model": model_name,
-        **_settings_of_nets(nets, seeds),
-        "dataset": data.dataset,
-        "layout": data.layout,
-        "cells": {f"{name} {severity}": count for (name, severity), count in data.counts.items()},
-        "protocol": protocol,
-        "concentration": concentration if by_class else None,
-        "batch_size": batch_size,
-        "seeds": seeds,
-        "execution": dataclasses.asdict(execution),
-    }
+    order = {"protocol": protocol, "concentration": concentration, "batch_size": batch_size}
+    settings = _settings(model_name, nets, data, order, seeds, execution)
     run = _Run(nets, data, settings, execution, command, progress)
     if out is None:
         return run.in_memory()
@@ -154,18 +143,36 @@ def _check_arguments(
             check_seed(seed)
 
 
-def _settings_of_nets(nets: Sequence[AdaptiveModel], seeds: Sequence[int | None]) -> dict[str, Any]:
+def _settings(
+    model_name: str,
+    nets: Sequence[AdaptiveModel],
+    data: CorruptionData,
+    order: dict[str, Any],
+    seeds: Sequence[int | None],
+    execution: Execution,
+) -> dict[str, Any]:
+    """What makes two runs the same experiment."""
     net, device = nets[0], device_of(nets[0])
+    protocol = PROTOCOLS.get(order["protocol"])
+    if protocol is None or not protocol.by_class:
+        order = order | {"concentration": None}
     return {
+        "model": model_name,
         # Of the wrapped model and of what the method learned beforehand.
         "weights": fingerprint(net.backbone.source_state_dict() | net.learned_tensors()),
         "method": net.method,
         "config": dataclasses.asdict(net.config),
         "baseline": len(nets) > 1,
+        "dataset": data.dataset,
+        "layout": data.layout,
+        "cells": {f"{name} {severity}": count for (name, severity), count in data.counts.items()},
+        **order,
+        "seeds": seeds,
         "adapter_seeds": seeds if len(seeds) > 1 else [net.seed],
         "device": device.type,
         # Sums are cut where the threads are, so that their number is in the last bits.
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "execution": dataclasses.asdict(execution),
     }
 
 
