@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ttt_plugins as tp
-from ttt_plugins.artifacts import hub, publish
+from ttt_plugins.artifacts import publish
 from ttt_plugins.artifacts.build_budget import BuildBudget
 from ttt_plugins.artifacts.tensor_files import fingerprint
 
@@ -539,6 +539,6 @@ def test_only_plain_files_are_published(file, kind, make_model, tmp_path):
         (folder / file).symlink_to(secret)
     else:
         os.mkfifo(folder / file)
-    for place in (publish.publish, hub.upload):
+    for place in (publish.publish, publish.upload):
         with pytest.raises(tp.ArtifactError, match=f"{file} is (a link|not a plain file)"):
             place(folder, "somebody/name")

@@ -1,8 +1,13 @@
-"""``wrap`` and ``from_pretrained``: from a name or a module to an adapter."""
+"""``wrap`` and ``from_pretrained``: from a name or a module to an adapter.
+
+A classifier is loaded, what the method has learned for it is found, and an adapter is built of the
+two. `wrap` starts from the classifier, `from_pretrained` from what was learned.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +17,21 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .artifacts import hub
 from .artifacts.classifiers import (
+    Origin,
     carried_model,
     check_fingerprint,
     described_model,
     load_model,
     refuse_random,
 )
-from .artifacts.folder import (
-    MODEL,
-    OWN_WEIGHTS,
-    Artifact,
-    bundled_folder,
-    list_bundled,
-    named_folder,
-    read_artifact,
-    read_config,
-    timm_part,
-)
-from .artifacts.hub import Access
-from .artifacts.saving import fits_any
-from .artifacts.tensor_files import fingerprint, tensor_header
+from .artifacts.folder import Artifact, list_bundled, read_artifact
+from .artifacts.hub_access import Access
+from .artifacts.learned import Learned, check_fits_any, find_learned, stored_fields
+from .artifacts.schema import OWN_WEIGHTS, timm_part
+from .artifacts.tensor_files import fingerprint
 from .backbones.backbone import Backbone
 from .backbones.statistics import NormStatistics
-from .core.registry import Method, configure, get_method, stored_config
+from .core.registry import Method, configure, get_method
 from .data.images import gather_images
 from .errors import ArtifactError, InputError
 from .utils.checks import check_device, check_seed
@@ -42,35 +39,26 @@ from .utils.checks import check_device, check_seed
 __all__ = ["from_pretrained", "wrap"]
 
 
-def _build(
-    module: nn.Module,
-    record: Method,
-    config: Any,
-    *,
-    tensors: dict[str, Tensor],
-    where: str,
-    origin: dict[str, Any],
-    mean=None,
-    std=None,
-    normalize: bool = True,
-    device=None,
-    seed: int | None = None,
-) -> Adapter:
-    with torch.inference_mode(False):
-        backbone = Backbone(
-            module,
-            mean=mean,
-            std=std,
-            normalize=normalize,
-            statistics=NormStatistics.of(config),
-        )
-        if record.check is not None:
-            tensors = record.check(config, backbone, tensors, where)
-        elif tensors:
-            raise ArtifactError(f"{where}: {record.name} learns no tensors, got {sorted(tensors)}")
-        tensors = {n: t.to(backbone.device, backbone.dtype) for n, t in tensors.items()}
-        net = Adapter(backbone, record, config, tensors=tensors, origin=origin, seed=seed)
-        return net.to(device) if device is not None else net
+@dataclass(frozen=True)
+class _Setting:
+    """How images reach the model, where the adapter is, and what it draws from.
+
+    Raises:
+        InputError: ``normalize``, ``device`` or ``seed`` cannot be used.
+    """
+
+    mean: Any = None
+    std: Any = None
+    normalize: bool = True
+    device: str | torch.device | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.normalize, bool):
+            raise InputError(f"normalize must be True or False, got {self.normalize!r}")
+        if self.seed is not None:
+            check_seed(self.seed)
+        check_device(self.device)
 
 
 def wrap(
@@ -78,8 +66,8 @@ def wrap(
     method: str | Any,
     *,
     params: str | list[str] | None = None,
-    mean=None,
-    std=None,
+    mean: Any = None,
+    std: Any = None,
     normalize: bool = True,
     pretrained: bool = False,
     device: str | torch.device | None = None,
@@ -94,25 +82,24 @@ def wrap(
 
     Args:
         model: a timm name, ``"robustbench:<dataset>/<name>"`` (corruptions zoo), an artifact that
-            carries a model (``"bundled:source-resnet26-cifar10"``, a folder, or ``"org/name"`` or
-            ``"org/name@revision"`` on the Hub), a timm repository (``"hf-hub:org/name"``, always
-            with its weights), or any ``nn.Module`` from normalised images (B, C, H, W) to logits
-            (B, classes).
+            carries a model (``"bundled:source-resnet26-cifar10"``, a folder, ``"org/name"`` or
+            ``"org/name@revision"`` on the Hub), a timm repository (``"hf-hub:org/name"``,
+            ``"local-dir:path"``, always with its weights), or any ``nn.Module`` from normalised
+            images (B, C, H, W) to logits (B, classes).
         method: a name of `list_methods()` or a config object (``tp.MGG(lr=1e-3)``).
-        params: what adapts: ``"norm"``, ``"all"``, a regular expression, or names; the method's
-            own default unless given.
-        mean, std: normalisation, from the model's ``pretrained_cfg`` unless given.
+        params: what adapts: ``"norm"``, ``"all"``, ``"lora"``, a regular expression, or names; the
+            method's own default unless given.
+        mean: of the pixels, a number per channel; from the ``pretrained_cfg`` unless given.
+        std: their standard deviation, likewise.
         normalize: False when the model normalises by itself (RobustBench's do, which is known).
-        pretrained: download timm's weights.
+        pretrained: whether to download timm's weights.
         device: where to put the adapter; the model stays where it is unless given.
         seed: of everything random, the weights of an untrained timm model included; without it
             those come from torch's global generator.
         model_dir: where RobustBench keeps its checkpoints.
-        tensors: what the method has learned beforehand (``"memory.<name>"`` for MGG), instead of
-            a bundled artifact's.
-        head: where the self-supervised head comes from: an artifact made for these weights (as in
-            `from_pretrained`), or ``"train"``, which trains one on ``data`` while the model stays
-            as it is (TTT's rotation head; ``ttt-plugins train ttt --freeze-trunk`` keeps it).
+        tensors: what the method has learned beforehand, by name, instead of an artifact's.
+        head: where the self-supervised head comes from: an artifact made for these weights, or
+            ``"train"``, which trains one on ``data`` while the model stays as it is.
         data: clean images for ``head="train"``: (N, C, S, S), uint8 or in [0, 1], or a loader of
             such batches or of tuples that begin with one. No labels are used.
         **overrides: fields of the method's config.
@@ -124,12 +111,28 @@ def wrap(
         InputError: unknown model, method or field, or nothing to adapt.
         ArtifactError: an artifact does not load (`HubError` where the Hub is the reason).
     """
-    record = get_method(method)
-    if not isinstance(normalize, bool):
-        raise InputError(f"normalize must be True or False, got {normalize!r}")
-    _check_place(device, seed)
-    learned_by_hand = tensors is None or isinstance(tensors, Mapping)
-    if not learned_by_hand or not all(isinstance(t, Tensor) for t in (tensors or {}).values()):
+    record, setting = get_method(method), _Setting(mean, std, normalize, device, seed)
+    _check_learned(tensors, head, data)
+    if params is not None:
+        overrides["params"] = tuple(params) if isinstance(params, (list, set)) else params
+    if head == "train":
+        config = configure(record.config() if isinstance(method, str) else method, overrides)
+        return _with_new_head(model, record, config, data, setting, pretrained, model_dir)
+    module, origin, carried = load_model(model, pretrained, model_dir, seed)
+    if tensors is not None:
+        learned = Learned(tensors, "tensors")
+    else:
+        learned = find_learned(record, module, head, carried, str(model))
+    config = configure(_start(method, record, learned), overrides)
+    if origin["source"] == "robustbench":
+        setting = replace(setting, normalize=False)
+    return _build(module, record, config, learned, origin, setting)
+
+
+def _check_learned(tensors: Any, head: Any, data: Any) -> None:
+    """Refuse arguments that contradict each other on what the method has learned."""
+    by_name = tensors is None or isinstance(tensors, Mapping)
+    if not by_name or not all(isinstance(t, Tensor) for t in (tensors or {}).values()):
         raise InputError("tensors must be a dict of tensors by name")
     if not isinstance(head, (str, Path, type(None))):
         raise InputError(f'head is "train" or an artifact, got {type(head).__name__}')
@@ -137,108 +140,37 @@ def wrap(
         raise InputError("head and tensors both say what the method has learned: give one")
     if (head == "train") != (data is not None):
         raise InputError('head="train" and data=, the images to train it on, belong together')
-    if params is not None:
-        overrides["params"] = tuple(params) if isinstance(params, (list, set)) else params
-    if head == "train":
-        if record.fit is None:
-            raise InputError(f"{record.name} has no head that is trained on a finished model")
-        refuse_random(model, pretrained)
-        config = configure(record.config() if isinstance(method, str) else method, overrides)
-        return record.fit(
-            model,
-            gather_images(data),
-            config,
-            mean=mean,
-            std=std,
-            normalize=normalize,
-            pretrained=pretrained,
-            device=device,
-            seed=seed,
-            model_dir=model_dir,
-        )
-    module, origin, artifact = load_model(model, pretrained, model_dir, seed)
-    if origin["source"] == "robustbench":
-        normalize = False
-    config, where = record.config() if isinstance(method, str) else method, "tensors"
-    learned = None
-    if tensors is None:
-        found = _learned(record, module, head, artifact, str(model))
-        if found is not None:
-            learned, tensors, where = found
-        if learned is not None and isinstance(method, str):
-            # What was learned and its step size belong together, so a bare name takes both.
-            config = _config_of(record, learned, where)
-    config = configure(config, overrides)
-    return _build(
-        module,
-        record,
+
+
+def _with_new_head(
+    model: str | nn.Module,
+    record: Method,
+    config: Any,
+    data: Any,
+    setting: _Setting,
+    pretrained: bool,
+    model_dir: str | Path,
+) -> Adapter:
+    if record.fit is None:
+        raise InputError(f"{record.name} has no head that is trained on a finished model")
+    refuse_random(model, pretrained)
+    return record.fit(
+        model,
+        gather_images(data),
         config,
-        tensors=tensors or {},
-        where=where,
-        origin=origin,
-        mean=mean,
-        std=std,
-        normalize=normalize,
-        device=device,
-        seed=seed,
+        pretrained=pretrained,
+        model_dir=model_dir,
+        **vars(setting),
     )
 
 
-def _check_place(device: str | torch.device | None, seed: int | None) -> None:
-    if seed is not None:
-        check_seed(seed)
-    check_device(device)
-
-
-def _learned(
-    record: Method, module: nn.Module, head: str | Path | None, model: Artifact | None, name: str
-) -> tuple[dict[str, Any], dict[str, Tensor], str] | None:
-    """Config, tensors and name of what a method has learned for a model; None if nothing is."""
-    if head is not None:
-        found = hub.find(head, Access())
-        if found is None:
-            raise ArtifactError(f"head={str(head)[:200]!r} is no artifact")
-        artifact = read_artifact(found.folder, found.name)
-        if artifact.config["method"] != record.name:
-            raise InputError(f"{head} is made for {artifact.config['method']}, not {record.name}")
-        remedy = 'train a head for this model with head="train"'
-        check_fingerprint(module, artifact.config["backbone"], found.name, True, remedy)
-        return artifact.config, artifact.tensors, found.name
-    if model is not None and model.config["method"] == record.name:
-        return model.config, model.tensors, name
-    if record.default_artifact is None:
-        return None
-    name = _made_for(record, module) or record.default_artifact
-    artifact = read_artifact(bundled_folder(name))
-    return artifact.config, artifact.tensors, name
-
-
-def _made_for(record: Method, module: nn.Module) -> str | None:
-    """The bundled artifact of a method that was made for a model's very weights."""
-    state, mark = module.state_dict(), None
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in list_bundled():
-        config = read_config(bundled_folder(name))
-        made_for = config["backbone"]
-        if config["method"] != record.name or "fingerprint" not in made_for:
-            continue
-        # Hashing the weights of a large network takes long; their shapes alone may tell.
-        carried = named_folder(str(made_for.get("name")))
-        if carried is not None:
-            header = tensor_header(carried / MODEL)
-            if shapes != {n: tensor.shape for n, tensor in header.items()}:
-                continue
-        mark = mark or fingerprint(state)
-        if mark == made_for["fingerprint"]:
-            return name
-    return None
-
-
-def _config_of(record: Method, config: dict[str, Any], name: str) -> Any:
-    try:
-        return stored_config(record, config["fields"])
-    except (InputError, TypeError, OverflowError) as error:
-        raise ArtifactError(f"{name}/config.json: {error}") from error
+def _start(method: str | Any, record: Method, learned: Learned | None) -> Any:
+    """The config before overrides: what was learned and its step size belong together."""
+    if not isinstance(method, str):
+        return method
+    if learned is None or learned.config is None:
+        return record.config()
+    return stored_fields(record, learned.config, learned.where)
 
 
 def from_pretrained(
@@ -263,10 +195,11 @@ def from_pretrained(
             resolved once, and all files are taken from that commit.
         backbone: the classifier, where the artifact does not say where to find it, or instead of
             the one it names: whatever `wrap` takes (a timm name with its pretrained weights).
-        strict_backbone: a classifier with other weights than the adapter was made for is an
-            error; False makes it a warning. Without effect where the artifact declares that it
-            fits any architecture.
-        device, seed: as in `wrap`.
+        strict_backbone: whether a classifier with other weights than the adapter was made for is
+            an error, or else a warning. Without effect where the artifact declares that it fits
+            any architecture.
+        device: where to put the adapter; a module passed as ``backbone`` stays where it is.
+        seed: of everything random.
         cache_dir: where files from the Hub are kept (huggingface_hub's cache unless given; timm
             keeps its own weights there always).
         local_files_only: use that cache alone, without a connection.
@@ -274,51 +207,98 @@ def from_pretrained(
             none if False.
         **overrides: fields of the method's config to change.
 
+    Returns:
+        An `Adapter`: images in [0, 1] in, logits out.
+
     Raises:
         ArtifactError: the artifact is missing, damaged, or made for another classifier.
         HubError: (an `ArtifactError`) no such repository or revision, no access, no connection.
         InputError: an unknown field, or a revision of something that is not on the Hub.
     """
-    _check_place(device, seed)
+    setting = _Setting(device=device, seed=seed)
     access = Access(revision, cache_dir, local_files_only, token)
-    found = hub.find(name, access)
-    if found is None:
+    place = hub.find(name, access)
+    if place is None:
         raise ArtifactError(
             f"{str(name)[:200]!r} is no folder with a config.json, no ORG/NAME on the Hub and "
             f"not bundled; bundled are {['bundled:' + n for n in list_bundled()]}"
         )
-    access = Access(None, cache_dir, local_files_only, token)  # the revision was the adapter's
-    artifact, where = read_artifact(found.folder, found.name), found.name
-    config, described = artifact.config, artifact.config["backbone"]
-    record = get_method(config["method"])
-    fields = configure(_config_of(record, config, where), overrides)
-    anything = described.get("fits") == "any"
-    if anything and not fits_any(record, fields, artifact.tensors):
-        raise ArtifactError(f"{where} says that it fits any architecture, but it does not")
-    normal = {k: described.get(k) for k in ("mean", "std")}
-    normal["normalize"] = described.get("normalize", True)
-    if backbone is None and artifact.weights is not None:
-        module = carried_model(artifact, found.folder, where)
-        origin = {"source": OWN_WEIGHTS, "name": where, "timm": timm_part(config)}
-    elif backbone is None:
-        module, origin = described_model(described, where, access)
-        check_fingerprint(module, described, where, strict_backbone)
-    else:
-        trained = described.get("pretrained", True)
-        module, origin, _ = load_model(backbone, trained, seed=seed, access=access)
+    artifact = read_artifact(place.folder, place.name)
+    learned = Learned(artifact.tensors, place.name, artifact.config)
+    record = get_method(artifact.config["method"])
+    config = configure(stored_fields(record, artifact.config, place.name), overrides)
+    access = replace(access, revision=None)  # it was the adapter's
+    classifier = _Classifier(record, config, artifact, place.name, access, strict_backbone)
+    module, origin, preprocessing = classifier.load(backbone, seed)
+    return _build(module, record, config, learned, origin, replace(setting, **preprocessing))
+
+
+@dataclass(frozen=True)
+class _Classifier:
+    """The classifier of an artifact, which is in it, named by it, or given by the user."""
+
+    record: Method
+    config: Any
+    artifact: Artifact
+    where: str
+    access: Access
+    strict: bool
+
+    def load(
+        self, given: str | nn.Module | None, seed: int | None
+    ) -> tuple[nn.Module, Origin, dict[str, Any]]:
+        """The classifier, its origin and its preprocessing.
+
+        Raises:
+            ArtifactError: it is not the one that the artifact was made for.
+        """
+        made_for = self.artifact.config["backbone"]
+        anything = check_fits_any(
+            self.record, self.config, self.artifact.tensors, made_for, self.where
+        )
+        own = {key: made_for.get(key) for key in ("mean", "std")}
+        own["normalize"] = made_for.get("normalize", True)
+        if given is None and self.artifact.weights is not None:
+            timm_keys = timm_part(self.artifact.config)
+            origin = {"source": OWN_WEIGHTS, "name": self.where, "timm": timm_keys}
+            return carried_model(self.artifact, self.where), origin, own
+        if given is None:
+            module, origin = described_model(made_for, self.where, self.access)
+            check_fingerprint(module, made_for, self.where, self.strict)
+            return module, origin, own
+        trained = made_for.get("pretrained", True)
+        module, origin, _ = load_model(given, trained, seed=seed, access=self.access)
         if not anything:
-            check_fingerprint(module, described, where, strict_backbone)
-        elif fingerprint(module.state_dict()) != described.get("fingerprint"):
+            check_fingerprint(module, made_for, self.where, self.strict)
+        elif fingerprint(module.state_dict()) != made_for.get("fingerprint"):
             # Another classifier than the one this was made with has its own preprocessing.
-            normal = {"normalize": origin["source"] != "robustbench"}
-    return _build(
-        module,
-        record,
-        fields,
-        tensors=artifact.tensors,
-        where=where,
-        origin=origin,
-        device=device,
-        seed=seed,
-        **normal,
-    )
+            own = {"normalize": origin["source"] != "robustbench"}
+        return module, origin, own
+
+
+def _build(
+    module: nn.Module,
+    record: Method,
+    config: Any,
+    learned: Learned | None,
+    origin: Origin,
+    setting: _Setting,
+) -> Adapter:
+    """The adapter of a classifier, a method and what that has learned."""
+    with torch.inference_mode(False):
+        backbone = Backbone(
+            module,
+            mean=setting.mean,
+            std=setting.std,
+            normalize=setting.normalize,
+            statistics=NormStatistics.of(config),
+        )
+        tensors = {} if learned is None else learned.tensors
+        where = "tensors" if learned is None else learned.where
+        if record.check is not None:
+            tensors = record.check(config, backbone, tensors, where)
+        elif tensors:
+            raise ArtifactError(f"{where}: {record.name} learns no tensors, got {sorted(tensors)}")
+        tensors = {n: t.to(backbone.device, backbone.dtype) for n, t in tensors.items()}
+        net = Adapter(backbone, record, config, tensors=tensors, origin=origin, seed=setting.seed)
+        return net.to(setting.device) if setting.device is not None else net

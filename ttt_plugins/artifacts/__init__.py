@@ -1,0 +1,1 @@
+"""What is saved, checked, published and loaded: adapters and classifiers as folders."""

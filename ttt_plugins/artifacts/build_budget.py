@@ -1,18 +1,35 @@
-"""Building a model that an artifact describes, within a budget of memory and operations."""
+"""Building a model that an artifact describes, within a budget of memory, operations and time.
+
+`BuildBudget` counts what torch is asked for, everywhere. What constructors do outside torch (lists,
+numpy) it cannot see; on Linux `rehearse` therefore builds first in a child process, on which the
+system holds the limits.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ArtifactError
 
-__all__ = ["BuildBudget"]
+__all__ = ["BuildBudget", "rehearse"]
+
+_TOO_LARGE = "the model described is far larger than the weights beside it"
+#: Memory, in bytes, and processor time, in seconds, that a child may take, and more a number in
+#: the weights: four times what the model takes, and ten times what its random start takes.
+_BYTES, _BYTES_EACH = 1 << 30, 16
+_SECONDS, _SECONDS_EACH = 30.0, 1e-7
 
 
-# -- building a model that an artifact describes ---------------------------------------------
 class BuildBudget(TorchDispatchMode):
     """Stops a constructor that asks for much more than the weights at hand could fill.
 
@@ -37,7 +54,7 @@ class BuildBudget(TorchDispatchMode):
         if not func.is_view and not func._schema.is_mutable:
             self._elements -= _asked_for(args)
         if self._calls < 0 or self._elements < 0:
-            raise ArtifactError("the model described is far larger than the weights beside it")
+            raise ArtifactError(_TOO_LARGE)
         return func(*args, **(kwargs or {}))
 
 
@@ -45,8 +62,8 @@ def _asked_for(args: tuple) -> int:
     """An upper bound of the numbers an operation creates, from its arguments alone."""
     given = [a.numel() for a in args if isinstance(a, torch.Tensor)]
     sizes = [a for a in args if isinstance(a, (list, tuple))]
-    for part in sizes:
-        given += [a.numel() for a in part if isinstance(a, torch.Tensor)]
+    for members in sizes:
+        given += [a.numel() for a in members if isinstance(a, torch.Tensor)]
     shapes = [a.shape for a in args if isinstance(a, torch.Tensor)]
     if len(shapes) > 1:
         try:
@@ -57,3 +74,67 @@ def _asked_for(args: tuple) -> int:
     if not given:  # arange and linspace take numbers
         counts += [int(abs(a)) for a in args if isinstance(a, (int, float)) and math.isfinite(a)]
     return max(given, default=1) * max(counts, default=1) if counts else max(given, default=1)
+
+
+def rehearse(build: Callable[[], object], elements: int) -> None:
+    """Run ``build`` in a child process, to see whether it ends within the limits on that.
+
+    The child is a copy of this process, as a worker of torch's data loaders is. Without effect on
+    systems other than Linux.
+
+    Args:
+        build: builds the model on the CPU.
+        elements: numbers in the weights that the model is for.
+
+    Raises:
+        ArtifactError: ``build`` raised it, or ran out of memory, or of time.
+    """
+    if sys.platform != "linux":
+        return
+    memory, seconds = _BYTES + _BYTES_EACH * elements, int(_SECONDS + _SECONDS_EACH * elements)
+    receive, send = os.pipe()
+    child = os.fork()
+    if not child:
+        _in_child(build, send, memory, seconds)
+    os.close(send)
+    try:
+        with open(receive, "rb") as stream:
+            # The clock on the wall stops a child that waits, which takes no processor time.
+            ready, _, _ = select.select([stream], [], [], 5 * seconds)
+            answer = stream.read() if ready else b""
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if not answer:
+        raise ArtifactError(
+            f"{_TOO_LARGE}: building it takes more than {memory >> 20:,} MB or {seconds} seconds"
+        )
+    if answer != b"built":
+        raise ArtifactError(answer.decode("utf-8", "replace"))
+
+
+def _in_child(build: Callable[[], object], send: int, memory: int, seconds: int) -> None:
+    """Build, say how it went, and end the process, whatever happens."""
+    import resource  # absent on Windows
+
+    answer = b""
+    try:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        for kind, limit in (
+            (resource.RLIMIT_AS, taken + memory),
+            (resource.RLIMIT_CPU, seconds),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            hard = resource.getrlimit(kind)[1]
+            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(kind, (limit, hard))
+        torch.set_num_threads(1)  # the other threads are not in this copy
+        build()
+        answer = b"built"
+    except ArtifactError as error:
+        answer = str(error).encode("utf-8", "replace")
+    finally:
+        with contextlib.suppress(OSError):
+            os.write(send, answer[:4096])
+        os._exit(0)

@@ -1,56 +1,72 @@
 """Artifacts: a folder with ``config.json``, ``model.safetensors`` and a card.
 
-Only JSON and safetensors are read, and only after `trust` has looked at them; nothing in an
-artifact can run code. Folders are written aside and renamed, so an interrupted save leaves what
-was there before.
+Only JSON and safetensors are read; nothing in an artifact can run code. A folder is written and
+replaced as a whole (`ttt_plugins.utils.files.replacing_folder`), so an interrupted save leaves what
+was there before, and a reader never sees one save's config beside another's card.
+
+Which module refuses what, in the order of loading:
+
+====================================================  ==============================================
+no config.json, another format, a changed tensor      here
+not JSON, a key twice, too deep, too large            `strict_json`
+a key, type, range or name in config.json             `schema`
+truncated, damaged or non-finite tensors              `tensor_files`
+results.json                                          `measured`
+a model_args, weights that do not fit, a fingerprint  `classifiers` (limits: `build_budget`)
+a field or tensor that the method does not take       the method, by way of `ttt_plugins.wrapping`
+====================================================  ==============================================
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ArtifactError
-from ..utils.files import nearest_path
+from ..utils.files import (
+    longest_neighbour,
+    nearest_path,
+    read_unchanged,
+    recover_folder,
+    replacing_folder,
+    write_text,
+)
 from ..version import __version__
 from .measured import check_measured
-from .schema import TIMM_KEYS, check_config
+from .schema import FORMAT_VERSION, OWN_WEIGHTS, check_config
 from .strict_json import MAX_CARD, parse_json, read_bytes, read_json
 from .tensor_files import MAX_LEARNED, MAX_WEIGHTS, fingerprint, read_tensors
 
 __all__ = [
     "Artifact",
+    "as_json",
     "bundled_folder",
     "check_plain",
     "check_target",
+    "checked_text",
     "is_bundled",
     "list_bundled",
     "named_folder",
     "read_artifact",
+    "read_config",
     "rewrite_text",
     "write_artifact",
 ]
 
-FORMAT_VERSION = 1
 CONFIG, MODEL, LEARNED = "config.json", "model.safetensors", "adapter.safetensors"
 CARD, RESULTS = "README.md", "results.json"
 FILES = (CONFIG, MODEL, LEARNED, CARD, RESULTS)
 
-#: ``config["backbone"]["source"]`` when the model's weights are in the artifact itself.
-OWN_WEIGHTS = "artifact"
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -64,7 +80,8 @@ class Artifact:
             ``adapter.safetensors`` where the former holds the model.
         weights: the model's own ``state_dict``, None where the artifact names its model instead.
         card: the text of ``README.md``.
-        results: the parsed ``results.json`` (see `results`), None where nothing was measured.
+        results: the parsed ``results.json`` (see `ttt_plugins.artifacts.measured`), None where
+            nothing was measured.
     """
 
     config: dict[str, Any]
@@ -98,7 +115,10 @@ def bundled_folder(name: str) -> Path:
 
 def is_bundled(folder: str | Path) -> bool:
     """Whether a folder is one of those that ship inside the package."""
-    folder = Path(folder).resolve()
+    try:
+        folder = Path(os.path.realpath(folder))
+    except ValueError:  # a zero byte
+        return False
     return folder.parent == _cards().resolve() and folder.name in list_bundled()
 
 
@@ -108,15 +128,21 @@ def named_folder(name: str) -> Path | None:
         return bundled_folder(name.removeprefix("bundled:"))
     folder = Path(name)
     try:
+        if not (folder / CONFIG).exists():
+            recover_folder(folder)
         return folder if (folder / CONFIG).exists() else None
     except (OSError, ValueError):  # too long for the file system, or a zero byte
         return None
 
 
+# -- reading ---------------------------------------------------------------------------------
+
+
 def read_artifact(folder: str | Path, where: str | None = None) -> Artifact:
-    """Read an artifact folder.
+    """Read an artifact folder; all that is returned was written by one save.
 
     Args:
+        folder: the folder.
         where: what to call it in errors; the folder unless given.
 
     Raises:
@@ -124,7 +150,15 @@ def read_artifact(folder: str | Path, where: str | None = None) -> Artifact:
             newer one.
     """
     folder = Path(folder)
-    where = where or str(folder)
+    try:
+        return read_unchanged(folder, lambda: _read(folder, where or str(folder)))
+    except ArtifactError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{str(where or folder)[:200]!r} cannot be read ({error})") from error
+
+
+def _read(folder: Path, where: str) -> Artifact:
     config = read_config(folder, where)
     tensors, weights = {}, None
     if config["backbone"]["source"] == OWN_WEIGHTS:
@@ -133,15 +167,13 @@ def read_artifact(folder: str | Path, where: str | None = None) -> Artifact:
             tensors = read_tensors(folder / LEARNED, MAX_LEARNED)
     else:
         tensors = read_tensors(folder / MODEL, MAX_LEARNED)
-    if "learned" in config and fingerprint(tensors) != config["learned"]:
+    if "learned" in config and (actual := fingerprint(tensors)) != config["learned"]:
         raise ArtifactError(
             f"{where}: what the method learned is not what was saved: config.json says "
-            f"{config['learned']}, the tensors have {fingerprint(tensors)}; fetch it again"
+            f"{config['learned']}, the tensors have {actual}; fetch it again"
         )
     card = folder / CARD
-    text = ""
-    if card.exists():
-        text = read_bytes(card, MAX_CARD).decode("utf-8", "replace")
+    text = read_bytes(card, MAX_CARD).decode("utf-8", "replace") if card.exists() else ""
     measured = read_json(folder / RESULTS) if (folder / RESULTS).exists() else None
     if measured is not None:
         check_measured(measured, f"{where}: {RESULTS}")
@@ -149,46 +181,59 @@ def read_artifact(folder: str | Path, where: str | None = None) -> Artifact:
 
 
 def check_plain(folder: Path) -> None:
-    """Refuse a folder from which something else than its own files would be published.
+    """Refuse a folder from which anything other than its own files would be published.
+
+    Args:
+        folder: an artifact's.
 
     Raises:
-        ArtifactError: a file of the artifact is a link, a folder, a pipe or a device.
+        ArtifactError: a file of the artifact is a link (symbolic, or one name of several), a
+            folder, a pipe or a device.
     """
     for name in FILES:
         file = folder / name
         try:
-            kind = os.lstat(file).st_mode
+            status = os.lstat(file)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{str(file)[:200]!r} cannot be looked at ({error})") from error
-        if not stat.S_ISREG(kind):
-            what = "a link to another file" if stat.S_ISLNK(kind) else "not a plain file"
-            raise ArtifactError(
-                f"{file} is {what}, whose content is not published: put a copy in its place"
-            )
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            continue
+        what = "not a plain file"
+        if stat.S_ISLNK(status.st_mode):
+            what = "a link to another file"
+        elif stat.S_ISREG(status.st_mode):
+            what = "a second name of another file (a hard link)"
+        raise ArtifactError(
+            f"{file} is {what}, whose content is not published: put a copy in its place"
+        )
 
 
 def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
     """The checked ``config.json`` of an artifact folder; its tensors are not read.
 
+    Args:
+        folder: the folder.
+        where: what to call it in errors; the folder unless given.
+
     Raises:
-        ArtifactError: as for `read`.
+        ArtifactError: as for `read_artifact`.
     """
     where = where or str(folder)
     if not (folder / CONFIG).exists():
         raise ArtifactError(f"{where} is not an adapter artifact: there is no {CONFIG} in it")
     config = read_json(folder / CONFIG)
-    found = config.get("format_version") if isinstance(config, dict) else None
+    version = config.get("format_version") if isinstance(config, dict) else None
     if isinstance(config, dict) and "format_version" not in config:
         kind = "another library's model" if "model_type" in config else "no adapter"
         hint = ""
         if "architecture" in config:
             kind, hint = "a timm model", '; wrap it as tp.wrap("hf-hub:ORG/NAME", method)'
         raise ArtifactError(f"{where} is {kind}: its {CONFIG} has no format_version{hint}")
-    if type(found) is not int or found != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ArtifactError(
-            f"{where}: {CONFIG} has format_version {str(found)[:40]!r}; this version of "
+            f"{where}: {CONFIG} has format_version {str(version)[:40]!r}; this version of "
             f"ttt_plugins ({__version__}) reads {FORMAT_VERSION}. A newer artifact needs a newer "
             "ttt_plugins."
         )
@@ -196,17 +241,24 @@ def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
     return config
 
 
+# -- writing ---------------------------------------------------------------------------------
+
+
 def check_target(folder: str | Path) -> Path:
-    """Whether `write` could write an artifact here; trainings ask before they begin.
+    """The folder, if `write_artifact` could write there; training asks before it begins.
+
+    Args:
+        folder: where the artifact will be; it need not exist.
 
     Raises:
-        ArtifactError: the folder is something else or has no name, or the disk would refuse.
+        ArtifactError: the folder holds something other than an artifact or has no name, or the
+            disk would refuse.
     """
     folder = Path(folder)
     if folder.name in ("", ".."):
         raise ArtifactError(f"{str(folder)!r} is no name for an artifact's folder; give one")
     try:
-        nearest_path(folder.with_name(f".{folder.name}-{'x' * 8}-old"))  # the longest `write` makes
+        nearest_path(longest_neighbour(folder))
         above = nearest_path(folder.parent)
         taken = os.path.lexists(folder)
         ours = folder.is_dir() and {p.name for p in folder.iterdir()} <= set(FILES)
@@ -225,41 +277,32 @@ def check_target(folder: str | Path) -> Path:
 def write_artifact(folder: str | Path, artifact: Artifact) -> Path:
     """Write an artifact folder, replacing an earlier artifact there, all or nothing.
 
+    Args:
+        folder: where; the folder that a link names is replaced, not the link.
+        artifact: what is written; the fingerprint of its tensors goes into ``config.json``.
+
     Raises:
-        ArtifactError: the folder holds something else, or the disk refuses.
+        ArtifactError: the folder holds something other than an artifact, or the disk refuses.
     """
     folder = check_target(folder)
     config = {k: v for k, v in artifact.config.items() if k != "learned"}
     if artifact.tensors:
         config["learned"] = fingerprint(artifact.tensors)
     text = checked_text(config, folder)
-    aside = old = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        (aside / CONFIG).write_text(text, encoding="utf-8")
-        if artifact.results is not None:
-            (aside / RESULTS).write_text(as_json(artifact.results), encoding="utf-8")
-        for file, tensors in _tensor_files(artifact).items():
-            plain = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-            save_file(plain, aside / file, metadata={"format": "pt"})
-        (aside / CARD).write_text(artifact.card, encoding="utf-8")
-        aside.chmod(0o755)  # temporary folders and their files are private; artifacts are not
-        for file in aside.iterdir():
-            file.chmod(0o644)
-        if folder.exists():
-            old = aside.with_name(aside.name + "-old")
-            os.replace(folder, old)
-        os.replace(aside, folder)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        with replacing_folder(folder) as new:
+            (new / CONFIG).write_text(text, encoding="utf-8")
+            if artifact.results is not None:
+                (new / RESULTS).write_text(as_json(artifact.results), encoding="utf-8")
+            for file, tensors in _tensor_files(artifact).items():
+                plain = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+                save_file(plain, new / file, metadata={"format": "pt"})
+            (new / CARD).write_text(artifact.card, encoding="utf-8")
+            new.chmod(0o755)  # temporary folders and their files are private; artifacts are not
+            for file in new.iterdir():
+                file.chmod(0o644)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if old is not None and old.exists() and not folder.exists():
-            os.replace(old, folder)
         raise ArtifactError(f"cannot write {folder}: {error}") from error
-    finally:
-        if aside is not None and aside.exists():
-            shutil.rmtree(aside)
     return folder
 
 
@@ -277,8 +320,13 @@ def as_json(value: Any) -> str:
 def checked_text(config: dict[str, Any], folder: Path) -> str:
     """``config.json`` as it is written: what would not load is not.
 
+    Args:
+        config: its content.
+        folder: where it will be, for errors.
+
     Raises:
-        ArtifactError: what `trust.check_config` refuses, or what is no JSON.
+        ArtifactError: what `ttt_plugins.artifacts.schema.check_config` refuses, or what is no
+            JSON.
     """
     try:
         text = as_json(config)
@@ -289,56 +337,28 @@ def checked_text(config: dict[str, Any], folder: Path) -> str:
 
 
 def rewrite_text(folder: Path, texts: Mapping[str, str]) -> None:
-    """Replace text files of an artifact folder, each in one piece; its tensors stay.
+    """Replace text files of an artifact folder, all at once; everything else in it stays.
+
+    Args:
+        folder: the artifact's.
+        texts: by the names of the files.
 
     Raises:
-        ArtifactError: the disk refuses.
+        ArtifactError: the disk refuses; nothing is changed then.
     """
-    written = {}
     try:
-        for name, text in texts.items():
-            aside = folder.parent / f".{folder.name}-{name}-{os.getpid()}"
-            written[aside] = folder / name
-            aside.write_text(text, encoding="utf-8")
-        for aside, file in written.items():
-            os.replace(aside, file)
-    except OSError as error:
+        with replacing_folder(folder) as new:
+            shutil.copytree(
+                folder, new, symlinks=True, copy_function=_link_or_copy, dirs_exist_ok=True
+            )
+            for name, text in texts.items():
+                write_text(new / name, text)  # never through the link into the earlier folder
+    except (OSError, shutil.Error) as error:
         raise ArtifactError(f"cannot write into {folder}: {error}") from error
-    finally:
-        for aside in written:
-            aside.unlink(missing_ok=True)
 
 
-def common_config(method: str, config: Any, backbone: dict[str, Any]) -> dict[str, Any]:
-    """The part of ``config.json`` that every artifact has."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "ttt_plugins_version": __version__,
-        "method": method,
-        "fields": dataclasses.asdict(config),
-        "backbone": backbone,
-    }
-
-
-def timm_part(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a ``config.json`` that `timm_config` wrote."""
-    return {key: config[key] for key in TIMM_KEYS if key in config}
-
-
-def timm_config(model: nn.Module, architecture: str, model_args: dict[str, Any]) -> dict[str, Any]:
-    """The keys that make a folder a timm repository too (``timm.create_model("hf-hub:…")``)."""
-    settings = timm.data.resolve_model_data_config(model)
-    kept = ("input_size", "mean", "std", "interpolation", "crop_pct")
-    pretrained = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-    pretrained = {k: pretrained[k] for k in kept if k in pretrained}
-    pretrained["num_classes"] = model.num_classes
-    for key in ("first_conv", "classifier"):
-        if value := model.pretrained_cfg.get(key):
-            pretrained[key] = list(value) if isinstance(value, tuple) else value
-    return {
-        "architecture": architecture,
-        "num_classes": model.num_classes,
-        "num_features": model.num_features,
-        "model_args": model_args,
-        "pretrained_cfg": pretrained,
-    }
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)

@@ -10,32 +10,33 @@ from ..errors import ArtifactError
 from . import hub
 from .card import OURS, base_model
 from .folder import is_bundled, read_artifact
-from .hub import Access
+from .hub_access import Access
 from .measured import conditions
 
 __all__ = ["describe"]
 
 
 def describe(name: str | Path, access: Access) -> str:
-    """Lines on an artifact: method, classifier, fingerprint, format, making, results.
+    """Lines on an artifact: method, classifier, fingerprint, format, training, results.
 
     Args:
         name: as for `ttt_plugins.from_pretrained`.
+        access: how to reach the Hub.
 
     Raises:
         ArtifactError: there is none, or it is damaged.
     """
-    found = hub.find(name, access)
-    if found is None:
-        raise ArtifactError(f"{str(name)!r} is no folder with a config.json and no ORG/NAME")
-    artifact = read_artifact(found.folder, found.name)
+    place = hub.find(name, access)
+    if place is None:
+        raise ArtifactError(f"{str(name)[:200]!r} is no folder with a config.json and no ORG/NAME")
+    artifact = read_artifact(place.folder, place.name)
     config, backbone = artifact.config, artifact.config["backbone"]
     facts = config.get("card", {})
-    if is_bundled(found.folder):
+    if is_bundled(place.folder):
         facts = OURS | facts
     learned = sum(math.prod(t.shape) for t in artifact.tensors.values())
     rows = {
-        "name": found.name,
+        "name": place.name,
         "format": f"{config['format_version']}, by ttt_plugins {config.get('ttt_plugins_version')}",
         "method": config["method"],
         "fields": ", ".join(f"{k}={v!r}" for k, v in sorted(config["fields"].items())),
@@ -60,5 +61,5 @@ def describe(name: str | Path, access: Access) -> str:
     for run in (artifact.results or {"runs": []})["runs"]:
         lines.append(f"results on {run['dataset']}, {conditions(run)}:")
         lines += [f"  {m}: {100 * share:.2f} %" for m, share in run["accuracy"].items()]
-    # A stranger's words: no control characters reach the terminal.
+    # Its author may be anybody: no control characters reach the terminal.
     return re.sub(r"[^\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd]", "?", "\n".join(lines))

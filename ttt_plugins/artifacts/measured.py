@@ -54,15 +54,20 @@ def load_measured(
 ) -> dict[str, Any]:
     """Results of a file or as they are: in the form above, or a benchmark's ``results.json``.
 
+    Args:
+        results: the results, or their file.
+        where: what to call them in errors, unless they are in a file.
+
     Raises:
         ArtifactError: neither.
     """
+    content: Any = results
     if isinstance(results, (str, Path)):
-        where, results = str(results), read_json(Path(results))
-    if isinstance(results, Mapping) and "methods" in results and "settings" in results:
-        results = reduce_benchmark(results, where)
-    check_measured(results, where)
-    return dict(results)
+        where, content = str(results), read_json(Path(results))
+    if isinstance(content, Mapping) and "methods" in content and "settings" in content:
+        content = reduce_benchmark(content, where)
+    check_measured(content, where)
+    return dict(content)
 
 
 def _shares(value: Any) -> bool:
@@ -157,36 +162,31 @@ def conditions(run: Mapping[str, Any]) -> str:
 
 
 def eval_results(results: Mapping[str, Any], method: str) -> list[EvalResult]:
-    """The artifact's own figures for the card's model-index; those of other methods stay out."""
+    """The artifact's own figures for the card's model-index; those of other methods stay out.
+
+    Args:
+        results: in the form above.
+        method: the artifact's.
+    """
     found = []
     for run in results["runs"]:
-        slug = run["dataset"].lower().replace(" ", "-")
         severities = "-".join(map(str, run["severities"]))
-        common = {"task_type": "image-classification", "task_name": "Image classification"}
-        if method in run["accuracy"]:
-            found.append(
-                EvalResult(
-                    **common,
-                    dataset_type=slug,
-                    dataset_name=run["dataset"],
-                    dataset_config=f"severity-{severities}",
-                    dataset_split="test",
-                    metric_type="accuracy",
-                    metric_name=f"Mean accuracy ({conditions(run)})",
-                    metric_value=round(run["accuracy"][method], 6),
+        for accuracies, config, name in (
+            (run["accuracy"], f"severity-{severities}", f"Mean accuracy ({conditions(run)})"),
+            (run.get("clean_accuracy", {}), "clean", "Accuracy on clean images"),
+        ):
+            if method in accuracies:
+                found.append(
+                    EvalResult(
+                        task_type="image-classification",
+                        task_name="Image classification",
+                        dataset_type=run["dataset"].lower().replace(" ", "-"),
+                        dataset_name=run["dataset"],
+                        dataset_config=config,
+                        dataset_split="test",
+                        metric_type="accuracy",
+                        metric_name=name,
+                        metric_value=round(accuracies[method], 6),
+                    )
                 )
-            )
-        if method in run.get("clean_accuracy", {}):
-            found.append(
-                EvalResult(
-                    **common,
-                    dataset_type=slug,
-                    dataset_name=run["dataset"],
-                    dataset_config="clean",
-                    dataset_split="test",
-                    metric_type="accuracy",
-                    metric_name="Accuracy on clean images",
-                    metric_value=round(run["clean_accuracy"][method], 6),
-                )
-            )
     return found

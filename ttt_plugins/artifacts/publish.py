@@ -1,7 +1,7 @@
-"""From an artifact folder to a Hub repository: nothing of this machine goes along.
+"""To the Hugging Face Hub: from an artifact folder to a repository that holds the same.
 
 The folder is copied aside first. There a classifier in a local folder is put into the artifact,
-paths of this machine are shortened, and the card gets the repository's name.
+paths of this machine are shortened, and the card gets the name of the repository.
 """
 
 from __future__ import annotations
@@ -14,22 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError
-from . import hub
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from ..errors import ArtifactError, HubError
+from ..version import __version__
 from .card import render_card
-from .folder import (
-    OWN_WEIGHTS,
-    Artifact,
-    check_plain,
-    is_bundled,
-    read_artifact,
-    timm_part,
-    write_artifact,
-)
+from .folder import FILES, Artifact, check_plain, is_bundled, read_artifact, write_artifact
+from .hub import is_repository
+from .hub_access import Access, in_time, make_api, readable
 from .measured import load_measured
+from .schema import OWN_WEIGHTS, timm_part
 from .tensor_files import fingerprint
 
-__all__ = ["publish"]
+__all__ = ["publish", "upload"]
 
 #: An absolute path: not after a letter, a colon or a slash, as in an address.
 _PATH = re.compile(r"(?<![\w:/.~\-])(?:~|[A-Za-z]:[\\/]|/)(?:[^\s'\"]*[\\/])?([^\s'\"\\/]+)")
@@ -67,7 +65,7 @@ def _embed(artifact: Artifact, where: Path) -> Artifact:
     )
 
 
-def portable(folder: Path, repository: str, measured: Any = None) -> Artifact:
+def _portable(folder: Path, repository: str, measured: Any = None) -> Artifact:
     """What is published of an artifact folder.
 
     Raises:
@@ -82,12 +80,12 @@ def portable(folder: Path, repository: str, measured: Any = None) -> Artifact:
     records = {
         k: _shorten(artifact.config[k]) for k in ("training", "card") if k in artifact.config
     }
-    config, found = artifact.config | records, _shorten(artifact.results)
-    if config != artifact.config or found != artifact.results:
+    config, results = artifact.config | records, _shorten(artifact.results)
+    if config != artifact.config or results != artifact.results:
         warnings.warn("paths of this machine in the records are shortened", stacklevel=4)
-    artifact = replace(artifact, config=config, results=found)
+    artifact = replace(artifact, config=config, results=results)
     if own_words and measured is None:
-        return artifact  # somebody has written a card of their own
+        return artifact  # its author has written a card
     return replace(artifact, card=render_card(repository, artifact))
 
 
@@ -99,24 +97,98 @@ def publish(
     token: str | bool | None = None,
     measured: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[str, bool]:
-    """Make a Hub repository hold an artifact folder; see `hub.upload`.
+    """Make a Hub repository hold an artifact folder; see `upload`.
 
     Args:
-        measured: results to publish with it, as for `results.load`.
+        folder: the artifact's.
+        repository: ``org/name``, created if there is none.
+        private: whether a new repository is private (its owner's default unless given).
+        token: access token that may write; unless given the one of ``hf auth login`` or HF_TOKEN.
+        measured: results to publish with it, as for
+            `ttt_plugins.artifacts.measured.load_measured`.
 
     Returns:
-        the commit, and whether it is new.
+        The commit, and whether it is new.
 
     Raises:
         ArtifactError: the folder is no artifact, or depends on a folder that is gone.
         HubError: the Hub refuses or cannot be reached.
     """
-    check_plain(Path(folder))
+    _check_repository(repository)
+    if not isinstance(folder, (str, Path)) or not str(folder):
+        raise ArtifactError(f"{folder!r} is no folder of an artifact; name the one to publish")
     if is_bundled(folder) and measured is None:
         # What ships and what is published are the same files.
         read_artifact(folder)
-        return hub.upload(Path(folder), repository, private=private, token=token)
-    artifact = portable(Path(folder), repository, measured)
+        return upload(Path(folder), repository, private=private, token=token)
+    check_plain(Path(folder))
+    artifact = _portable(Path(folder), repository, measured)
     with tempfile.TemporaryDirectory(prefix="ttt-plugins-") as work:
         staged = write_artifact(Path(work) / "artifact", artifact)
-        return hub.upload(staged, repository, private=private, token=token)
+        return upload(staged, repository, private=private, token=token)
+
+
+def _check_repository(repository: Any) -> None:
+    if not isinstance(repository, str) or "@" in repository or not is_repository(repository):
+        raise HubError(
+            f"{str(repository)[:200]!r} cannot be the name of a repository: it must be ORG/NAME"
+        )
+
+
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    message: str | None = None,
+) -> tuple[str, bool]:
+    """Make a repository hold what an artifact folder holds, in one commit.
+
+    The repository is created if there is none. Files of ours that the folder no longer has are
+    deleted; others stay.
+
+    Args:
+        folder: the artifact's.
+        repository: ``org/name``.
+        private: whether a new repository is private (its owner's default unless given).
+        token: access token that may write; unless given the one of ``hf auth login`` or HF_TOKEN.
+        message: of the commit.
+
+    Returns:
+        The commit, and whether it is new: unchanged files make none.
+
+    Raises:
+        ArtifactError: a file of the folder is not a plain file.
+        HubError: the Hub refuses or cannot be reached; nothing is published then.
+    """
+    _check_repository(repository)
+    if not is_bundled(folder):  # installers link the files of a package to their cache
+        check_plain(folder)
+    access = Access(token=token)
+    api = make_api(access)
+    with readable(repository, access, "publishing"):
+        if constants.HF_HUB_OFFLINE:
+            raise HubError(f"offline mode (HF_HUB_OFFLINE=1) forbids publishing {repository}")
+        before = None
+        try:
+            existing = in_time(lambda: api.model_info(repository))
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            in_time(lambda: api.create_repo(repository, private=private, exist_ok=True))
+        else:
+            before = existing.sha
+            if private and existing.private is False:
+                raise HubError(
+                    f"{repository} exists and is public: make it private in its settings first, "
+                    "or publish under another name; nothing was published"
+                )
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=list(FILES),
+            delete_patterns=list(FILES),
+            commit_message=message or f"Publish with ttt_plugins {__version__}",
+        )
+    return commit.oid, commit.oid != before

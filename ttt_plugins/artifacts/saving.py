@@ -4,32 +4,57 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..core.registry import Method, get_method
+from ..backbones.backbone import Backbone
+from ..core.registry import get_method
 from ..errors import ArtifactError
-from ..methods import Source
 from .card import render_card
-from .folder import OWN_WEIGHTS, Artifact, common_config, is_bundled, timm_config, write_artifact
+from .folder import Artifact, check_target, is_bundled, write_artifact
+from .learned import fits_any
 from .measured import load_measured
-from .schema import check_params
+from .schema import OWN_WEIGHTS, check_params, common_config, timm_config
 from .tensor_files import fingerprint
 
-__all__ = ["fits_any", "save_learned", "save_pretrained", "save_with_model"]
+__all__ = ["Saveable", "save_learned", "save_pretrained", "save_with_model"]
 
 
-def fits_any(record: Method, config: Any, tensors: Mapping[str, Tensor]) -> bool:
-    return record.fits_any is not None and record.fits_any(config, tensors)
+class Saveable(Protocol):
+    """What is saved of a net: a `ttt_plugins.Adapter` has it.
+
+    Attributes:
+        method: the name of the method.
+        config: its fields, a dataclass.
+        origin: where the classifier came from, as `ttt_plugins.artifacts.classifiers.load_model`
+            says.
+        backbone: the classifier.
+        names: the parameters that adapt.
+    """
+
+    method: str
+    config: Any
+    origin: dict[str, Any]
+    backbone: Backbone
+    names: list[str]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, None while unknown."""
+        ...
+
+    def learned_tensors(self) -> dict[str, Tensor]:
+        """What was learned beforehand, by name."""
+        ...
 
 
 def save_pretrained(
-    net: Adapter,
+    net: Saveable,
     folder: str | Path,
     *,
     training: dict[str, Any] | None = None,
@@ -42,10 +67,15 @@ def save_pretrained(
     ``Adapter.adaptation_state``.
 
     Args:
+        net: the adapter.
+        folder: where; an earlier artifact there is replaced.
         training: how it was made; goes into ``config.json`` and the card.
         results: what was measured with it: a benchmark's ``results.json``, or the form of
             `ttt_plugins.artifacts.measured`; goes into ``results.json`` and the card.
         card: ``license``, ``datasets`` and ``note`` for the card.
+
+    Returns:
+        The folder.
 
     Raises:
         ArtifactError: the folder holds something else, the disk refuses, or the results are none.
@@ -92,7 +122,12 @@ def save_learned(
         config: the method's.
         tensors: what it learned.
         backbone: the part of ``config.json`` that says which classifier it is for.
-        training, card: as for `save_pretrained`.
+        folder: where; an earlier artifact there is replaced.
+        training: how it was made; goes into ``config.json`` and the card.
+        card: ``license``, ``datasets`` and ``note`` for the card.
+
+    Returns:
+        The folder.
     """
     record = get_method(config)
     if fits_any(record, config, tensors):
@@ -118,11 +153,20 @@ def save_with_model(
     The folder is a timm repository too: ``model.safetensors`` is the classifier alone.
 
     Args:
-        config: the method's, `Source` unless given.
+        model: the classifier.
+        architecture: its name in timm.
+        model_args: the arguments it was created with.
+        folder: where; an earlier artifact there is replaced.
+        config: the method's, `ttt_plugins.Source` unless given.
         tensors: what the method learned.
-        training, results, card: as for `save_pretrained`.
+        training: how it was made; goes into ``config.json`` and the card.
+        results: what was measured with it, as for `save_pretrained`.
+        card: ``license``, ``datasets`` and ``note`` for the card.
+
+    Returns:
+        The folder.
     """
-    config = Source() if config is None else config
+    config = get_method("source").config() if config is None else config
     record, state = get_method(config), model.state_dict()
     described = {"source": OWN_WEIGHTS, "name": architecture}
     described["fingerprint"] = fingerprint(state)
@@ -135,13 +179,14 @@ def save_with_model(
 
 def _write(
     folder: str | Path,
-    config: dict,
+    config: dict[str, Any],
     tensors: dict[str, Tensor],
     weights: dict[str, Tensor] | None,
-    training: dict | None,
+    training: Mapping[str, Any] | None,
     measured: str | Path | Mapping[str, Any] | None,
     card: Mapping[str, Any] | None,
 ) -> Path:
+    check_target(folder)
     for tensor_name, tensor in (tensors | (weights or {})).items():
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{tensor_name} is not finite: such an artifact would not load")
@@ -152,8 +197,8 @@ def _write(
             config[key] = json.loads(json.dumps(dict(value), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"{key} must be a dict that JSON can hold ({error})") from error
-    found = None if measured is None else load_measured(measured)
-    artifact = Artifact(config, tensors, weights, "", found)
-    name = Path(folder).resolve().name
+    results = None if measured is None else load_measured(measured)
+    artifact = Artifact(config, tensors, weights, "", results)
+    name = os.path.basename(os.path.realpath(folder))
     text = render_card(name, artifact, bundled=is_bundled(folder))
     return write_artifact(folder, dataclasses.replace(artifact, card=text))

@@ -1,24 +1,46 @@
-"""What an artifact may hold: everything is checked before it is used, sizes before allocation.
+"""What ``config.json`` holds: keys, types, ranges, and names that can be nothing but names.
 
-An artifact comes from a stranger. Its JSON is parsed strictly, its safetensors header is compared
-with the file's length before a tensor is made, names cannot leave the folder, and a model it
-describes is built under a budget that its own weights set.
+Its author may be anybody, so everything is checked before it is used. Nothing here is read from a
+file: `folder` reads, and says there which module refuses what.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from timm.data.config import resolve_model_data_config
+from torch import nn
 
 from ..errors import ArtifactError
+from ..version import __version__
 
-__all__ = ["BACKBONE_SOURCES", "TIMM_KEYS", "check_config"]
+__all__ = [
+    "BACKBONE_SOURCES",
+    "FORMAT_VERSION",
+    "OWN_WEIGHTS",
+    "check_config",
+    "check_params",
+    "check_timm_part",
+    "common_config",
+    "pretrained_settings",
+    "timm_config",
+    "timm_part",
+]
+
+Check = Callable[[Any], bool]
 
 
-# -- config.json -----------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------
+
+FORMAT_VERSION = 1
+
+#: ``config["backbone"]["source"]`` when the model's weights are in the artifact itself.
+OWN_WEIGHTS = "artifact"
 
 #: The keys that make a folder a timm repository too.
 TIMM_KEYS = ("architecture", "num_classes", "num_features", "model_args", "pretrained_cfg")
@@ -30,7 +52,7 @@ _SHA256 = r"sha256:[0-9a-f]{64}"
 #: ``config["backbone"]["source"]`` -> what the name beside it looks like. A folder's path is
 #: absolute, as it is saved, so that no name of a folder can be one that timm parses as a source.
 BACKBONE_SOURCES = {
-    "artifact": _NAME,
+    OWN_WEIGHTS: _NAME,
     "bundled": rf"bundled:{_NAME}",
     "folder": r"(?:/|[A-Za-z]:[\\/])[^\0\n]{0,4096}",
     "hub": rf"{_NAME}/{_NAME}",
@@ -40,7 +62,12 @@ BACKBONE_SOURCES = {
 }
 
 
-def _is(kind: type | tuple[type, ...], low: float | None = None, high: float | None = None):
+# -- checks of one value ---------------------------------------------------------------------
+
+
+def _is(
+    kind: type | tuple[type, ...], low: float | None = None, high: float | None = None
+) -> Check:
     def check(value: Any) -> bool:
         if isinstance(value, bool) and kind is not bool:
             return False
@@ -51,17 +78,17 @@ def _is(kind: type | tuple[type, ...], low: float | None = None, high: float | N
     return check
 
 
-def _text(pattern: str):
+def _text(pattern: str) -> Check:
     expression = re.compile(pattern, re.ASCII)
     return lambda value: isinstance(value, str) and expression.fullmatch(value) is not None
 
 
-def _or_none(check):
+def _or_none(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
 
-def _numbers(low: float, most: int):
-    number = _is((int, float), low, 1e9)
+def _numbers(low: float, most: int, high: float = 1e9) -> Check:
+    number = _is((int, float), low, high)
 
     def check(value: Any) -> bool:
         return isinstance(value, list) and 1 <= len(value) <= most and all(map(number, value))
@@ -75,7 +102,7 @@ def _plain(value: Any, depth: int = 0) -> bool:
         return depth < 2 and len(value) <= 256 and all(_plain(v, depth + 1) for v in value)
     if isinstance(value, str):
         return re.fullmatch(r"[\w.\-+ ]{0,64}", value, re.ASCII) is not None
-    return value is None or isinstance(value, bool) or abs(value) <= 1 << 14
+    return value is None or (isinstance(value, (int, float)) and abs(value) <= 1 << 14)
 
 
 def _arguments(value: Any) -> bool:
@@ -87,7 +114,7 @@ def _arguments(value: Any) -> bool:
 
 _CLASSES = _is(int, 1, 10**6)
 _PRETRAINED = {
-    "input_size": _numbers(1, 3),
+    "input_size": _numbers(1, 3, 1 << 12),
     "mean": _numbers(-1e6, 64),
     "std": _numbers(1e-12, 64),
     "interpolation": _text(r"\w{1,32}"),
@@ -120,7 +147,7 @@ _CONFIG = {
     "format_version": lambda v: type(v) is int,
     "ttt_plugins_version": lambda v: isinstance(v, str) and len(v) <= 64,
     "method": _text(r"\w{1,64}"),
-    "fields": lambda v: isinstance(v, dict) and all(map(_field, v.values())),
+    "fields": lambda v: isinstance(v, dict),
     "backbone": lambda v: isinstance(v, dict),
     "training": lambda v: isinstance(v, dict),
     "card": lambda v: isinstance(v, dict),
@@ -131,11 +158,6 @@ _CONFIG = {
     "model_args": _arguments,
     "pretrained_cfg": lambda v: isinstance(v, dict),
 }
-
-
-def _field(value: Any) -> bool:
-    scalars = value if isinstance(value, list) else [value]
-    return all(not isinstance(v, (list, dict)) for v in scalars)
 
 
 def _check_object(
@@ -159,21 +181,80 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+# -- fields of a method ----------------------------------------------------------------------
+
+#: The largest value of fields that cost time or memory; a user's override may be larger.
+_FIELD_LIMITS = {"copies": 1 << 10, "steps": 1 << 10, "chunk_size": 1 << 12, "rank": 1 << 12}
+_MAX_INTEGER, _MAX_NUMBER = 10**6, 1e9
+#: The most views that may take a gradient step for one image: 200 times what the papers need.
+_MAX_VIEWS = 1 << 16
+_MAX_NAMES, _MAX_TEXT = 1 << 16, 1 << 10
+
+
+def _check_fields(fields: Mapping[str, Any], where: str) -> None:
+    """Values of the method's fields: scalars and lists of them, of sizes that end in time."""
+    for key, value in fields.items():
+        limit = _FIELD_LIMITS.get(key, _MAX_INTEGER)
+        values = value if isinstance(value, list) else [value]
+        if len(values) > _MAX_NAMES or not all(_scalar(v, limit) for v in values):
+            raise ArtifactError(
+                f"{where}: {key[:80]!r} cannot be {_short(value)}: numbers up to {limit:,}, short "
+                "texts and lists of them may stand in an artifact; give from_pretrained a larger "
+                "one as an override"
+            )
+    check_params(fields.get("params"), where)
+    # Two booleans or texts make no work; the method's own checks refuse them.
+    copies, steps = (v if type(v) is int else 1 for v in map(fields.get, ("copies", "steps")))
+    if copies * steps > _MAX_VIEWS:
+        raise ArtifactError(
+            f"{where}: {steps} steps on {copies} copies are {copies * steps:,} views of every "
+            f"image; an artifact may ask for {_MAX_VIEWS:,}"
+        )
+
+
+def _scalar(value: Any, limit: int) -> bool:
+    if isinstance(value, str):
+        return len(value) <= _MAX_TEXT
+    if isinstance(value, float):
+        return abs(value) <= _MAX_NUMBER
+    return value is None or (isinstance(value, int) and abs(value) <= limit)
+
+
 def check_params(params: Any, where: str) -> None:
-    """Refuse a regular expression that could keep the matcher busy for hours.
+    """Refuse a regular expression that could keep the matcher busy for more than a moment.
+
+    What remains takes time of at most the cube of a name's length: every repetition multiplies the
+    ways to match by that length, every alternative and optional part by two. Repeated groups,
+    references back and assertions do worse.
+
+    Args:
+        params: the field ``params``; names, or None, are always accepted.
+        where: what to call the artifact in errors.
 
     Raises:
-        ArtifactError: it is long, repeats a group, refers back, or repeats more than three times.
+        ArtifactError: the expression is longer than 200 characters, repeats a group, refers back,
+            asserts, or has more than two repetitions, or one and two alternatives, or four
+            alternatives.
     """
     if not isinstance(params, str):
         return
-    repeats = len(re.findall(r"[*+{]", params))
-    if len(params) > 200 or repeats > 3 or re.search(r"\)[*+?{]|\(\?(?!:)|\\[1-9]", params):
-        raise ArtifactError(f"{where}: the expression {_short(params)} is not accepted as params")
+    plain = params.replace("(?:", "(")
+    cost = 2 * len(re.findall(r"[*+{]", plain)) + len(re.findall(r"[?|]", plain))
+    if len(params) > 200 or cost > 4 or re.search(r"\)[*+?{]|\(\?|\\[1-9]", plain):
+        raise ArtifactError(
+            f"{where}: the expression {_short(params)} is not accepted as params; list the names"
+        )
 
 
-def check_config(config: Any, where: str | Path) -> None:
+# -- config.json -----------------------------------------------------------------------------
+
+
+def check_config(config: Mapping[str, Any], where: str | Path) -> None:
     """Keys, types and ranges of a ``config.json`` whose format version is known.
+
+    Args:
+        config: its content, a JSON object.
+        where: what to call it in errors.
 
     Raises:
         ArtifactError: the first thing that is wrong, with its key.
@@ -188,18 +269,21 @@ def check_config(config: Any, where: str | Path) -> None:
         raise ArtifactError(f"{where}: backbone: mean and std belong together")
     if not backbone.get("normalize", True) and backbone.get("mean") is not None:
         raise ArtifactError(f"{where}: backbone: normalize is false, but there is a mean")
-    check_params(config["fields"].get("params"), where)
+    _check_fields(config["fields"], f"{where}: fields")
     if "card" in config:
         _check_object(config["card"], _CARD, (), f"{where}: card")
-    carries = source == "artifact"
-    if carries:
+    if source == OWN_WEIGHTS:
         check_timm_part(config, where)
     elif extra := sorted(set(TIMM_KEYS) & config.keys()):
         raise ArtifactError(f"{where}: {extra[0]!r} is there, but no weights of a model are")
 
 
 def check_timm_part(config: Mapping[str, Any], where: str | Path) -> None:
-    """The keys of a timm repository, of ours or anybody's.
+    """The keys of a timm repository, whoever wrote it.
+
+    Args:
+        config: its ``config.json``.
+        where: what to call it in errors.
 
     Raises:
         ArtifactError: one is missing or of the wrong kind.
@@ -214,6 +298,51 @@ def check_timm_part(config: Mapping[str, Any], where: str | Path) -> None:
 
 def pretrained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The preprocessing in ``pretrained_cfg``: nothing in it names a file or an address."""
-    found = config.get("pretrained_cfg", {})
-    found = {key: found[key] for key in _PRETRAINED if found.get(key) is not None}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    settings = config.get("pretrained_cfg", {})
+    settings = {key: settings[key] for key in _PRETRAINED if settings.get(key) is not None}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+
+
+# -- making one ------------------------------------------------------------------------------
+
+
+def common_config(method: str, config: Any, backbone: dict[str, Any]) -> dict[str, Any]:
+    """The part of ``config.json`` that every artifact has.
+
+    Args:
+        method: its name.
+        config: its fields, a dataclass.
+        backbone: what describes the classifier.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "ttt_plugins_version": __version__,
+        "method": method,
+        "fields": dataclasses.asdict(config),
+        "backbone": backbone,
+    }
+
+
+def timm_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a ``config.json`` that make its folder a timm repository too."""
+    return {key: config[key] for key in TIMM_KEYS if key in config}
+
+
+def timm_config(model: nn.Module, architecture: str, model_args: dict[str, Any]) -> dict[str, Any]:
+    """The keys that make a folder a timm repository too (``timm.create_model("hf-hub:…")``)."""
+    settings = resolve_model_data_config(model)
+    names = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    pretrained = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    pretrained = {k: pretrained[k] for k in names if k in pretrained}
+    own = cast("Any", model)  # a timm model has these; nn.Module's stubs call them tensors
+    pretrained["num_classes"] = own.num_classes
+    for key in ("first_conv", "classifier"):
+        if value := own.pretrained_cfg.get(key):
+            pretrained[key] = list(value) if isinstance(value, tuple) else value
+    return {
+        "architecture": architecture,
+        "num_classes": own.num_classes,
+        "num_features": own.num_features,
+        "model_args": model_args,
+        "pretrained_cfg": pretrained,
+    }

@@ -12,9 +12,14 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..artifacts.folder import OWN_WEIGHTS, Artifact, checked_text, common_config, timm_config
+from ..artifacts.folder import Artifact, checked_text
 from ..artifacts.hub import read_named
-from ..artifacts.schema import pretrained_settings
+from ..artifacts.schema import (
+    OWN_WEIGHTS,
+    common_config,
+    pretrained_settings,
+    timm_config,
+)
 from ..backbones.backbone import Backbone
 from ..backbones.statistics import NormStatistics
 from ..core.registry import get_method

@@ -1,0 +1,157 @@
+"""What a method has learned beforehand for a classifier, and in which artifact that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.registry import Method, stored_config
+from ..errors import ArtifactError, InputError
+from . import hub
+from .classifiers import check_fingerprint
+from .folder import (
+    MODEL,
+    Artifact,
+    bundled_folder,
+    list_bundled,
+    named_folder,
+    read_artifact,
+    read_config,
+)
+from .tensor_files import described, fingerprint, tensor_header
+
+__all__ = ["Learned", "check_fits_any", "find_learned", "fits_any", "stored_fields"]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a method has learned beforehand.
+
+    Attributes:
+        tensors: by name.
+        where: what to call their artifact in errors.
+        config: the parsed ``config.json`` of the artifact; None for tensors that were passed.
+    """
+
+    tensors: dict[str, Tensor]
+    where: str
+    config: dict[str, Any] | None = None
+
+
+def find_learned(
+    record: Method,
+    module: nn.Module,
+    head: str | Path | None = None,
+    carried: Artifact | None = None,
+    name: str = "",
+) -> Learned | None:
+    """What a method has learned for a classifier; None if there is nothing.
+
+    Args:
+        record: the method.
+        module: the classifier.
+        head: the artifact that the user names for it.
+        carried: the artifact that the classifier itself came from.
+        name: what to call that one in errors.
+
+    Raises:
+        ArtifactError: ``head`` is no artifact, or was made for other weights.
+        InputError: ``head`` is made for another method.
+    """
+    if head is not None:
+        return _named_by_user(record, module, head)
+    if carried is not None and carried.config["method"] == record.name:
+        return Learned(carried.tensors, name, carried.config)
+    if record.default_artifact is None:
+        return None
+    bundled = _made_for(record, module) or record.default_artifact
+    artifact = read_artifact(bundled_folder(bundled))
+    return Learned(artifact.tensors, bundled, artifact.config)
+
+
+def _named_by_user(record: Method, module: nn.Module, head: str | Path) -> Learned:
+    place = hub.find(head)
+    if place is None:
+        raise ArtifactError(f"head={str(head)[:200]!r} is no artifact")
+    artifact = read_artifact(place.folder, place.name)
+    if artifact.config["method"] != record.name:
+        raise InputError(f"{head} is made for {artifact.config['method']}, not {record.name}")
+    remedy = 'train a head for this model with head="train"'
+    check_fingerprint(module, artifact.config["backbone"], place.name, True, remedy)
+    return Learned(artifact.tensors, place.name, artifact.config)
+
+
+def _made_for(record: Method, module: nn.Module) -> str | None:
+    """The bundled artifact of a method that was made for a model's very weights."""
+    state, mark = module.state_dict(), None
+    for name in list_bundled():
+        config = read_config(bundled_folder(name))
+        made_for = config["backbone"]
+        if config["method"] != record.name or "fingerprint" not in made_for:
+            continue
+        # Hashing the weights of a large network takes long; their shapes alone may tell.
+        carried = named_folder(str(made_for.get("name")))
+        if carried is not None and not _same_shapes(state, carried / MODEL):
+            continue
+        mark = mark or fingerprint(state)
+        if mark == made_for["fingerprint"]:
+            return name
+    return None
+
+
+def _same_shapes(state: Mapping[str, Tensor], file: Path) -> bool:
+    shapes = {name: tensor.shape for name, tensor in described(state).items()}
+    return shapes == {name: tensor.shape for name, tensor in tensor_header(file).items()}
+
+
+def stored_fields(record: Method, config: Mapping[str, Any], name: str) -> Any:
+    """The method's config with the fields that an artifact holds.
+
+    Args:
+        record: the method.
+        config: the artifact's ``config.json``.
+        name: what to call the artifact in errors.
+
+    Raises:
+        ArtifactError: the method has no such field, or refuses a value.
+    """
+    try:
+        return stored_config(record, config["fields"])
+    except (InputError, TypeError, OverflowError) as error:
+        raise ArtifactError(f"{name}/config.json: {error}") from error
+
+
+def fits_any(record: Method, config: Any, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether what a method learned serves any classifier.
+
+    Args:
+        record: the method.
+        config: its fields.
+        tensors: what it learned.
+    """
+    return record.fits_any is not None and record.fits_any(config, tensors)
+
+
+def check_fits_any(
+    record: Method, config: Any, tensors: Mapping[str, Tensor], backbone: Mapping[str, Any], where
+) -> bool:
+    """Whether an artifact says that it fits any classifier.
+
+    Args:
+        record: the method.
+        config: its fields.
+        tensors: what it learned.
+        backbone: the part of ``config.json`` that describes the classifier.
+        where: what to call the artifact in errors.
+
+    Raises:
+        ArtifactError: it says so, and does not.
+    """
+    declared = backbone.get("fits") == "any"
+    if declared and not fits_any(record, config, tensors):
+        raise ArtifactError(f"{where} says that it fits any architecture, but it does not")
+    return declared
