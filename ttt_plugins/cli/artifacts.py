@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..artifacts import hub, info
+from ..artifacts import info
 from ..artifacts.card import refresh
 from ..artifacts.folder import list_bundled
+from ..artifacts.hub_access import Access
 from ..artifacts.publish import publish
 from ..core.registry import list_methods
 from ..errors import InputError
@@ -48,7 +49,7 @@ def _publish(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    print(info.describe(args.name, hub.Access(args.revision)))
+    print(info.describe(args.name, Access(args.revision)))
 
 
 def _card(args: argparse.Namespace) -> None:
