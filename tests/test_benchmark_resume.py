@@ -20,8 +20,9 @@ from ttt_plugins.benchmark import jobs as jobs_module
 from ttt_plugins.benchmark.resume import UNFINISHED, Progress
 from ttt_plugins.cli import main
 from ttt_plugins.core.heads import init_byol, init_rotation
-from ttt_plugins.errors import DataError, InputError
+from ttt_plugins.errors import DataError, InputError, MissingDependencyError
 from ttt_plugins.utils import files as files_module
+from ttt_plugins.utils import robustbench as bridge
 from ttt_plugins.utils.processes import FileLock
 
 COUNTS = {("fog", 1): 20, ("fog", 5): 30, ("snow", 1): 20, ("snow", 5): 9}
@@ -435,3 +436,101 @@ def _write_npz(folder):
     for name in ("fog", "snow"):
         images = random_cell(rng, 24)[0]
         np.savez(folder / f"{name}.npz", severity_1=images[:12], severity_5=images)
+
+
+# -- pieces that are not to be trusted -----------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [0.0, 0.2, 0.5, 0.8, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("name", ["0000.safetensors", "0001.safetensors", "state.safetensors"])
+def test_a_flipped_bit_costs_time_only(name, place, tmp_path):
+    unbroken = run(None, protocol="continual")
+    with pytest.raises(Stopped):
+        run(tmp_path / "out", Stopping(12), protocol="continual")
+    (folder,) = (tmp_path / "out" / UNFINISHED).glob("method0*")
+    content = bytearray((folder / name).read_bytes())
+    content[round(place * (len(content) - 1))] ^= 4
+    (folder / name).write_bytes(content)
+    resumed = run(tmp_path / "out", protocol="continual", resume=True)
+    assert figures(resumed) == figures(unbroken)
+
+
+def test_a_flipped_bit_in_the_clean_accuracy(tmp_path):
+    try:
+        bridge.import_robustbench()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    data = memory_data(COUNTS, clean=20)
+    unbroken = run(None, data=data)
+    with pytest.raises(Stopped):
+        run(tmp_path / "out", Stopping(9), data=data)
+    file = tmp_path / "out" / UNFINISHED / "method0-clean.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    assert figures(run(tmp_path / "out", data=data, resume=True)) == figures(unbroken)
+
+
+def test_overwriting_trusts_no_piece_that_stayed(tmp_path, monkeypatch):
+    counts = {("fog", 1): 20, ("fog", 5): 30}
+    given = memory_data(counts)
+    others = {cell: given.load(cell)[torch.arange(n).flip(0)] for cell, n in counts.items()}
+    other = dataclasses.replace(given, load=others.__getitem__)
+    with pytest.raises(Stopped):
+        run(tmp_path / "out", Stopping(7), data=given, protocol="continual")
+    # Files of another user, say: they cannot be deleted, and that is no error.
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    again = run(tmp_path / "out", data=other, protocol="continual", overwrite=True)
+    expected = run(None, data=other, protocol="continual")
+    assert figures(again) == figures(expected)
+    assert figures(again) != figures(run(None, data=given, protocol="continual"))
+
+
+def test_pieces_of_another_run_of_the_same_settings(tmp_path):
+    given = memory_data(COUNTS)
+    others = {cell: given.load(cell)[torch.arange(n).flip(0)] for cell, n in COUNTS.items()}
+    other = dataclasses.replace(given, load=others.__getitem__)
+    for name, data in (("given", given), ("other", other)):
+        with pytest.raises(Stopped):
+            run(tmp_path / name, Stopping(9), data=data, protocol="continual")
+    (source,) = (tmp_path / "given" / UNFINISHED).glob("method0*")
+    (target,) = (tmp_path / "other" / UNFINISHED).glob("method0*")
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    resumed = run(tmp_path / "other", data=other, protocol="continual", resume=True)
+    assert figures(resumed) == figures(run(None, data=other, protocol="continual"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"settings": ' * 100_000, "[]", "3", "\udcff"])
+@pytest.mark.parametrize("file", [f"{UNFINISHED}/run.json", "results.json"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_header_that_is_no_header(text, file, resume, tmp_path):
+    path = tmp_path / "out" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(InputError, match="other settings.*format differs"):
+        run(tmp_path / "out", resume=resume)
+    assert figures(run(tmp_path / "out", overwrite=True)) == figures(run(None))
+
+
+@pytest.mark.parametrize("versions", ["3", "[]", "{}", '{"torch": []}'])
+def test_a_header_without_versions(versions, tmp_path):
+    with pytest.raises(Stopped):
+        run(tmp_path / "out", Stopping(9))
+    file = tmp_path / "out" / UNFINISHED / "run.json"
+    header = json.loads(file.read_text()) | {"versions": json.loads(versions)}
+    file.write_text(json.dumps(header))
+    with pytest.raises(InputError, match="other versions.*--overwrite"):
+        run(tmp_path / "out", resume=True)
+
+
+def test_a_folder_whose_name_is_not_unicode(tmp_path):
+    out = tmp_path / os.fsdecode(b"out-\xff-\x1b[31m")
+    unbroken = run(None, protocol="continual", model_name=f"{out}/m")
+    with pytest.raises(Stopped):
+        run(out, Stopping(9), protocol="continual", model_name=f"{out}/m")
+    again = Stopping()
+    resumed = run(out, again, protocol="continual", model_name=f"{out}/m", resume=True)
+    assert figures(resumed) == figures(unbroken)
+    assert again.forwards < sum(COUNTS.values())
+    assert (out / "results.json").is_file()

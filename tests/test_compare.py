@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import html
 import json
+import math
 import re
 import shutil
+from random import Random
 
 import pytest
 from benchmark_fakes import FakeAdapter, memory_data
+from hypothesis import HealthCheck, given, settings, strategies
 
 from ttt_plugins.benchmark import CellRecord, MethodRecord, Results, compare, run_benchmark
 from ttt_plugins.benchmark.comparison import differences, page, read_entries, rows
@@ -247,3 +252,157 @@ def test_what_is_not_finite_survives_the_file():
 
 def test_one_run_is_a_page_too(folders):
     assert "<svg" in page(read_entries([folders["slow"]]))
+
+
+# -- damaged results ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stored(folders):
+    """The ``results.json`` of a run."""
+    return json.loads((folders["fast"] / "results.json").read_text())
+
+
+def _places(value, path=()):
+    """Every place in a JSON value, as the keys that lead there."""
+    yield path
+    items = value.items() if isinstance(value, dict) else ()
+    for key, inner in enumerate(value) if isinstance(value, list) else items:
+        yield from _places(inner, (*path, key))
+
+
+def _changed(value, path, new):
+    """A copy with something else at a place; the place is removed if ``new`` is _REMOVED."""
+    if not path:
+        return new
+    copied = copy.copy(value)
+    if len(path) == 1 and new is _REMOVED:
+        del copied[path[0]]
+    else:
+        copied[path[0]] = _changed(value[path[0]], path[1:], new)
+    return copied
+
+
+_REMOVED = object()
+_LEAVES = strategies.one_of(
+    strategies.none(),
+    strategies.booleans(),
+    strategies.integers(-3, 40),
+    strategies.sampled_from([1 << 64, -(1 << 70), 1e308, -1e308, 1e-308, 0.5, math.nan, math.inf]),
+    strategies.text(max_size=8),
+    strategies.sampled_from(["\x1b[31m", "\ud800", "$a_$", "_", "<b>", "cifar100", "mixed", "\n"]),
+)
+_VALUES = strategies.recursive(
+    _LEAVES,
+    lambda inner: (
+        strategies.lists(inner, max_size=3)
+        | strategies.dictionaries(strategies.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def _is_told(folders, page_file=None):
+    """Whether compare gives a table; otherwise one clear line of our own."""
+    try:
+        table = compare(folders, page_file)
+    except (DataError, InputError) as error:
+        assert "\n" not in str(error)
+        return False
+    assert all(line.isprintable() for line in table.splitlines())
+    return True
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(draw=strategies.data())
+def test_any_change_of_the_results_is_told_in_one_line(draw, stored, folders, tmp_path_factory):
+    places = list(_places(stored))
+    path = draw.draw(strategies.sampled_from(places))
+    new = draw.draw(strategies.just(_REMOVED) | _VALUES) if path else draw.draw(_VALUES)
+    folder = tmp_path_factory.mktemp("changed")
+    (folder / "results.json").write_text(json.dumps(_changed(stored, path, new)))
+    _is_told([folders["fast"], folder])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_changed_results_make_a_page_or_one_line(seed, stored, folders, tmp_path):
+    """Numbers and words stay what they are, so that more of them come to be drawn."""
+    random = Random(seed)
+    numbers = [0, 1, 3, 1e99, 0.25, 7e-300, 1 << 62]
+    words = ["$a_$", "_", "\x1b[31m", "", "x" * 99]
+    for _ in range(4):
+        changed = stored
+        for path in random.sample(list(_places(stored)), 3):
+            try:
+                old = functools.reduce(lambda value, key: value[key], path, changed)
+            except (KeyError, IndexError, TypeError):
+                continue
+            if isinstance(old, (int, float, str)):
+                new = random.choice(words if isinstance(old, str) else numbers)
+                changed = _changed(changed, path, new)
+        (tmp_path / "results.json").write_text(json.dumps(changed))
+        _is_told([folders["fast"], tmp_path], tmp_path / "page.html")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(place=strategies.floats(0, 1), bit=strategies.integers(0, 7), cut=strategies.booleans())
+def test_any_damage_of_the_file_is_told_in_one_line(place, bit, cut, folders, tmp_path_factory):
+    content = bytearray((folders["slow"] / "results.json").read_bytes())
+    position = round(place * (len(content) - 1))
+    content[position] ^= 1 << bit
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "results.json").write_bytes(content[:position] if cut else content)
+    told = _is_told([folders["fast"], folder])
+    assert not (told and cut and position < len(content) - 1)  # the end of the last line
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "9" * 100_000, '{"methods": [[]]}', "\udcff"]
+)
+def test_results_that_are_none(text, folders, tmp_path):
+    (tmp_path / "results.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(DataError, match="not the results of this program"):
+        compare([folders["fast"], tmp_path])
+
+
+def test_names_do_not_command_the_terminal(stored, folders, tmp_path, capsys):
+    folder = tmp_path / "m$a_$\x1b[31m"
+    folder.mkdir()
+    changed = _changed(stored, ("settings", "model"), "\x1b]0;title\x07\nmodel")
+    changed = _changed(changed, ("settings", "device"), "\x9b31m")
+    (folder / "results.json").write_text(json.dumps(changed))
+    argv = ["compare", str(folders["fast"]), str(folder), "--html", str(tmp_path / "x\x1b.html")]
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    assert all(line.isprintable() for line in shown.splitlines())
+    assert "\\x1b[31m" in shown
+    assert "m$a_$" in shown
+    text = (tmp_path / "x\x1b.html").read_text()
+    assert "\x1b" not in text
+    assert "\x9b" not in text
+    assert main(["compare", str(tmp_path / "\x1b[31mnone")]) == 2
+    assert capsys.readouterr().err.strip().isprintable()
+
+
+@pytest.mark.parametrize("name", ["m$a_$", "$\\frac{", "_m", "a\\$b$c", "\udcff", "$$"])
+def test_names_are_no_mathematics(name, folders, tmp_path):
+    out = tmp_path / "out"
+    options = {"out": out, "progress": False, "model_name": f"models/{name}"}
+    results = run_benchmark(FakeAdapter(), memory_data({("fog", 5): 6}), **options)
+    assert results.settings["model"] == f"models/{name}"
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    named = tmp_path / (name if name.isprintable() else "x")
+    shutil.copytree(out, named)
+    compare([named, folders["fast"]], tmp_path / "page.html")
+    if name.isprintable():
+        assert html.escape(f">{name}</text>"[1:]) in html.escape(
+            html.unescape((tmp_path / "page.html").read_text())
+        )
+
+
+def test_streams_of_one_length_cut_into_other_batches():
+    # 5 + 9 and 7 + 7 images, in batches of 4: five batches and four.
+    method = _method([("fog", 1, 5, [4, 1], 0), ("fog", 2, 9, [4, 4, 1], 0)])
+    other = _method([("snow", 1, 7, [0, 0], 1), ("snow", 2, 7, [0, 0], 1)])
+    both = dataclasses.replace(method, cells=method.cells + other.cells)
+    assert accuracy_along(both, 4, False) == accuracy_along(method, 4, False)

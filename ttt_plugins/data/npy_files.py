@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import lzma
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ _DAMAGE = (
     RuntimeError,
     NotImplementedError,
     SyntaxError,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
