@@ -3,9 +3,10 @@
     python examples/robustbench_loop.py [--data-dir DIR]
 
 RobustBench's functions call a model batch by batch under ``torch.no_grad()``, and an adapter
-takes that as it is. The one thing to add is ``net.reset()`` where a stream ends: RobustBench's
-``benchmark`` never resets a model between its cells. Without ``--data-dir`` (a folder that holds
-``CIFAR-10-C``) the images of the demo are used.
+takes that as it is. The one thing to add is ``net.reset()`` where a stream ends. RobustBench's own
+``benchmark(net, dataset="cifar10", threat_model="corruptions")`` is no alternative: in release
+1.1.1 it ends in a TypeError on CIFAR, whatever the model. Without ``--data-dir`` (a folder that
+holds ``CIFAR-10-C``) the images of the demo are used.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from torch import Tensor, nn
 import ttt_plugins as tp
 from ttt_plugins.data.images import to_float
 from ttt_plugins.demo import load_sample
-from ttt_plugins.utils.robustbench import import_robustbench
 
-# `import robustbench`, with a name that its dependency lost lent to it meanwhile.
-robustbench = import_robustbench()
+import ttt_plugins.hosts.robustbench  # isort: skip  # before the next import, which it makes work
+import robustbench  # isort: skip
 
 Stream = tuple[str, Tensor, Tensor]
 
@@ -46,11 +46,11 @@ def from_sample(n_examples: int | None = None) -> Iterable[Stream]:
 
 def evaluate(net: nn.Module, streams: Iterable[Stream], batch_size: int = 64) -> dict[str, float]:
     """Accuracy of each stream, each from a fresh adapter."""
-    found = {}
+    accuracies = {}
     for name, x, y in streams:
         net.reset()
-        found[name] = robustbench.utils.clean_accuracy(net, x, y, batch_size=batch_size)
-    return found
+        accuracies[name] = robustbench.utils.clean_accuracy(net, x, y, batch_size=batch_size)
+    return accuracies
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -162,7 +162,7 @@ def test_fortran_order_is_read_as_it_is_meant(tmp_path):
 )
 def test_npy_files_that_cannot_be_read(content, tmp_path):
     (tmp_path / "labels.npy").write_bytes(content)
-    with pytest.raises(DataError, match="labels.npy: not a readable npy file") as raised:
+    with pytest.raises(DataError, match=r"labels\.npy: not a readable npy file") as raised:
         map_array(tmp_path / "labels.npy")
     assert "\n" not in str(raised.value)
 

@@ -508,7 +508,7 @@ def test_a_header_that_is_no_header(text, file, resume, tmp_path):
     path = tmp_path / "out" / file
     path.parent.mkdir(parents=True)
     path.write_text(text, errors="surrogateescape")
-    with pytest.raises(InputError, match="other settings.*format differs"):
+    with pytest.raises(InputError, match=r"other settings.*format differs"):
         run(tmp_path / "out", resume=resume)
     assert figures(run(tmp_path / "out", overwrite=True)) == figures(run(None))
 
@@ -520,7 +520,7 @@ def test_a_header_without_versions(versions, tmp_path):
     file = tmp_path / "out" / UNFINISHED / "run.json"
     header = json.loads(file.read_text()) | {"versions": json.loads(versions)}
     file.write_text(json.dumps(header))
-    with pytest.raises(InputError, match="other versions.*--overwrite"):
+    with pytest.raises(InputError, match=r"other versions.*--overwrite"):
         run(tmp_path / "out", resume=True)
 
 

@@ -34,11 +34,15 @@ def data_dir(tmp_path):
     return tmp_path
 
 
-def test_robustbench_loop(make_net, make_model, tmp_path, capsys):
+@pytest.fixture
+def robustbench():
     try:
-        robustbench = bridge.import_robustbench()
+        return bridge.import_robustbench()
     except MissingDependencyError as error:
         pytest.skip(str(error))
+
+
+def test_robustbench_loop(robustbench, make_net, make_model, tmp_path, capsys):
     loop = _load("robustbench_loop")
     streams = list(loop.from_sample(10))
     net = make_net("tent", make_model("batchnorm"))
@@ -104,3 +108,14 @@ def test_full_run_and_profile(make_net, make_model, tmp_path):
     share = speed.profile(net, 4, 2, trace=trace)
     assert 0 < share["busy"] <= 1
     assert trace.stat().st_size
+
+
+def test_robustbenchs_own_benchmark_cannot_serve(robustbench, make_net, make_model, monkeypatch):
+    """What the docstring of `robustbench_loop` says of it, whatever its data are."""
+    clean = (torch.rand(4, 3, 32, 32), torch.arange(4))
+    cifar10 = robustbench.model_zoo.enums.BenchmarkDataset("cifar10")
+    loaders = {cifar10: lambda *_: clean}
+    monkeypatch.setattr(robustbench.data, "_clean_dataset_loaders", loaders)
+    net = make_net("tent", make_model("batchnorm"))
+    with pytest.raises(TypeError, match="prepr"):
+        robustbench.eval.benchmark(net, dataset="cifar10", threat_model="corruptions")

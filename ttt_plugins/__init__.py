@@ -9,6 +9,10 @@ See ``wrap``, ``from_pretrained``, and the command line ``ttt-plugins``.
 
 import warnings as _warnings
 
+from .utils.signals import exit_on_interrupt as _exit_on_interrupt
+
+_exit_on_interrupt()  # first, because what follows takes seconds
+
 with _warnings.catch_warnings():
     # timm's import trips over torch's deprecations; they are no business of our users.
     _warnings.simplefilter("ignore", FutureWarning)

@@ -76,7 +76,7 @@ class AdaptiveModel(Protocol):
         """A new adapter on the same model."""
         ...
 
-    def to(self, **options: Any) -> Any:
+    def to(self, *, memory_format: torch.memory_format) -> Any:
         """As of ``nn.Module``."""
         ...
 

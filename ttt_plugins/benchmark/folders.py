@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.npy_files import NpzImages, map_array
 from ..data.datasets import DATASETS, CompactLayout, Dataset
 from ..data.images import LabelledImages
+from ..data.npy_files import NpzImages, map_array
 from ..data.parquet import read_labels, read_parquet
 from ..errors import DataError, InputError
 from ..utils import robustbench as bridge

@@ -123,8 +123,8 @@ def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
     stored = _read_object(file).get("settings")
     wanted = json.loads(json.dumps(finite(settings), default=str))
     if stored != wanted:
-        names = wanted if isinstance(stored, dict) else ()
-        other = next((k for k in names if stored.get(k) != wanted[k]), "format")
+        known = stored if isinstance(stored, dict) else wanted
+        other = next((k for k in wanted if known.get(k) != wanted[k]), "format")
         raise InputError(
             f"{file.parent} holds results of other settings ({other} differs); choose another "
             "folder or pass overwrite=True (--overwrite)"

@@ -25,7 +25,8 @@ from ..benchmark.resume import check_out
 from ..core.registry import get_method
 from ..errors import InputError
 from ..utils.checks import check_device, check_seed
-from ..utils.processes import Worker, place_from_environment, raising_on_sigterm
+from ..utils.processes import Worker, place_from_environment
+from ..utils.signals import raising_on_sigterm
 from ..utils.text import printable
 from ..wrapping import from_pretrained, wrap
 from .flags import add_field_flags, fields_from_pairs

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..demo import run_demo
 from ..errors import TTTError
-from ..utils.processes import Terminated
+from ..utils.signals import Terminated, raise_on_interrupt
 from ..utils.text import printable
 from .artifacts import add_artifacts, add_convert, add_list
 from .benchmark import add_benchmark, add_compare
@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
+            raise_on_interrupt()
             args.run(args)
         except TTTError as error:
             _say("error", error)

@@ -1,11 +1,9 @@
-"""Processes: locks that end with them, what torchrun says about them, and how they are stopped."""
+"""Processes: locks that end with them, and what torchrun says about them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,10 +19,8 @@ from ..errors import DistributedError
 __all__ = [
     "FileLock",
     "Place",
-    "Terminated",
     "Worker",
     "place_from_environment",
-    "raising_on_sigterm",
     "worker_from_environment",
 ]
 
@@ -226,33 +222,3 @@ def worker_from_environment() -> Worker | None:
     # The store may outlive processes that torchrun starts again.
     store = dist.PrefixStore(f"ttt_plugins/{place.restarts}", store)  # pyright: ignore[reportPrivateImportUsage]
     return Worker(store, rank, world_size)
-
-
-# -- signals -----------------------------------------------------------------------------
-
-
-class Terminated(BaseException):
-    """The process was asked to end by SIGTERM; like KeyboardInterrupt, it is no error."""
-
-
-@contextlib.contextmanager
-def raising_on_sigterm(advice: str) -> Iterator[None]:
-    """SIGTERM raises `Terminated` inside the block, so that locks, files and bars are left tidy.
-
-    Without effect outside the main thread, which alone may handle signals.
-
-    Args:
-        advice: what the user can do next, the exception's text.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise Terminated(advice)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

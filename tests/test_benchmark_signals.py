@@ -1,0 +1,114 @@
+"""Ctrl-C while the command line starts, and SIGTERM while it works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmark_fakes import random_cell, write_parquet
+
+from ttt_plugins.benchmark.resume import UNFINISHED
+from ttt_plugins.cli import main
+from ttt_plugins.utils import signals
+
+PROGRAM = [sys.executable, "-W", "ignore", "-m", "ttt_plugins"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def _start(*argv):
+    return subprocess.Popen(
+        [*PROGRAM, *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def _wait_for(ready, process):
+    deadline = time.monotonic() + 120
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_ctrl_c_while_torch_is_imported():
+    process = _start("list")
+    maps = Path(f"/proc/{process.pid}/maps")
+    _wait_for(lambda: "libtorch" in maps.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_other_programs_keep_their_ctrl_c():
+    code = (
+        "import signal; before = signal.getsignal(signal.SIGINT)\n"
+        "import ttt_plugins; assert signal.getsignal(signal.SIGINT) is before\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=ENVIRONMENT, check=True)
+
+
+def test_ctrl_c_raises_again_once_a_command_runs(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ttt-plugins", "list"])
+    try:
+        signals.exit_on_interrupt()
+        assert signal.getsignal(signal.SIGINT) is not before
+        assert main(["list"]) == 0
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_sigterm_is_handled_inside_the_block_only():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work():
+        with signals.raising_on_sigterm("resume it"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(signals.Terminated, match="resume it"):
+        work()
+    assert signal.getsignal(signal.SIGTERM) is before
+    done = []
+
+    def elsewhere():
+        with signals.raising_on_sigterm("never"):
+            done.append(signal.getsignal(signal.SIGTERM) is before)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert done == [True]
+
+
+def test_sigterm_during_a_benchmark_says_how_to_resume(tmp_path):
+    write_parquet(tmp_path / "test.parquet", 24, 3)
+    for name in ("fog", "snow"):
+        images = random_cell(np.random.default_rng(0), 24)[0]
+        np.savez(tmp_path / f"{name}.npz", severity_1=images[:12], severity_5=images)
+    argv = ["benchmark", "ttt_resnet26", "--method", "tent", "--data-dir", tmp_path]
+    argv += ["--corruption", "fog", "snow", "--severity", 1, 5, "--batch-size", 2, "--threads", 1]
+    out = tmp_path / "out"
+    process = _start(*argv, "--out", out, "--protocol", "continual")
+    pieces = f"{UNFINISHED}/method0*/0*.safetensors"
+    _wait_for(lambda: any(out.glob(pieces)), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    last = err.strip().splitlines()[-1]
+    assert last == (
+        f"ttt-plugins: stopped: finished pieces are in {out}; resume the run with --resume"
+    )
+    assert "Traceback" not in err
+    assert list(out.glob(pieces))
+    assert not list(out.rglob("*.tmp"))

@@ -1,0 +1,19 @@
+"""RobustBench as it is installed, ready for a plain ``import robustbench``.
+
+    import ttt_plugins.hosts.robustbench
+    import robustbench                       # and its submodules, such as robustbench.data
+
+RobustBench 1.1.1 imports ``autoattack``, which its dependency installs under another name, so that
+it cannot be imported as it stands. Importing this module imports it once, which is enough for all
+that follows, repositories that use RobustBench included.
+
+Raises:
+    MissingDependencyError: RobustBench is not installed, or does not import beside the installed
+        versions of other packages.
+"""
+
+from __future__ import annotations
+
+from ..utils.robustbench import import_robustbench
+
+import_robustbench()

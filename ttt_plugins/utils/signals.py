@@ -1,0 +1,73 @@
+"""How the command line ends when it is interrupted (SIGINT) or asked to end (SIGTERM).
+
+This module imports nothing large: it is at work while everything else is being imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["Terminated", "exit_on_interrupt", "raise_on_interrupt", "raising_on_sigterm"]
+
+
+def _is_command_line() -> bool:
+    """Whether this process was started as ``ttt-plugins`` or ``python -m ttt_plugins``."""
+    name, words = Path(sys.argv[0]).stem, sys.orig_argv
+    if name == "-m":  # as long as Python has not found the package's __main__
+        return words[words.index("-m") + 1 :][:1] == ["ttt_plugins"]
+    return name == "ttt-plugins"
+
+
+def _exit(*_: object) -> None:
+    os._exit(130)  # nothing has begun, so nothing needs to be tidied up
+
+
+def exit_on_interrupt() -> None:
+    """In the first seconds of the command line, Ctrl-C ends the process without a traceback.
+
+    Without effect where the package is imported by another program.
+    """
+    if _is_command_line() and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _exit)
+
+
+def raise_on_interrupt() -> None:
+    """Undo `exit_on_interrupt`: Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _exit:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Terminated(BaseException):
+    """The process was asked to end by SIGTERM; like KeyboardInterrupt, it is no error."""
+
+
+@contextlib.contextmanager
+def raising_on_sigterm(advice: str) -> Iterator[None]:
+    """SIGTERM raises `Terminated` inside the block, so that files and bars are left tidy.
+
+    Without effect outside the main thread, which alone may handle signals.
+
+    Args:
+        advice: what the user can do next, the exception's text.
+
+    Yields:
+        nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Terminated(advice)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
