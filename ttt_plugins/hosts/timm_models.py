@@ -117,8 +117,8 @@ def run_script(arguments: list[str]) -> None:
     """
     if not arguments or not Path(arguments[0]).is_file():
         raise InputError(
-            "the first argument is the path of timm's script, validate.py of its repository, "
-            f"got {arguments[:1]}"
+            f"no script {arguments[0] if arguments else ''!r}: the first argument is the path of "
+            "validate.py, which timm's repository has and its package does not"
         )
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).resolve().parent))

@@ -65,10 +65,12 @@ class Classifier(PreTrainedModel):
             raise InputError("the model does not say how many classes it has: give labels=")
         if net.num_classes not in (None, classes):
             raise InputError(f"{classes} labels were given, the model has {net.num_classes}")
-        config = ClassifierConfig(num_labels=classes, problem_type="single_label_classification")
-        if labels is not None:
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {name: i for i, name in enumerate(labels)}
+        names = [f"LABEL_{i}" for i in range(classes)] if labels is None else labels
+        config = ClassifierConfig(
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            problem_type="single_label_classification",
+        )
         super().__init__(config)
         self.net = net
 
@@ -93,7 +95,7 @@ AutoModelForImageClassification.register(ClassifierConfig, Classifier, exist_ok=
 def image_classification(
     net: Adapter, labels: Sequence[str] | None = None, **options: Any
 ) -> ImageClassificationPipeline:
-    """transformers' own image classification pipeline on an adapter.
+    """The image classification pipeline of transformers on an adapter.
 
     The pipeline passes images through the model one at a time unless it is called with a
     ``batch_size``, which is then the batch that the online methods adapt to.
@@ -111,7 +113,5 @@ def image_classification(
     if "image_processor" not in options:
         known = height is not None and width is not None
         size = {"size": {"height": height, "width": width}} if known else {}
-        options["image_processor"] = ViTImageProcessor(
-            do_resize=known, do_normalize=False, **size
-        )
+        options["image_processor"] = ViTImageProcessor(do_resize=known, do_normalize=False, **size)
     return ImageClassificationPipeline(model=Classifier(net, labels), **options)
