@@ -23,7 +23,7 @@ from ttt_plugins.utils.files import write_text
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10 and cifar10c")
     parser.add_argument("--n-examples", type=int, default=768, help="images of each corruption")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2])

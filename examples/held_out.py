@@ -49,7 +49,7 @@ HELD_OUT = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(HELD_OUT), help=f"of {list(HELD_OUT)}")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds cifar10")
     parser.add_argument("--out", type=Path, required=True)

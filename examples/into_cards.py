@@ -53,7 +53,7 @@ def online_run(result: dict) -> dict:
             for corruption in CORRUPTIONS:
                 means = [report.accuracy(result, label, s, corruptions=[corruption]) for s in seeds]
                 shares = by_corruption.setdefault(corruption, {})
-                shares[name] = round(statistics.mean(means) / 100, 6)
+                shares[name] = round(statistics.mean(m for m in means if m is not None) / 100, 6)
     universal = result["optimizer"] == "mgg-universal"
     classifier = f"Classifier: held-out {result['backbone']}. " if universal else ""
     folder = "runs/held-out/" if universal else ""

@@ -105,7 +105,7 @@ def line(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("measurements", nargs="+", choices=MEASUREMENTS)
     parser.add_argument(
         "--data", type=Path, required=True, help="folder that holds cifar10 and cifar10c"

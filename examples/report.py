@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ttt_plugins.artifacts.folder import bundled_folder, read_config
 from ttt_plugins.benchmark import CORRUPTIONS
@@ -113,8 +114,9 @@ def accuracy(
 def over_seeds(result: dict, label: str) -> tuple[float, float] | None:
     """Mean accuracy in % and its standard error over three orders of whole streams."""
     seeds = [0] if label == "source" else [0, 1, 2]
-    means = [accuracy(result, label, seed) for seed in seeds]
-    if None in means:
+    found = [accuracy(result, label, seed) for seed in seeds]
+    means = [mean for mean in found if mean is not None]
+    if len(means) < len(found):
         return None
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
     return statistics.mean(means), error
@@ -237,7 +239,7 @@ def rates() -> str:
     rows = []
     for name in (*BUNDLED, *HELD_OUT):
         for row, scores in tuning(name).items():
-            best = max(scores, key=scores.get)
+            best = max(scores, key=scores.__getitem__)
             edge = "yes" if best in (min(scores), max(scores)) else "no"
             listed = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in scores.items())
             rows.append([name, shown[row], listed, f"{best:g}", edge])
@@ -249,7 +251,7 @@ def sar_rates() -> str:
     rows = []
     for name in BUNDLED:
         result, scores = load(f"online-{name}"), tuning(name)["sar"]
-        for label, rate in sorted(labels(result, "sar").items(), key=lambda item: item[1]):
+        for rate, label in sorted((r, label) for label, r in labels(result, "sar").items() if r):
             fifteen = accuracy(result, label, 0, BATCHES)
             if fifteen is not None:
                 extra = f"{scores[rate]:.2f}" if rate in scores else "not measured"
@@ -326,7 +328,7 @@ def speed() -> str:
 # Errors
 
 
-def clustered(gaps: Sequence[Sequence[float]]) -> tuple[float, float]:
+def clustered(gaps: ArrayLike) -> tuple[float, float]:
     """Mean and standard error in points, of gaps by corruption and image.
 
     The same images stand under every corruption, so an image's mean over them is one observation.
@@ -337,11 +339,16 @@ def clustered(gaps: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def hits(result: dict, label: str, seed: int = 0) -> np.ndarray | None:
-    """Which images of a seed's streams were right, (corruptions, images); None if not recorded."""
+    """Which images of a seed's streams were right, (corruptions, images); None if not recorded.
+
+    A row that was measured before single predictions were recorded may have been measured again.
+    """
     rows = []
     for corruption in CORRUPTIONS:
-        stream = result["streams"].get(f"{label}/{corruption}/{seed}", {})
-        if "hits" not in stream:
+        keys = (f"{label}/{corruption}/{seed}", f"{label} again/{corruption}/{seed}")
+        streams = [result["streams"].get(key, {}) for key in keys]
+        stream = next((stream for stream in streams if "hits" in stream), None)
+        if stream is None:
             return None
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(stream["hits"]), np.uint8))
         rows.append(bits[: min(stream["n"], BATCHES * result["batch_size"])].astype(float))
@@ -349,23 +356,24 @@ def hits(result: dict, label: str, seed: int = 0) -> np.ndarray | None:
 
 
 def paired() -> str:
-    """Differences from Adam on the same loss, of the rows whose single images are recorded."""
+    """Differences of recorded rows from MGG on the same images."""
     rows = []
     for name in BUNDLED:
         result = load(f"online-{name}")
-        recorded = dict.fromkeys(key.split("/")[0] for key in result["streams"])
-        base = chosen(result, "adam, same loss")
-        first = hits(result, base[0]) if base else None
-        if first is None:
+        mgg = hits(result, "mgg")
+        if mgg is None:
             continue
-        level, error = clustered(first)
-        rows.append([name, base[0], f"{level:.2f} ± {error:.2f}"])
-        for label in recorded:
-            other = None if label == base[0] else hits(result, label)
-            if other is not None:
-                gap, error = clustered(other - first)
-                rows.append([name, f"{label}, difference", f"{gap:+.2f} ± {error:.2f}"])
-    return table(["", "", "± clustered by image"], rows)
+        level, error = clustered(mgg)
+        rows.append([name, "MGG", f"{level:.2f} ± {error:.2f}", ""])
+        for shown, row in ROWS.items():
+            for label, rate in labels(result, row).items():
+                other = None if row == "mgg" else hits(result, label)
+                if other is not None:
+                    gap, error = clustered(mgg - other)
+                    at = f" ({rate:g})" if rate is not None else ""
+                    gap_text = f"{gap:+.2f} ± {error:.2f}"
+                    rows.append([name, f"MGG over {shown}{at}", gap_text, f"{gap / error:.1f}"])
+    return table(["", "", "± clustered by image", "in standard errors"], rows)
 
 
 # Methods that adapt to every image
@@ -476,7 +484,7 @@ def renewed(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--write", action="store_true", help="renew the tables of RESULTS.md")
     args = parser.parse_args(argv)
     if args.write:

@@ -158,12 +158,12 @@ def choose_rate(row: str, subject: Subject, scores: dict, batch_size: int, n, no
     for rate in GRIDS[row]:
         score(rate)
     for _ in range(3):
-        best = max(scores, key=scores.get)
+        best = max(scores, key=scores.__getitem__)
         rate = next_rate([float(key) for key in scores], float(best))
         if rate is None:
             break
         score(rate)
-    return float(max(scores, key=scores.get))
+    return float(max(scores, key=scores.__getitem__))
 
 
 def run_stream(net, stream: LabelledImages, batch_size: int, seed: int, batches=None) -> dict:
@@ -230,6 +230,7 @@ def measure(
     tune_n=None,
     rate=None,
     batches=None,
+    again=False,
 ) -> dict:
     """Measure rows of one subject; ``path`` is written after every stream and every rate.
 
@@ -244,6 +245,8 @@ def measure(
             that exists keeps its own.
         rate: measure the rows at this learning rate, beside the one that is chosen.
         batches: end every stream after so many, None for whole streams.
+        again: measure rows a second time, under another label: streams of earlier versions do not
+            say which images were right.
     """
     result = load(path, subject, n, batch_size, tune_n)
 
@@ -260,7 +263,8 @@ def measure(
             used = rate or chosen
         elif row == "tent, mix":
             used = rate or result["rates"]["tent"]
-        nets[label_of(row, used)] = ROWS[row](subject, **({} if used is None else {"lr": used}))
+        label = label_of(row, used) + (" again" if again else "")
+        nets[label] = ROWS[row](subject, **({} if used is None else {"lr": used}))
     for seed in seeds:
         for corruption in CORRUPTIONS:
             stream = load_stream(subject.data, corruption, n_examples=n)
@@ -277,7 +281,7 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
         "--data", type=Path, required=True, help="folder that holds cifar10 and cifar10c"
     )
@@ -289,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="(default: all that apply)")
     parser.add_argument("--rate", type=float, help="learning rate, instead of the chosen one")
+    parser.add_argument("--again", action="store_true", help="measure rows a second time")
     parser.add_argument("--paper", help="artifact that was meta-trained with the paper's recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--n-examples", type=int, default=2000)
@@ -313,6 +318,7 @@ def main(argv: list[str] | None = None) -> None:
             args.tune_examples,
             args.rate,
             args.batches,
+            args.again,
         )
 
 

@@ -138,7 +138,9 @@ def test_commands_parse(line):
 
 def test_ci_runs_the_test_command():
     script = (ROOT / ".ci/run").read_text()
-    awk = re.search(r"\$\((awk .*README\.md)\)", script)[1]
+    match = re.search(r"\$\((awk .*README\.md)\)", script)
+    assert match
+    awk = match[1]
     extracted = subprocess.run(
         ["bash", "-c", awk], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()

@@ -61,6 +61,7 @@ def test_numbers_in_the_text_are_in_the_report(report, document):
 def test_a_changed_figure_is_noticed(report):
     text = (ROOT / "RESULTS.md").read_text()
     figure = re.search(r"<!-- report: online -->.*?(\d\d\.\d\d)", text, flags=re.DOTALL)
+    assert figure
     changed = text[: figure.start(1)] + "99.99" + text[figure.end(1) :]
     assert report.renewed(changed) == text != changed
     assert "99.99" not in numbers(report.report())
@@ -123,8 +124,9 @@ def test_recorded_hits_are_the_counted_ones(report):
 
 @pytest.mark.parametrize("name", tp.list_bundled())
 def test_cards_hold_the_measurements(name, report, cards):
-    runs = read_artifact(bundled_folder(name)).results["runs"]
-    for run in runs:
+    results = read_artifact(bundled_folder(name)).results
+    assert results
+    for run in results["runs"]:
         if "results.py" not in run["command"]:
             continue
         if "per_image" in run["command"]:
