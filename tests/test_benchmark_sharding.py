@@ -22,7 +22,7 @@ from ttt_plugins.benchmark import Results, Worker, run_benchmark, worker_from_en
 from ttt_plugins.benchmark.resume import UNFINISHED
 from ttt_plugins.cli import main
 from ttt_plugins.errors import DataError, DistributedError, InputError
-from ttt_plugins.utils.processes import FileLock, place_from_environment
+from ttt_plugins.utils.processes import FileLock, Place, place_from_environment
 
 
 @pytest.fixture
@@ -194,6 +194,8 @@ def test_started_alone(monkeypatch):
 def test_an_environment_that_cannot_be(name, value, monkeypatch, capsys):
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(variable, raising=False)
+    assert place_from_environment() == Place()
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(name, value)
     with pytest.raises(DistributedError, match=f"cannot join the other processes: {name}"):
         place_from_environment()

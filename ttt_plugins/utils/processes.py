@@ -99,7 +99,10 @@ class Place:
 
 
 def place_from_environment() -> Place:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK and TORCHELASTIC_RESTART_COUNT; one process if unset.
+    """Read WORLD_SIZE, RANK, LOCAL_RANK and TORCHELASTIC_RESTART_COUNT.
+
+    Returns:
+        the place; that of a single process if WORLD_SIZE is not set, or 1.
 
     Raises:
         DistributedError: a value is not a number, or they contradict each other.
@@ -114,14 +117,11 @@ def place_from_environment() -> Place:
             )
         return int(text)
 
-    world_size = number("WORLD_SIZE", 1)
-    place = Place(
-        number("RANK", 0),
-        world_size,
-        number("LOCAL_RANK", 0),
-        number("TORCHELASTIC_RESTART_COUNT", 0),
-    )
-    if place.rank >= max(world_size, 1):
+    world_size, restarts = number("WORLD_SIZE", 1), number("TORCHELASTIC_RESTART_COUNT", 0)
+    if world_size < 2:
+        return Place(restarts=restarts)
+    place = Place(number("RANK", 0), world_size, number("LOCAL_RANK", 0), restarts)
+    if place.rank >= world_size:
         raise DistributedError(
             f"cannot join the other processes: RANK is {place.rank}, but WORLD_SIZE {world_size}"
         )
