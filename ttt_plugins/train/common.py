@@ -22,6 +22,7 @@ from ..artifacts.schema import (
 )
 from ..backbones.backbone import Backbone
 from ..backbones.statistics import NormStatistics
+from ..benchmark import evaluate
 from ..core.registry import get_method
 from ..data.images import LabelledImages, to_float
 from ..errors import InputError
@@ -139,12 +140,7 @@ class Normalise(nn.Module):
         return (x - self.mean) / self.std
 
 
-@torch.inference_mode()
 def accuracy(model: nn.Module, normalise: nn.Module, data: LabelledImages, device) -> float:
     """Share of right predictions, in [0, 1], in eval mode."""
     model.eval()
-    right = 0
-    for images, labels in zip(data.images.split(500), data.labels.split(500), strict=True):
-        logits = model(normalise(to_float(images.to(device))))
-        right += (logits.argmax(1) == labels.to(device)).sum().item()
-    return right / len(data)
+    return evaluate.accuracy(lambda images: model(normalise(images)), data, device=device)

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..data.images import LabelledImages, to_float
+from ..adapter import Adapter
+from ..benchmark.evaluate import accuracy
+from ..data.images import LabelledImages
 from ..methods.mt3 import MT3
 from ..wrapping import wrap
 
@@ -50,11 +52,6 @@ class StepGap:
             "extras_after": self._accuracy(wrap(model, self.config, tensors=dict(head))),
         }
 
-    def _accuracy(self, net: nn.Module) -> float:
-        device, right = next(net.parameters()).device, 0
-        for images, labels in zip(
-            self.images.split(_BATCH), self.labels.split(_BATCH), strict=True
-        ):
-            predictions = net(to_float(images).to(device)).argmax(1)
-            right += (predictions == labels.to(device)).sum().item()
-        return right / len(self.labels)
+    def _accuracy(self, net: Adapter) -> float:
+        data = LabelledImages(self.images, self.labels)
+        return accuracy(net, data, _BATCH, net.backbone.device)

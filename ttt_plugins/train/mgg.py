@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..artifacts.tensor_files import fingerprint
+from ..benchmark.evaluate import accuracy
+from ..benchmark.protocols import shuffled
 from ..core import gradient_memory
 from ..core.online import Loss, Objective, Online, evaluate
 from ..core.updates import Evaluation, Situation, Tensors
@@ -100,12 +102,7 @@ def stream_accuracy(
 ) -> float:
     """Accuracy in [0, 1] of an adapter on one shuffled stream, from a reset."""
     net.reset()
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    right = 0
-    for rows in order.split(batch_size):
-        logits = net(to_float(data.images[rows]).to(net.backbone.device))
-        right += (logits.argmax(1).cpu() == data.labels[rows]).sum().item()
-    return right / len(data)
+    return accuracy(net, data[shuffled(len(data), seed)], batch_size, net.backbone.device)
 
 
 def _batches(recipe: MGGRecipe, data: Mapping[str, LabelledImages], generator):
