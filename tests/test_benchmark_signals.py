@@ -39,13 +39,15 @@ def _wait_for(ready, process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
-def test_ctrl_c_while_torch_is_imported():
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_torch_is_imported(number, code):
     process = _start("list")
     maps = Path(f"/proc/{process.pid}/maps")
     _wait_for(lambda: "libtorch" in maps.read_text(), process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err) == (130, "", "")
+    said = "ttt-plugins: stopped: before anything was done\n"
+    assert (process.returncode, out, err) == (code, "", said)
 
 
 def test_other_programs_keep_their_ctrl_c():
@@ -57,15 +59,18 @@ def test_other_programs_keep_their_ctrl_c():
 
 
 def test_ctrl_c_raises_again_once_a_command_runs(monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in kinds]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/ttt-plugins", "list"])
     try:
         signals.exit_on_interrupt()
-        assert signal.getsignal(signal.SIGINT) is not before
+        assert all(signal.getsignal(n) is not b for n, b in zip(kinds, before, strict=True))
         assert main(["list"]) == 0
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(kinds, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_sigterm_is_handled_inside_the_block_only():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from dataclasses import fields
 
 import pytest
@@ -382,6 +385,46 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
         epochs.save_checkpoint(file, {"epoch": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert torch.load(file, weights_only=True) == {"epoch": 1}
+
+
+# -- signals and the environment ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("kind", [kind for kind in TRAININGS if kind != "head"])
+def test_a_stopped_training_says_how_to_resume(number, code, kind, images, monkeypatch, capsys):
+    def stopped(*_, **__):
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    monkeypatch.setattr("ttt_plugins.cli.train.check_device", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(train(kind, *SHORT[kind])) == code
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == "ttt-plugins: stopped: to resume, run the same command with --resume"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "-1"), ("RANK", "x"), ("RANK", "2"), ("RANK", "")],
+)
+def test_a_training_in_a_senseless_environment(name, value, images, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, value)
+    assert name in refused(*train("mt3", *SHORT["mt3"]))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TRAININGS if kind != "head"])
+def test_checkpoints_on_a_read_only_disk(kind, here, no_work, refused, monkeypatch):
+    """Found before anything is read, not when the first checkpoint is written."""
+    (here / "out-training").mkdir()
+    real = os.access
+    # What the system answers on a read-only disk, also to its administrator.
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "-training" not in str(path) and real(path, mode)
+    )
+    assert "this process may not write there" in refused(*train(kind))
 
 
 # -- everything else ---------------------------------------------------------------------------

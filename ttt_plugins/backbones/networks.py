@@ -40,7 +40,7 @@ class PreActUnit(nn.Module):
     """norm-relu-conv3x3 twice, with a shortcut that has no parameters.
 
     Where the resolution halves, the shortcut is 2x2 average pooling; where channels are
-    added, they are zeros, half in front and half behind.
+    added, they are zeros, half of them before the others and half after, or all of them after.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class PreActUnit(nn.Module):
         bias: bool,
         activate_shortcut: bool,
         pad_end: bool,
+        zeros_last: bool,
     ):
         super().__init__()
         self.norm1 = norm(width_in)
@@ -62,6 +63,7 @@ class PreActUnit(nn.Module):
         self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=bias)
         self.stride = stride
         self.missing = width_out - width_in
+        self.zeros_last = zeros_last
         self.activate_shortcut = activate_shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class PreActUnit(nn.Module):
         if self.stride > 1:
             shortcut = F.avg_pool2d(shortcut, self.stride)
         if self.missing:
-            before = self.missing // 2
+            before = 0 if self.zeros_last else self.missing // 2
             shortcut = F.pad(shortcut, (0, 0, 0, 0, before, self.missing - before))
         out = self.conv1(F.pad(active, (0, 1, 0, 1)) if self.pad_end else active)
         return self.conv2(F.relu(self.norm2(out))) + shortcut
@@ -89,6 +91,8 @@ class PreActResNet(nn.Module):
         activate_shortcut: the very first unit's shortcut starts after the activation (MT3: yes).
         hidden: width of a bias-free linear layer with ReLU between pooled features and
             classifier (MT3: 256), 0 for none. It counts as part of the pooled features.
+        zeros_last: the shortcut's additional channels come after the others (TTT's released code),
+            instead of half before and half after.
         pad_end: where the resolution halves, pad bottom and right alone, as TensorFlow does (MT3's
             released weights: yes).
     """
@@ -106,6 +110,7 @@ class PreActResNet(nn.Module):
         activate_shortcut: bool = False,
         hidden: int = 0,
         pad_end: bool = False,
+        zeros_last: bool = False,
         global_pool: str = "avg",
     ):
         super().__init__()
@@ -136,6 +141,7 @@ class PreActResNet(nn.Module):
                         conv_bias,
                         activate_shortcut and first and stage == 0,
                         pad_end,
+                        zeros_last,
                     )
                 )
                 width_in = width_out

@@ -12,7 +12,7 @@ from ..artifacts.hub_access import Access
 from ..artifacts.publish import publish
 from ..core.registry import list_methods
 from ..errors import InputError
-from ..train.released import convert_mgg, convert_mt3
+from ..train.released import convert_mgg, convert_mt3, convert_ttt
 
 __all__ = ["add_artifacts", "add_convert", "add_list"]
 
@@ -62,19 +62,40 @@ def add_convert(commands) -> None:
     """Add the command ``convert``."""
     add = commands.add_parser("convert", help="turn the papers' released weights into artifacts")
     add.set_defaults(run=_convert)
-    add.add_argument("kind", choices=("mgg", "mt3"))
-    add.add_argument("checkpoint", help="MGG's file, or the prefix of MT3's TensorFlow checkpoint")
-    add.add_argument("--statistics", type=Path, help="MGG: the file of ViT-B/16's statistics")
+    add.add_argument("kind", choices=("mgg", "mt3", "ttt"))
+    add.add_argument(
+        "checkpoint", help="MGG's or TTT's file, or the prefix of MT3's TensorFlow checkpoint"
+    )
+    add.add_argument(
+        "--statistics", type=Path, help="MGG: the file of a classifier's source statistics"
+    )
+    add.add_argument(
+        "--model", help="with --statistics: the classifier they belong to; what wrap takes"
+    )
+    add.add_argument("--pretrained", action="store_true", help="with --model: timm's weights")
+    add.add_argument("--groups", type=int, help="TTT: groups of the group norms (default: 8)")
     add.add_argument("--out", type=Path, required=True, help="folder for the artifact")
 
 
 def _convert(args: argparse.Namespace) -> None:
+    owners = {"statistics": "mgg", "model": "mgg", "pretrained": "mgg", "groups": "ttt"}
+    for flag, kind in owners.items():
+        if getattr(args, flag) and args.kind != kind:
+            raise InputError(f"--{flag} belongs to convert {kind}")
+    if args.statistics and not args.model:
+        raise InputError(
+            "--statistics needs --model, the classifier that they were measured on: they belong to "
+            "its weights (the released ones: --model vit_base_patch16_224 --pretrained)"
+        )
     if args.kind == "mt3":
-        if args.statistics:
-            raise InputError("--statistics belongs to convert mgg")
         folder = convert_mt3(args.checkpoint, args.out)
+    elif args.kind == "ttt":
+        folder = convert_ttt(
+            args.checkpoint, args.out, groups=8 if args.groups is None else args.groups
+        )
     else:
-        folder = convert_mgg(args.checkpoint, args.out, args.statistics)
+        options = {"pretrained": True} if args.pretrained else {}
+        folder = convert_mgg(args.checkpoint, args.out, args.statistics, args.model, **options)
     print(f"the artifact is in {folder}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..demo import run_demo
 from ..errors import TTTError
-from ..utils.signals import Terminated, raise_on_interrupt
+from ..utils.signals import Terminated, raise_on_interrupt, raising_on_sigterm
 from ..utils.text import printable
 from .artifacts import add_artifacts, add_convert, add_list
 from .benchmark import add_benchmark, add_compare
@@ -32,11 +32,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     args.command_line = shlex.join([PROGRAM, *argv])
+    advice = "before the command was done"
+    if hasattr(args, "resume"):
+        advice = "to resume, run the same command with --resume"
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             raise_on_interrupt()
-            args.run(args)
+            with raising_on_sigterm(advice):
+                args.run(args)
         except TTTError as error:
             _say("error", error)
             return 2
@@ -44,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             _say("error", str(error).strip() or type(error).__name__)
             return 2
         except KeyboardInterrupt:
+            _say("stopped", advice)
             return 130
         except Terminated as stop:
             _say("stopped", stop)

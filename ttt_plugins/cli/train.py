@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from ..train.mgg import MGGRecipe, train_mgg, untrained
 from ..train.mt3 import MT3Recipe, train_mt3
 from ..train.source import SourceRecipe, train_source
 from ..utils.checks import check_device, check_seed
+from ..utils.processes import place_from_environment
 from .flags import add_dataclass_flags, add_field_flags, dataclass_from_args, fields_from_pairs
 
 __all__ = ["add_train"]
@@ -237,14 +237,13 @@ def _train_mt3(args: argparse.Namespace) -> None:
         _train_byol(args, work)
         return
     recipe = _recipe(args, MT3Recipe, ByolRecipe, "without --joint")
-    device = args.device
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device, place = args.device, place_from_environment()
+    if device == "cuda" and place.world_size > 1:
+        device = f"cuda:{place.local_rank}"
     check_device(device)
     if recipe.init and (hasattr(args, "arch") or hasattr(args, "model_args")):
         raise InputError("--init brings its own architecture; leave --arch and --model-args out")
-    # Set by torchrun when it starts the processes again.
-    resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    resume = args.resume or place.restarts > 0
     fields = fields_from_pairs(args.set, MT3)
     config = configure(MT3(lr=recipe.inner_lr, steps=recipe.inner_steps), fields)
     gap = _gap(args, config)
@@ -252,7 +251,7 @@ def _train_mt3(args: argparse.Namespace) -> None:
     model, head, log = train_mt3(
         recipe, train, work, config=config, gap=gap, device=device, resume=resume
     )
-    if os.environ.get("RANK", "0") != "0":
+    if place.rank:
         return
     # With --init the recipe's own architecture is not the one that was trained.
     recipe = dataclasses.replace(recipe, arch=log["architecture"], model_args=log["model_args"])

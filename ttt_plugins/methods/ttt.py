@@ -8,7 +8,7 @@ Equation -> function
     l_s: 4-way cross-entropy of rotated crops and flips of one image -> `rotation_task`
     predict with the updated trunk and the untouched main head       -> `PerImage._predict`
     standard: forget; online: keep, one step an image                -> `PerImage.keep`
-    1  joint training of theta_e, theta_m, theta_s                   -> `train.ttt`
+    1  joint training of theta_e, theta_m, theta_s                   -> `train.joint`
 
 Deviations from the released code, and why:
 1. Views are drawn from the image's own bits and the seed (`views.image_keys`), so that an image's
@@ -17,6 +17,9 @@ Deviations from the released code, and why:
    elsewhere (the released ImageNet code crops by area).
 3. With ``params`` other than "all" the rotation head stays put unless told otherwise; a copy of it
    for every image is what those scopes are meant to spare.
+4. The bundled network's shortcuts put half of the zero channels before the others and half after;
+   the released ones put all of them after (``zeros_last`` of the network; `train.released`
+   converts the authors' files).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from ..data.images import LabelledImages
 from ..errors import InputError
 from ..methods.mt3 import MT3, features_loss
 from ..utils.checks import check_choice, check_integer, check_number, check_seed
-from .common import Normalise, accuracy, check_outcome, create_model, read_start
+from .common import Normalise, check_outcome, create_model, read_start
 from .epochs import checkpoint_file, train_epochs
 from .gap import StepGap
 from .mt3_step import default_model_args, draw_tasks
@@ -170,7 +170,7 @@ class _ByolTraining(NetworkTraining):
             "cross_entropy": means[0],
             "byol_loss": means[1],
             "accuracy": means[2],
-            "test_accuracy": accuracy(final.model, self.normalise, self.test, self.device),
+            "test_accuracy": self.accuracy(final.model, self.normalise, self.test),
         }
         return entry | self.gap.measure(final.model, _detached(final)) if self.gap else entry
 

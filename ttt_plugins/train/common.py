@@ -22,15 +22,13 @@ from ..artifacts.schema import (
 )
 from ..backbones.backbone import Backbone
 from ..backbones.statistics import NormStatistics
-from ..benchmark import evaluate
 from ..core.registry import get_method
-from ..data.images import LabelledImages, to_float
+from ..data.images import to_float
 from ..errors import InputError
 from ..methods import Source
 
 __all__ = [
     "Normalise",
-    "accuracy",
     "check_outcome",
     "create_model",
     "read_start",
@@ -138,9 +136,3 @@ class Normalise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W), any floating-point type."""
         return (x - self.mean) / self.std
-
-
-def accuracy(model: nn.Module, normalise: nn.Module, data: LabelledImages, device) -> float:
-    """Share of right predictions, in [0, 1], in eval mode."""
-    model.eval()
-    return evaluate.accuracy(lambda images: model(normalise(images)), data, device=device)

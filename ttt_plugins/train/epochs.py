@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import DataError, InputError
-from ..utils.files import replacing
+from ..utils.files import can_write, replacing
 
 __all__ = [
     "Epoch",
@@ -227,6 +227,7 @@ def checkpoint_file(folder: str | Path) -> Path:
 
     Raises:
         InputError: something else is in the place of either.
+        DataError: the folder cannot be written to.
     """
     file = Path(folder) / "checkpoint.pt"
     try:
@@ -239,6 +240,15 @@ def checkpoint_file(folder: str | Path) -> Path:
             raise InputError(f"{file} is no file; move it away or train into another folder")
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror})") from error
+    try:
+        writable = can_write(file.parent)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} cannot hold the training's checkpoints ({error})") from error
+    if not writable:
+        raise DataError(
+            f"{folder} cannot hold the training's checkpoints: this process may not write there (a "
+            "read-only disk, or another user's folder); train into another folder"
+        )
     return file
 
 

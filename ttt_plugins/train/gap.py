@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
 from ..benchmark.evaluate import accuracy
 from ..data.images import LabelledImages
 from ..methods.mt3 import MT3
@@ -33,8 +32,10 @@ class StepGap:
             extras: images by the name of their corruption.
             config: of the adapter whose step is measured.
         """
-        self.images = torch.cat([part.images for part in extras.values()])
-        self.labels = torch.cat([part.labels for part in extras.values()])
+        self.held = LabelledImages(
+            torch.cat([part.images for part in extras.values()]),
+            torch.cat([part.labels for part in extras.values()]),
+        )
         self.config = config
 
     def measure(self, model: nn.Module, head: Mapping[str, Tensor]) -> dict[str, float]:
@@ -47,11 +48,11 @@ class StepGap:
         Returns:
             ``extras_before`` without the step and ``extras_after`` with it.
         """
-        return {
-            "extras_before": self._accuracy(wrap(model, "source")),
-            "extras_after": self._accuracy(wrap(model, self.config, tensors=dict(head))),
+        nets = {
+            "extras_before": wrap(model, "source"),
+            "extras_after": wrap(model, self.config, tensors=dict(head)),
         }
-
-    def _accuracy(self, net: Adapter) -> float:
-        data = LabelledImages(self.images, self.labels)
-        return accuracy(net, data, _BATCH, net.backbone.device)
+        return {
+            name: accuracy(net, self.held, _BATCH, net.backbone.device)
+            for name, net in nets.items()
+        }

@@ -30,7 +30,7 @@ from ..errors import InputError
 from ..methods.ttt import TTT
 from ..utils.checks import check_choice, check_integer, check_number, check_seed
 from ..wrapping import wrap
-from .common import Normalise, accuracy, check_outcome, create_model, read_start
+from .common import Normalise, check_outcome, create_model, read_start
 from .epochs import checkpoint_file, train_epochs, write_entry
 from .network import NetworkTraining
 from .schedules import cosine
@@ -180,7 +180,7 @@ class _RotationTraining(NetworkTraining):
         return {
             "main_loss": means[0],
             "rotation_loss": means[1],
-            "test_accuracy": accuracy(self.final.model, self.normalise, self.test, self.device),
+            "test_accuracy": self.accuracy(self.final.model, self.normalise, self.test),
             "rotation_accuracy": self._rotation_accuracy(),
         }
 

@@ -22,12 +22,13 @@ from ..core.per_image import descend
 from ..data.images import LabelledImages
 from ..errors import InputError
 from ..methods.mt3 import MT3, RATE, rate_names
+from ..utils.processes import place_from_environment
 from .common import check_outcome, create_model, read_start
 from .epochs import Epoch, Training, check_convergence, checkpoint_file, train_epochs
 from .gap import StepGap
 from .mt3_step import MT3Recipe, clip_each, draw_tasks, meta_gradient
 from .schedules import schedule_factor
-from .workers import Workers, environment_number
+from .workers import Workers
 
 __all__ = ["MT3Recipe", "train_mt3"]
 
@@ -216,7 +217,7 @@ def train_mt3(
         raise InputError(f"MT3 needs square images, got {tuple(train.images.shape[2:])}")
     checkpoint, device = checkpoint_file(out), torch.device(device)
     if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", environment_number("LOCAL_RANK", 0))
+        device = torch.device("cuda", place_from_environment().local_rank)
     with Workers(device) as workers:
         training = _MetaTraining(recipe, config or MT3(), train, device, gap, workers)
         log = train_epochs(

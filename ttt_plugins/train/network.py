@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..benchmark.evaluate import accuracy
 from ..data.images import LabelledImages
 from .common import steps_per_epoch
 from .epochs import Epoch, Recipe, Training, check_convergence
@@ -96,6 +97,11 @@ class NetworkTraining(Training):
             labels: (B,) int64.
             generator: for the augmentation.
         """
+
+    def accuracy(self, model: nn.Module, normalise: nn.Module, data: LabelledImages) -> float:
+        """Share of right predictions, in [0, 1], in eval mode."""
+        model.eval()
+        return accuracy(lambda x: model(normalise(x)), data, device=self.device)
 
     @abstractmethod
     def entry(self, means: list[float]) -> dict[str, float]:

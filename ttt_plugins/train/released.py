@@ -1,11 +1,13 @@
 """Released checkpoints of the papers' authors, turned into our artifacts.
 
-MT3 (arXiv 2103.16201) released a TensorFlow checkpoint of its meta-model; MGG (arXiv 2412.16901) a
+TTT (arXiv 1909.13231) released PyTorch files of its CIFAR-10 networks with their rotation heads,
+MT3 (arXiv 2103.16201) a TensorFlow checkpoint of its meta-model, and MGG (arXiv 2412.16901) a
 PyTorch file of its learned optimizer and one of ViT-B/16's source statistics.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,17 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..artifacts.classifiers import refuse_random
 from ..artifacts.saving import save_learned, save_with_model
 from ..backbones.networks import MT3_NETWORK
 from ..core.gradient_memory import check_slow
-from ..errors import ArtifactError, MissingDependencyError
-from ..methods import MGG, MT3
+from ..errors import ArtifactError, InputError, MissingDependencyError
+from ..methods import MGG, MT3, TTT
+from ..wrapping import wrap
 
-__all__ = ["convert_mgg", "convert_mt3", "mt3_state"]
+__all__ = ["convert_mgg", "convert_mt3", "convert_ttt", "mt3_artifact", "mt3_state", "ttt_state"]
 
 #: The network of MT3's released checkpoint: TensorFlow pads on two sides only at stride 2.
 _MT3_RELEASED = {**MT3_NETWORK, "pad_end": True}
@@ -30,11 +34,20 @@ _MGG_PREFIX = "seq_modeling_block."
 #: The model that MGG's optimizer was released for.
 _MGG_MODEL = "vit_base_patch16_224"
 _MGG_FEATURES = 12 * 768
+#: What makes a single number of numpy's, under its names in old and new files: TTT's released
+#: files hold error rates beside their tensors.
+_NUMBER = np.float64(0).__reduce__()[0]
+_SAFE = [
+    *((_NUMBER, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    type(np.dtype(np.float64)),
+]
 
 
 def _load(file: Path, what: str) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_SAFE):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling fails in many ways; none of them runs code
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "weights_only" in str(error):
@@ -43,8 +56,135 @@ def _load(file: Path, what: str) -> Any:
         raise ArtifactError(f"{file} is not {what}: {reason}") from error
 
 
+def _tensors(part: Any, where: str) -> dict[str, Tensor]:
+    """A state dict, of the network itself where several GPUs trained it.
+
+    Raises:
+        ArtifactError: it is none.
+    """
+    if (
+        not isinstance(part, dict)
+        or not part
+        or not all(isinstance(t, Tensor) for t in part.values())
+    ):
+        raise ArtifactError(f"{where} is no dict of tensors")
+    return {str(n).removeprefix("module."): t for n, t in part.items()}
+
+
+# -- TTT -----------------------------------------------------------------------------------------
+
+
+def convert_ttt(checkpoint: str | Path, out: str | Path, *, groups: int = 8) -> Path:
+    """One of TTT's released CIFAR-10 files as an artifact.
+
+    Args:
+        checkpoint: a dict with ``net`` and ``head``, state dicts of the classifier and of what its
+            rotation task has for itself.
+        out: folder for the artifact.
+        groups: of the group norms, which the file does not say; without effect on a file with
+            BatchNorm.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ArtifactError: the file holds something else; nothing is written.
+    """
+    saved = _load(Path(checkpoint), "one of TTT's released checkpoints")
+    if not isinstance(saved, dict):
+        raise ArtifactError(f"{checkpoint} must hold a dict, got {type(saved).__name__}")
+    net, head = (_tensors(saved.get(n), f"{checkpoint}: {n!r}") for n in ("net", "head"))
+    arch, arguments, state = ttt_state(net, groups)
+    try:
+        model = timm.create_model(arch, num_classes=len(state["head.bias"]), **arguments)
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"{checkpoint} holds another network: {reason}") from error
+    settings = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    model.pretrained_cfg = {**model.pretrained_cfg, **settings}
+    tensors, split = _ttt_head(head)
+    config = TTT(split=split)
+    wrap(model.eval(), config, tensors=tensors)  # refuses a head that does not fit
+    note = "Converted from a checkpoint of the kind that the authors of arXiv 1909.13231 released "
+    return save_with_model(
+        model,
+        arch,
+        arguments,
+        out,
+        config=config,
+        tensors=tensors,
+        training={"note": f"{note}(`ttt-plugins convert ttt`, file {Path(checkpoint).name})."},
+    )
+
+
+def ttt_state(
+    net: Mapping[str, Tensor], groups: int = 8
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """The network of a released file: its architecture, arguments, and ``state_dict``.
+
+    Args:
+        net: the file's ``net``.
+        groups: of the group norms.
+
+    Raises:
+        ArtifactError: a tensor is missing, or the network is wider than its first layer.
+    """
+    for name in ("conv1.weight", "layer3.0.conv1.weight", "fc.weight", "fc.bias"):
+        if name not in net:
+            raise ArtifactError(f"the released network has no tensor {name!r}")
+    width = len(net["conv1.weight"])
+    if len(net["layer3.0.conv1.weight"]) != 4 * width:
+        raise ArtifactError(
+            "the released network is wider than its first layer, which no network here is"
+        )
+    units = sum(bool(re.fullmatch(r"layer1\.\d+\.conv1\.weight", n)) for n in net)
+    arguments = {"depth": 6 * units + 2, "width": width, "zeros_last": True}
+    batch_norm = "bn.running_mean" in net
+    if not batch_norm:
+        arguments["groups"] = groups
+    state = {_ttt_name(n): t.float() if t.is_floating_point() else t for n, t in net.items()}
+    return "ttt_resnet26_bn" if batch_norm else "ttt_resnet26", arguments, state
+
+
+def _ttt_name(name: str) -> str:
+    """A tensor's name in the released network -> its name in ours."""
+    name = re.sub(r"^layer(\d)", lambda m: f"stages.{int(m[1]) - 1}", name)
+    if name.startswith("stages."):
+        return name.replace(".bn", ".norm")
+    first, _, rest = name.partition(".")
+    ours = {"conv1": "stem", "bn": "norm", "fc": "head"}
+    return f"{ours.get(first, first)}.{rest}"
+
+
+def _ttt_head(head: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int | str]:
+    """The rotation head's tensors under our names, and where the trunk ends.
+
+    The released head is one linear layer on the pooled features, or a sequence that begins with a
+    copy of the last stage: stage, norm, ReLU, pooling, flattening, linear layer.
+    """
+    if set(head) == {"weight", "bias"}:
+        return {f"head.{n}": t.float() for n, t in head.items()}, "end"
+    tensors = {}
+    for name, tensor in head.items():
+        place, _, rest = name.partition(".")
+        ours = {"0": "rest.stages.2.", "1": "rest.norm.", "5": "head."}.get(place)
+        if ours is None:
+            raise ArtifactError(f"the released rotation head has an unknown tensor {name!r}")
+        if not name.endswith("num_batches_tracked"):
+            tensors[ours + rest.replace("bn", "norm")] = tensor.float()
+    return tensors, -1
+
+
+# -- MGG -----------------------------------------------------------------------------------------
+
+
 def convert_mgg(
-    checkpoint: str | Path, out: str | Path, statistics: str | Path | None = None
+    checkpoint: str | Path,
+    out: str | Path,
+    statistics: str | Path | None = None,
+    model: str | nn.Module | None = None,
+    **options: Any,
 ) -> Path:
     """MGG's released optimizer as an artifact.
 
@@ -52,26 +192,42 @@ def convert_mgg(
         checkpoint: a dict with the one key ``model_state_dict``.
         out: folder for the artifact.
         statistics: the pair (std, mean), each of twelve times 768 features of ViT-B/16's blocks.
-            Without it the optimizer fits any model; with it, that one.
+            Without it the optimizer fits any model.
+        model: the classifier that the statistics were measured on, what `wrap` takes; the artifact
+            fits its weights alone.
+        **options: as for `wrap` (pretrained, mean, std, …).
+
+    Returns:
+        the folder.
 
     Raises:
         ArtifactError: a file is not what it should be; nothing is written.
+        InputError: statistics without their model, or a model without statistics.
     """
     saved = _load(Path(checkpoint), "a checkpoint of MGG's optimizer")
     state = saved.get("model_state_dict") if isinstance(saved, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ArtifactError(f"{checkpoint} has no 'model_state_dict' with tensors")
+    state = _tensors(state, f"{checkpoint}: 'model_state_dict'")
     slow = check_slow({n.removeprefix(_MGG_PREFIX): t.float() for n, t in state.items()})
     tensors = {f"memory.{n}": t for n, t in slow.items()}
-    if statistics is not None:
-        tensors |= _statistics(Path(statistics))
-    backbone = {"source": "timm", "name": _MGG_MODEL, "pretrained": True, "num_classes": 1000}
-    backbone |= {"normalize": True, "mean": [0.5] * 3, "std": [0.5] * 3}
     training = {
         "note": "Converted from the optimizer that the authors of arXiv 2412.16901 released "
         f"(`ttt-plugins convert mgg`, file {Path(checkpoint).name})."
     }
-    return save_learned(MGG(), tensors, backbone, out, training=training)
+    if statistics is None:
+        if model is not None:
+            raise InputError("a model belongs to source statistics; without them leave it out")
+        backbone = {"source": "timm", "name": _MGG_MODEL, "pretrained": True, "num_classes": 1000}
+        backbone |= {"normalize": True, "mean": [0.5] * 3, "std": [0.5] * 3}
+        return save_learned(MGG(), tensors, backbone, out, training=training)
+    tensors |= _statistics(Path(statistics))
+    if model is None:
+        raise InputError(
+            "source statistics belong to one classifier's weights: name the model that they were "
+            f"measured on (the released ones: {_MGG_MODEL}, with its pretrained weights)"
+        )
+    if isinstance(model, str):
+        refuse_random(model, options.get("pretrained", False))
+    return wrap(model, MGG(), tensors=tensors, **options).save_pretrained(out, training=training)
 
 
 def _statistics(file: Path) -> dict[str, Tensor]:
@@ -92,6 +248,72 @@ def _statistics(file: Path) -> dict[str, Tensor]:
     if not (torch.isfinite(std).all() and torch.isfinite(mean).all() and (std >= 0).all()):
         raise ArtifactError(f"{file} holds deviations below zero or values that are not finite")
     return {"source.mean": mean, "source.std": std}
+
+
+# -- MT3 -----------------------------------------------------------------------------------------
+
+
+def convert_mt3(prefix: str | Path, out: str | Path) -> Path:
+    """MT3's released meta-model as an artifact.
+
+    Args:
+        prefix: path of the TensorFlow checkpoint without ``.index``.
+        out: folder for the artifact.
+
+    Returns:
+        the folder.
+
+    Raises:
+        MissingDependencyError: TensorFlow is not installed.
+        ArtifactError: the checkpoint is another network's; nothing is written.
+    """
+    return mt3_artifact(_read_tensorflow(str(prefix)), out)
+
+
+def mt3_artifact(variables: Mapping[str, np.ndarray], out: str | Path) -> Path:
+    """MT3's released variables as an artifact; arguments and errors as for `mt3_state`."""
+    state, heads = mt3_state(variables)
+    model = timm.create_model("ttt_resnet26", num_classes=10, **_MT3_RELEASED)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ArtifactError(f"the checkpoint holds another network: {error}") from error
+    # The released network takes images in [0, 1] as they are.
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    training = {
+        "note": "Converted from the meta-model that the authors of arXiv 2103.16201 released "
+        "(`ttt-plugins convert mt3`)."
+    }
+    return save_with_model(
+        model.eval(),
+        "ttt_resnet26",
+        _MT3_RELEASED,
+        out,
+        config=MT3(),
+        tensors=heads,
+        training=training,
+    )
+
+
+def mt3_state(variables: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The released variables as the network's ``state_dict`` and the heads' tensors.
+
+    Args:
+        variables: by their names in the checkpoint, with or without the suffix that TensorFlow
+            puts on them. The optimizer's and TensorFlow's own are passed over.
+
+    Raises:
+        ArtifactError: one is missing.
+    """
+    plain = {n.removesuffix(_SUFFIX): v for n, v in variables.items()}
+    tensors = {}
+    for ours, (theirs, turn) in _mt3_names().items():
+        if theirs not in plain:
+            raise ArtifactError(f"the checkpoint has no variable {theirs!r}")
+        value = np.ascontiguousarray(turn(np.asarray(plain[theirs])))
+        tensors[ours] = torch.from_numpy(value).float()
+    heads = {n: t for n, t in tensors.items() if n.startswith(("projector.", "predictor."))}
+    return {n: t for n, t in tensors.items() if n not in heads}, heads
 
 
 def _kernel(value: np.ndarray) -> np.ndarray:
@@ -127,27 +349,6 @@ def _mt3_names() -> dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]:
     return names
 
 
-def mt3_state(variables: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The released variables as the network's ``state_dict`` and the heads' tensors.
-
-    Args:
-        variables: by their names in the checkpoint, with or without the suffix that TensorFlow
-            puts on them. The optimizer's and TensorFlow's own are passed over.
-
-    Raises:
-        ArtifactError: one is missing or has another shape.
-    """
-    plain = {n.removesuffix(_SUFFIX): v for n, v in variables.items()}
-    found = {}
-    for ours, (theirs, turn) in _mt3_names().items():
-        if theirs not in plain:
-            raise ArtifactError(f"the checkpoint has no variable {theirs!r}")
-        value = np.ascontiguousarray(turn(np.asarray(plain[theirs])))
-        found[ours] = torch.from_numpy(value).float()
-    heads = {n: t for n, t in found.items() if n.startswith(("projector.", "predictor."))}
-    return {n: t for n, t in found.items() if n not in heads}, heads
-
-
 def _read_tensorflow(prefix: str) -> dict[str, np.ndarray]:
     try:
         import tensorflow
@@ -164,42 +365,3 @@ def _read_tensorflow(prefix: str) -> dict[str, np.ndarray]:
         raise ArtifactError(
             f"{prefix} cannot be read as a TensorFlow checkpoint: {error}"
         ) from error
-
-
-def convert_mt3(
-    prefix: str | Path,
-    out: str | Path,
-    read: Callable[[str], Mapping[str, np.ndarray]] = _read_tensorflow,
-) -> Path:
-    """MT3's released meta-model as an artifact.
-
-    Args:
-        prefix: path of the checkpoint without ``.index``.
-        out: folder for the artifact.
-        read: prefix -> variables by name.
-
-    Raises:
-        MissingDependencyError: TensorFlow is not installed.
-        ArtifactError: the checkpoint is another network's; nothing is written.
-    """
-    state, heads = mt3_state(read(str(prefix)))
-    model = timm.create_model("ttt_resnet26", num_classes=10, **_MT3_RELEASED)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ArtifactError(f"{prefix} holds another network: {error}") from error
-    # The released network is fed images in [0, 1] as they are.
-    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.0,) * 3, "std": (1.0,) * 3}
-    training = {
-        "note": "Converted from the meta-model that the authors of arXiv 2103.16201 released "
-        "(`ttt-plugins convert mt3`)."
-    }
-    return save_with_model(
-        model.eval(),
-        "ttt_resnet26",
-        _MT3_RELEASED,
-        out,
-        config=MT3(),
-        tensors=heads,
-        training=training,
-    )

@@ -20,7 +20,7 @@ from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from ..methods import Source
 from ..utils.checks import check_choice, check_integer, check_number, check_seed
-from .common import Normalise, accuracy, check_outcome, create_model, read_start
+from .common import Normalise, check_outcome, create_model, read_start
 from .epochs import Epoch, checkpoint_file, train_epochs
 from .network import NetworkTraining
 
@@ -186,8 +186,8 @@ class _SourceTraining(NetworkTraining):
         return loss, loss.detach()[None]
 
     def entry(self, means: list[float]) -> dict[str, float]:
-        found = accuracy(self.final, self.normalise, self.test, self.device)
-        return {"loss": means[0], "test_accuracy": found}
+        accuracy = self.accuracy(self.final, self.normalise, self.test)
+        return {"loss": means[0], "test_accuracy": accuracy}
 
 
 def train_source(

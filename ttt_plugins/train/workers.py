@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import InputError
+from ..utils.processes import place_from_environment
 
 __all__ = ["Workers"]
 
@@ -24,14 +24,12 @@ class Workers:
         rank: which of them this is, from 0.
 
     Raises:
-        InputError: WORLD_SIZE or RANK is not a number that makes sense.
+        DistributedError: what torchrun says in the environment makes no sense.
     """
 
     def __init__(self, device: torch.device):
-        self.count = environment_number("WORLD_SIZE", 1, least=1)
-        self.rank = environment_number("RANK", 0)
-        if self.rank >= self.count:
-            raise InputError(f"RANK={self.rank} must be below WORLD_SIZE={self.count}")
+        place = place_from_environment()
+        self.count, self.rank = place.world_size, place.rank
         self._entered = self.count > 1 and not dist.is_initialized()
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
@@ -79,22 +77,3 @@ class Workers:
         parts = flat.split([*(g.numel() for g in grads.values()), len(record)])
         named = zip(grads.items(), parts, strict=False)
         return {n: part.view_as(g) for (n, g), part in named}, parts[-1]
-
-
-def environment_number(name: str, default: int, least: int = 0) -> int:
-    """An integer that torchrun puts into the environment.
-
-    Raises:
-        InputError: it is no integer, or below ``least``.
-    """
-    text = os.environ.get(name, str(default))
-    try:
-        number = int(text)
-    except ValueError:
-        number = None
-    if number is None or number < least:
-        raise InputError(
-            f"the environment variable {name}={text!r} must be an integer of at least {least}; "
-            "unset it, or start the training with torchrun"
-        )
-    return number

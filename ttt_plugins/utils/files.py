@@ -21,6 +21,7 @@ except ImportError:  # Windows
     fcntl = None
 
 __all__ = [
+    "can_write",
     "longest_neighbour",
     "nearest_path",
     "read_unchanged",
@@ -49,6 +50,15 @@ def nearest_path(path: Path) -> Path:
             os.lstat(place)
             return place
     return path.absolute()
+
+
+def can_write(path: Path) -> bool:
+    """Whether the system lets this process write to a folder, or make it where it is missing.
+
+    Raises:
+        OSError, ValueError: as `nearest_path`.
+    """
+    return os.access(nearest_path(path), os.W_OK)
 
 
 def temporary_path(path: Path) -> Path:

@@ -24,23 +24,28 @@ def _is_command_line() -> bool:
     return name == "ttt-plugins"
 
 
-def _exit(*_: object) -> None:
-    os._exit(130)  # nothing has begun, so nothing needs to be tidied up
+def _exit(number: int, _: object) -> None:
+    # Nothing has begun, so nothing needs to be tidied up.
+    os.write(2, b"ttt-plugins: stopped: before anything was done\n")
+    os._exit(128 + number)
 
 
 def exit_on_interrupt() -> None:
-    """In the first seconds of the command line, Ctrl-C ends the process without a traceback.
+    """In the first seconds of the command line, Ctrl-C or SIGTERM ends the process in one line.
 
     Without effect where the package is imported by another program.
     """
     if _is_command_line() and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _exit)
+        signal.signal(signal.SIGTERM, _exit)
 
 
 def raise_on_interrupt() -> None:
     """Undo `exit_on_interrupt`: Ctrl-C raises KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) is _exit:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Terminated(BaseException):
