@@ -191,7 +191,7 @@ def test_started_alone(monkeypatch):
         ("TORCHELASTIC_RESTART_COUNT", "\u0663"),
     ],
 )
-def test_an_environment_that_cannot_be(name, value, monkeypatch, capsys):
+def test_an_environment_that_cannot_be(name, value, tmp_path, monkeypatch, capsys):
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(variable, raising=False)
     assert place_from_environment() == Place()
@@ -199,9 +199,12 @@ def test_an_environment_that_cannot_be(name, value, monkeypatch, capsys):
     monkeypatch.setenv(name, value)
     with pytest.raises(DistributedError, match=f"cannot join the other processes: {name}"):
         place_from_environment()
-    assert main(["benchmark", "m", "--data-dir", "d", "--out", "o"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"ttt-plugins: error: cannot join the other processes: {name}")
+    monkeypatch.chdir(tmp_path)
+    for words in (["benchmark", "m"], ["train", "mt3"]):
+        assert main([*words, "--data-dir", "d", "--out", "o"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"ttt-plugins: error: cannot join the other processes: {name}")
+    assert not list(tmp_path.iterdir())
 
 
 # -- runs --------------------------------------------------------------------------------
