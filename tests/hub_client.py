@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import ttt_plugins as tp
 from ttt_plugins.cli import main
+from ttt_plugins.data.loading import ImageLoader
+from ttt_plugins.data.opening import open_images
 
 
 def logits(net, job):
@@ -58,6 +60,13 @@ def plain_timm(job):
     return logits(lambda x: model((x - mean) / std), job)
 
 
+def images(job):
+    source = open_images(job["source"], stream=job.get("stream", False))
+    batches = list(ImageLoader(source, workers=0))
+    save_file({"images": torch.cat([b.images for b in batches])}, job["file"])
+    return {"labels": torch.cat([b.labels for b in batches]).tolist(), "classes": source.classes}
+
+
 def command_line(job):
     out, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
@@ -75,7 +84,9 @@ def full_disk(job):
     return {}
 
 
-JOBS = {f.__name__: f for f in (load, wrap, save, push, plain_timm, command_line, full_disk)}
+JOBS = {
+    f.__name__: f for f in (load, wrap, save, push, plain_timm, images, command_line, full_disk)
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

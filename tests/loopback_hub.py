@@ -276,6 +276,7 @@ def _handler(hub: LoopbackHub) -> type:
             return None
 
         name = r"([\w.\-]+/[\w.\-]+)"
+        data_set = r"(datasets/[\w.\-]+/[\w.\-]+)"  # its name in `repositories` too
         routes: ClassVar[list] = [
             (r"POST /api/repos/create", create),
             (r"POST /api/validate-yaml", validate),
@@ -288,7 +289,11 @@ def _handler(hub: LoopbackHub) -> type:
             (r"PUT /lfs/(\w+)", put),
             (r"POST /verify", anything),
             (rf"(?:GET|HEAD) /{name}/resolve/([^/]+)/(.+)", resolve),
-            (r"GET /api/(?!models/).*", anything),
+            (rf"GET /api/{data_set}", info),
+            (rf"GET /api/{data_set}/revision/(.+)", info),
+            (rf"GET /api/{data_set}/tree/([^/]+)", tree),
+            (rf"(?:GET|HEAD) /{data_set}/resolve/([^/]+)/(.+)", resolve),
+            (r"GET /api/(?!models/|datasets/).*", anything),
         ]
 
     return Handler
