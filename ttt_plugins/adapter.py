@@ -22,6 +22,7 @@ from .backbones.backbone import Backbone
 from .backbones.stages import describe_split
 from .backbones.statistics import feature_sums
 from .core import scope
+from .core.pictures import image_batches, is_source
 from .core.registry import Method, get_method
 from .data.images import batch_images
 from .errors import InputError, TTTError
@@ -317,11 +318,13 @@ class Adapter(nn.Module):
                     part[name.removeprefix(prefix)] = tensor
         self._params, self._state = split["params."], split["rule."]
 
-    def fit_source_statistics(self, loader: Iterable, *, progress: bool = True) -> Adapter:
+    def fit_source_statistics(self, loader: Any, *, progress: bool = True) -> Adapter:
         """Measure the source's feature statistics on clean images, for MGG's discrepancy term.
 
         Args:
-            loader: yields images (B, C, H, W) in [0, 1], or tuples that begin with them.
+            loader: yields images (B, C, H, W) in [0, 1], or tuples that begin with them; or any
+                source of images (a folder, files, ``hf://datasets/ORG/NAME``, a data set), which
+                is resized and cropped as the model wants it.
 
         The deviation is the unbiased one over all images (methods.md, section 3). Adaptation
         starts anew afterwards.
@@ -333,6 +336,8 @@ class Adapter(nn.Module):
         if not hasattr(self.config, "discrepancy"):
             raise InputError(f"{self.method} compares no feature statistics; only mgg does")
         totals: tuple[Tensor, ...] | None = None
+        if is_source(loader):
+            loader = image_batches(loader, self.backbone)
         if not isinstance(loader, Iterable):
             raise InputError(f"a loader of clean images is needed, got {type(loader).__name__}")
         for batch in tqdm(loader, "source statistics", disable=not progress, leave=False):

@@ -6,7 +6,7 @@ two. `wrap` starts from the classifier, `from_pretrained` from what was learned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from .backbones.backbone import Backbone
 from .backbones.statistics import NormStatistics
 from .core.registry import Method, configure, get_method
 from .data.images import gather_images
+from .data.labels import positions
 from .errors import ArtifactError, InputError
 from .utils.checks import check_device, check_seed
 
@@ -52,6 +53,7 @@ class _Setting:
     normalize: bool = True
     device: str | torch.device | None = None
     seed: int | None = None
+    classes: Sequence[int] | None = None
 
     def __post_init__(self):
         if not isinstance(self.normalize, bool):
@@ -76,6 +78,8 @@ def wrap(
     tensors: dict[str, Tensor] | None = None,
     head: str | Path | None = None,
     data: Any = None,
+    classes: Sequence[int] | str | None = None,
+    source_images: Any = None,
     **overrides: Any,
 ) -> Adapter:
     """Wrap an image classifier so that it adapts itself at inference.
@@ -102,6 +106,11 @@ def wrap(
             ``"train"``, which trains one on ``data`` while the model stays as it is.
         data: clean images for ``head="train"``: (N, C, S, S), uint8 or in [0, 1], or a loader of
             such batches or of tuples that begin with one. No labels are used.
+        classes: the classes that occur, as positions among the model's: adaptation and
+            predictions see only these logits, in this order. ``"imagenet-r"`` and
+            ``"imagenet-a"`` are the 200 classes of these data sets among ImageNet's.
+        source_images: clean images for `Adapter.fit_source_statistics`, unlabelled: a folder,
+            files, ``hf://datasets/ORG/NAME``, a data set or a loader. For MGG.
         **overrides: fields of the method's config.
 
     Returns:
@@ -111,7 +120,8 @@ def wrap(
         InputError: unknown model, method or field, or nothing to adapt.
         ArtifactError: an artifact does not load (`HubError` where the Hub is the reason).
     """
-    record, setting = get_method(method), _Setting(mean, std, normalize, device, seed)
+    record = get_method(method)
+    setting = _Setting(mean, std, normalize, device, seed, _positions(classes))
     _check_learned(tensors, head, data)
     if params is not None:
         overrides["params"] = tuple(params) if isinstance(params, (list, set)) else params
@@ -126,7 +136,8 @@ def wrap(
     config = configure(_start(method, record, learned), overrides)
     if origin["source"] == "robustbench":
         setting = replace(setting, normalize=False)
-    return _build(module, record, config, learned, origin, setting)
+    net = _build(module, record, config, learned, origin, setting)
+    return net if source_images is None else net.fit_source_statistics(source_images)
 
 
 def _check_learned(tensors: Any, head: Any, data: Any) -> None:
@@ -154,14 +165,22 @@ def _with_new_head(
     if record.fit is None:
         raise InputError(f"{record.name} has no head that is trained on a finished model")
     refuse_random(model, pretrained)
-    return record.fit(
+    arguments = vars(setting).copy()
+    classes = arguments.pop("classes")
+    net = record.fit(
         model,
         gather_images(data),
         config,
         pretrained=pretrained,
         model_dir=model_dir,
-        **vars(setting),
+        **arguments,
     )
+    net.backbone.restrict(classes)
+    return net
+
+
+def _positions(classes: Sequence[int] | str | None) -> Sequence[int] | None:
+    return positions(classes) if isinstance(classes, str) else classes
 
 
 def _start(method: str | Any, record: Method, learned: Learned | None) -> Any:
@@ -258,6 +277,7 @@ class _Classifier:
         )
         own = {key: made_for.get(key) for key in ("mean", "std")}
         own["normalize"] = made_for.get("normalize", True)
+        own["classes"] = made_for.get("classes")
         if given is None and self.artifact.weights is not None:
             timm_keys = timm_part(self.artifact.config)
             origin = {"source": OWN_WEIGHTS, "name": self.where, "timm": timm_keys}
@@ -272,7 +292,7 @@ class _Classifier:
             check_fingerprint(module, made_for, self.where, self.strict)
         elif fingerprint(module.state_dict()) != made_for.get("fingerprint"):
             # Another classifier than the one this was made with has its own preprocessing.
-            own = {"normalize": origin["source"] != "robustbench"}
+            own = {"normalize": origin["source"] != "robustbench", "classes": own["classes"]}
         return module, origin, own
 
 
@@ -292,6 +312,7 @@ def _build(
             std=setting.std,
             normalize=setting.normalize,
             statistics=NormStatistics.of(config),
+            classes=setting.classes,
         )
         tensors = {} if learned is None else learned.tensors
         where = "tensors" if learned is None else learned.where

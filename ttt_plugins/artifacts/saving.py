@@ -89,6 +89,8 @@ def save_pretrained(
         "std": net.backbone.std.flatten().tolist() if normal else None,
         "fingerprint": fingerprint(state),
     }
+    if net.backbone.classes is not None:
+        backbone["classes"] = list(net.backbone.classes)
     backbone.setdefault("source", "module")
     if backbone["source"] == "hub":
         backbone["name"], _, backbone["revision"] = backbone["name"].partition("@")

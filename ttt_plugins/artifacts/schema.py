@@ -112,6 +112,16 @@ def _arguments(value: Any) -> bool:
     )
 
 
+def _positions(value: Any) -> bool:
+    position = _is(int, 0, 10**6)
+    return (
+        isinstance(value, list)
+        and 1 <= len(value) <= 10**6
+        and all(map(position, value))
+        and len(set(value)) == len(value)
+    )
+
+
 _CLASSES = _is(int, 1, 10**6)
 _PRETRAINED = {
     "input_size": _numbers(1, 3, 1 << 12),
@@ -133,6 +143,7 @@ _BACKBONE = {
     "normalize": _is(bool),
     "mean": _or_none(_numbers(-1e6, 64)),
     "std": _or_none(_numbers(1e-12, 64)),
+    "classes": _or_none(_positions),
     "fingerprint": _text(_SHA256),
     "fits": lambda v: v == "any",
 }

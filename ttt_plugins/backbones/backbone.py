@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,9 +38,11 @@ class Backbone(nn.Module):
         mean, std: per-channel normalisation; from the model's ``pretrained_cfg`` unless given.
         normalize: False when the model normalises its input itself.
         statistics: what the BatchNorm layers normalise with.
+        classes: positions of the logits to return, in this order; all of them unless given.
 
     Attributes:
         num_classes: None while unknown (a bare module before its first batch).
+        classes: as given.
         input_size: (C, H, W) of the images the model was made for; None for height and width where
             it does not say.
         fixed_size: whether the model takes no images of another size.
@@ -68,6 +70,7 @@ class Backbone(nn.Module):
         std: Any = None,
         normalize: bool = True,
         statistics: NormStatistics = _SOURCE,
+        classes: Sequence[int] | None = None,
     ):
         super().__init__()
         self.num_classes: int | None = getattr(model, "num_classes", None)
@@ -77,6 +80,7 @@ class Backbone(nn.Module):
                 "has no logits; make it with num_classes=<number of classes>, or wrap a model "
                 "with the head of your own on top"
             )
+        self.restrict(classes)
         self.model = share_structure(model).eval()
         self.input_size = input_size(model)
         _, network = inner(model)  # a wrapper's input size and tokens are this one's
@@ -173,8 +177,41 @@ class Backbone(nn.Module):
         if not out.is_floating_point():
             raise InputError(f"the model must return floating-point numbers, not {out.dtype}")
         if not pooled:
+            if self.classes is not None:
+                out = self._restricted(out)
             self.num_classes = out.shape[1]
         return out
+
+    def restrict(self, classes: Sequence[int] | None) -> None:
+        """Return only some of the logits from now on, so that nothing else sees the others.
+
+        Args:
+            classes: their positions, each once, in the order wanted; None for all of them.
+
+        Raises:
+            InputError: they are something else, or beyond the model's classes.
+        """
+        self.classes: tuple[int, ...] | None = None
+        if classes is None:
+            return
+        wanted = tuple(classes)
+        integers = all(isinstance(c, int) and not isinstance(c, bool) for c in wanted)
+        if not wanted or not integers or len(set(wanted)) < len(wanted) or min(wanted) < 0:
+            raise InputError("classes must be positions of the model's classes, each once")
+        if self.num_classes is not None and max(wanted) >= self.num_classes:
+            raise InputError(
+                f"classes name position {max(wanted)}, but the model has {self.num_classes} classes"
+            )
+        self.classes, self.num_classes = wanted, len(wanted)
+
+    def _restricted(self, logits: Tensor) -> Tensor:
+        assert self.classes is not None
+        if max(self.classes) >= logits.shape[1]:
+            raise InputError(
+                f"classes name position {max(self.classes)}, but the model returned "
+                f"{logits.shape[1]} logits"
+            )
+        return logits[:, torch.tensor(self.classes, device=logits.device)]
 
     def describe(self) -> list[str]:
         """Lines on preprocessing, input size, classes, and which statistics the norms use."""
@@ -184,6 +221,7 @@ class Backbone(nn.Module):
         else:
             preprocessing = "none here; the model gets images in [0, 1]"
         fixed = ", no other" if self.fixed_size else ""
+        chosen = "" if self.classes is None else " of the model's, no others"
         statistics = "the model has no BatchNorm with running statistics"
         if self._batch_norms:
             statistics = f"{self.statistics.describe()}; {len(self._batch_norms)} layers"
@@ -194,7 +232,7 @@ class Backbone(nn.Module):
             statistics += f"; {self._untracked} BatchNorm without any always use the batch's"
         return [
             f"preprocessing: {preprocessing}",
-            f"input: {self.input_size} (C, H, W){fixed}, classes: {self.num_classes}",
+            f"input: {self.input_size} (C, H, W){fixed}, classes: {self.num_classes}{chosen}",
             f"norm statistics: {statistics}",
         ]
 

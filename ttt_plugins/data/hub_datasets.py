@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from huggingface_hub import HfApi, constants
@@ -167,7 +168,7 @@ def _split(shard: str) -> str | None:
 
 def _streamed(where: _Address, columns: Columns) -> ImageStream:
     try:
-        import datasets  # pyright: ignore[reportMissingImports]
+        datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
         raise MissingDependencyError(
             'streaming needs the datasets package: pip install "ttt-plugins[datasets]"; without it '

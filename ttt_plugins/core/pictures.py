@@ -1,0 +1,66 @@
+"""Pictures of any source, as a classifier takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from ..backbones.backbone import Backbone
+from ..backbones.stages import inner
+from ..data.images import LabelledImages, to_float
+from ..data.loading import ImageLoader, Transform
+from ..data.opening import open_images
+from ..data.source import ImageSource, ImageStream
+from ..data.transforms import evaluation_transform
+
+__all__ = ["image_batches", "is_source", "picture_transform"]
+
+
+def picture_transform(backbone: Backbone, size: int | None = None) -> Transform | None:
+    """How the pictures for a classifier are resized and cropped, see `evaluation_transform`.
+
+    Args:
+        backbone: the classifier.
+        size: side of the images in pixels, instead of the model's own.
+
+    Returns:
+        The transform; None if the model does not say anything of pictures.
+    """
+    _, height, width = backbone.input_size
+    if size is None and height == width:
+        size = height
+    _, network = inner(backbone.model)
+    return evaluation_transform(network, size)
+
+
+def is_source(images: Any) -> bool:
+    """Whether images are a source for `open_images`, rather than a loader of ready batches."""
+    kinds = (str, Path, Tensor, LabelledImages, ImageSource, ImageStream)
+    if isinstance(images, Dataset):
+        return not isinstance(images, IterableDataset)
+    return isinstance(images, kinds)
+
+
+def image_batches(
+    source: Any, backbone: Backbone, batch_size: int = 64, limit: int | None = None
+) -> Iterator[Tensor]:
+    """Batches of a source's images in [0, 1], (B, C, H, W), on the classifier's device.
+
+    Args:
+        source: what `open_images` takes.
+        backbone: the classifier, whose own transform resizes and crops pictures.
+        batch_size: images in a batch.
+        limit: how many images at most.
+
+    Raises:
+        DataError, InputError: the source cannot be read.
+    """
+    transform = picture_transform(backbone)
+    for batch in ImageLoader(
+        open_images(source), transform=transform, batch_size=batch_size, limit=limit
+    ):
+        yield to_float(batch.images.to(backbone.device, non_blocking=True))
