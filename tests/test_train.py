@@ -16,6 +16,7 @@ from ttt_plugins.data.cifar10 import EXTRA_ROWS
 from ttt_plugins.data.images import LabelledImages, to_float
 from ttt_plugins.train import mgg as meta
 from ttt_plugins.train import source as supervised
+from ttt_plugins.train.byol import ByolRecipe, train_byol
 from ttt_plugins.train.joint import JointRecipe, train_joint
 from ttt_plugins.train.mt3 import MT3Recipe, train_mt3
 from ttt_plugins.train.schedules import cosine
@@ -181,6 +182,39 @@ def test_augmented_targets_are_distributions():
         assert torch.allclose(target.sum(1), torch.ones(32))
         sure = target.gather(1, data.labels[:, None])
         assert torch.allclose(sure, torch.full_like(sure, 0.925)) is (cutmix == 0)
+
+
+# -- checkpoints -------------------------------------------------------------------------------
+
+#: What each training's checkpoint holds; runs that an earlier version began resume from it.
+LAYOUTS = {
+    "source": {"model", "average", "optimizer0", "schedule0", "recipe"},
+    "ttt": {"joint", "average", "optimizer", "schedule", "recipe"},
+    "byol": {"net", "average", "optimizer", "schedule", "recipe"},
+    "mt3": {"meta", "velocity", "recipe"},
+    "mgg": {"slow", "optimizer", "params", "best", "made_by"},
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_checkpoints_keep_their_layout(kind, tmp_path, make_model, corrupted):
+    data, quiet, small = made_up(16), {"progress": False}, {"epochs": 1, "model_args": GROUPED}
+    if kind == "source":
+        recipe = supervised.SourceRecipe(batch_size=8, **small)
+        supervised.train_source(recipe, data, data, tmp_path, **quiet)
+    elif kind == "ttt":
+        train_joint(JointRecipe(batch_size=8, **small), data, data, tmp_path, **quiet)
+    elif kind == "byol":
+        train_byol(ByolRecipe(batch_size=8, **small), data, data, tmp_path, **quiet)
+    elif kind == "mt3":
+        recipe = MT3Recipe(tasks=1, task_images=2, steps_per_epoch=1, **small)
+        train_mt3(recipe, data, tmp_path, **quiet)
+    else:
+        net = untrained(make_model("groupnorm"))
+        meta.train_mgg(replace(RECIPE, epochs=1), net, corrupted, tmp_path, **quiet)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved.keys() == LAYOUTS[kind] | {"log", "epoch"}
+    assert saved["epoch"] == len(saved["log"]) == 1
 
 
 # -- what a training starts from, and what it takes --------------------------------------------

@@ -1,9 +1,9 @@
 """The demo: classifiers meet corrupted images, unadapted and with adapters.
 
 Everything it needs ships inside the package: small networks, what the methods learned for them,
-and real images. Methods that adapt batch by batch share one network; TTT and MT3, which adapt to
-every image on its own, each have the one they were trained with, and fewer images, because they
-take their time.
+and real images. Methods that adapt batch by batch share one network. TTT and MT3, which adapt to
+every image on its own, each have the network they were trained with, and see fewer images, because
+they are slower.
 """
 
 from __future__ import annotations
@@ -227,12 +227,12 @@ def draw(
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(ncols=len(methods), loc="upper right")
-    axes.set_title("The same trained network on spoiled images: as it is, and adapting to them")
+    axes.set_title("The same trained network on corrupted images: as it is, and adapting to them")
     chosen = _examples(result, before, after, examples)
     gained, lost = result.changed(before, after)
     bottom.suptitle(
         f"{after} corrects {gained} predictions of {before} on the corrupted images, "
-        f"and spoils {lost}" + ("; some that it corrects:" if chosen else ""),
+        f"and breaks {lost}" + ("; some that it corrects:" if chosen else ""),
         fontsize=11,
     )
     for column, (name, row) in enumerate(chosen):

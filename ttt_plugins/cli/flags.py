@@ -73,7 +73,7 @@ def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type, prefix: str 
     Args:
         parser: where to add them; flags that it has already stay as they are.
         cls: the dataclass.
-        prefix: in front of each help text.
+        prefix: put before each help text.
     """
     help_of = _documented(cls)
     types = typing.get_type_hints(cls)

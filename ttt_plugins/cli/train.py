@@ -43,11 +43,11 @@ def add_train(commands) -> None:
     _add_mgg(kinds)
 
 
-# -- what all trainings share ------------------------------------------------------------------
+# -- shared by all kinds of training -----------------------------------------------------------
 
 
 def _add_common(add: argparse.ArgumentParser, folder: str, *recipes: type) -> None:
-    """The flags that all trainings share, and those of the recipes."""
+    """Add the flags that every kind of training has, and those of the recipes."""
     add.add_argument("--data-dir", type=Path, required=True, help=folder)
     add.add_argument("--out", type=Path, required=True, help="folder for the artifact")
     add.add_argument("--device", default="cpu")

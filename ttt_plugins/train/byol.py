@@ -38,14 +38,15 @@ class ByolRecipe:
     """How classifier, projector and predictor are trained together; defaults are the authors'.
 
     Attributes:
-        arch: a timm architecture.
+        arch: name of a timm architecture.
         model_args: keyword arguments of its constructor; by default those of MT3's network for
             ttt_resnet26, and none for any other architecture.
         init: artifact of the same architecture whose weights and preprocessing training starts
-            from; fresh ones unless given.
-        epochs: passes over the training images.
-        batch_size: images a step.
-        task_images: images that share one draw of the batch augmentation; divides ``batch_size``.
+            from; fresh weights by default.
+        epochs: number of passes over the training images.
+        batch_size: number of images in a step.
+        task_images: number of images that share one draw of the batch augmentation; it divides
+            ``batch_size``.
         lr: peak learning rate of SGD with momentum 0.9.
         schedule: ``"constant"``, ``"cosine"`` (after a warm-up of a twentieth), ``"step"``,
             ``"one-cycle"`` (up for 30 % of training, then down to 0) or ``"constant-then-decay"``
@@ -54,8 +55,8 @@ class ByolRecipe:
         self_supervised: weight of BYOL's loss.
         views: share of each batch's images of which views are drawn for BYOL's loss, in (0, 1];
             one half makes a step a third cheaper.
-        ema: decay of the weights' moving average per step; 0 for no average.
-        seed: of initialisation, order and augmentation.
+        ema: decay of the weights' moving average per step, in [0, 1]; 0 takes no average.
+        seed: seed of initialisation, order and augmentation.
     """
 
     arch: str = "ttt_resnet26"

@@ -1,4 +1,4 @@
-"""What trainings start from and what is checked before one begins."""
+"""What a training starts from, and what is checked before it begins."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Epoch:
         number: counts from 0.
         generator: for everything that the epoch draws, so that a resumed run draws what an
             unbroken one would have drawn.
-        title: shown in front of the progress bar.
+        title: shown before the progress bar.
         progress: whether there is a bar.
     """
 

@@ -4,8 +4,8 @@ Joint training is the paper's (arXiv 1909.13231, section 2, equation 1): the mea
 cross-entropy and of the rotation's, over trunk, main head and rotation head. The rotation head is
 a twin of the classifier that shares the trunk's parameters and owns a copy of the rest.
 
-With a frozen trunk only the rotation head learns, on features of a model that stays as it is:
-what a user needs who has a classifier and wants to adapt it.
+With a frozen trunk only the rotation head learns, on the features of a model that stays as it is;
+this is for users who have a classifier and want to adapt it.
 """
 
 from __future__ import annotations
@@ -43,22 +43,25 @@ class JointRecipe:
     """How classifier and rotation head are trained together; defaults are the paper's CIFAR-10.
 
     Attributes:
-        arch: a timm architecture.
+        arch: name of a timm architecture.
         model_args: keyword arguments of its constructor.
         split: where the trunk ends, as in `TTT`.
         init: artifact of the same architecture whose weights and preprocessing training starts
-            from; fresh ones unless given.
-        epochs: passes over the training images.
-        batch_size: images a step.
-        lr: learning rate of SGD with momentum 0.9, at its peak.
-        schedule: ``"step"`` (a tenth at one half and at five sixths of training, as the paper has
-            it) or ``"cosine"`` (linear warm-up over a twentieth, then half a cosine).
-        weight_decay: on all parameters.
-        rotations: ``"all"`` four rotations of each image, or a ``"random"`` one, which makes a
-            step 2.5 times cheaper.
-        padding: pixels of zero padding before the random crop.
-        ema: decay of the weights' moving average per step; 0 for none, as in the paper.
-        seed: of initialisation, order and augmentation.
+            from; fresh weights by default.
+        epochs: number of passes over the training images.
+        batch_size: number of images in a step.
+        lr: peak learning rate of SGD with momentum 0.9.
+        schedule: ``"step"`` (a tenth from one half of training on, a hundredth from five sixths
+            on, as in the paper), ``"cosine"`` (a linear warm-up over a twentieth of training, then
+            half a cosine down to 0) or ``"one-cycle"`` (half a cosine up for 30 % of training,
+            then half a cosine down to 0).
+        weight_decay: weight decay coefficient of all parameters.
+        rotations: ``"all"`` four rotations of each image, the paper's "expand", or one
+            ``"random"`` rotation, which makes a step 2.5 times cheaper.
+        padding: zero padding before the random crop, in pixels.
+        ema: decay of the weights' moving average per step, in [0, 1]; 0, as in the paper, takes
+            no average.
+        seed: seed of initialisation, order and augmentation.
     """
 
     arch: str = "ttt_resnet26"

@@ -1,15 +1,15 @@
 """Meta-training of MGG's optimizer (arXiv 2412.16901, section 3.3).
 
 A sequence of corrupted batches is adapted to with the very step that adaptation uses
-(`methods.online`), the graph of the learned optimizer kept. The parameters that an update leads
+(`core.online`), the graph of the learned optimizer kept. The parameters that an update leads
 to are judged on the next batch; that batch's gradient, which the next update needs anyway, is
 the derivative of the judgement, so meta-training costs one vector-Jacobian product through 164
 weights more than adaptation does. Network gradients are constants to the optimizer (the released
 code detaches them too).
 
 Beyond the paper, as options: a labelled outer loss, truncation over more than one update, larger
-batches and more sequences, parameters restored at each sequence (methods.md, section 6), several
-classifiers that share one optimizer.
+batches and more sequences, parameters restored at each sequence, several classifiers that share one
+optimizer.
 """
 
 from __future__ import annotations
@@ -45,26 +45,28 @@ __all__ = ["MGGRecipe", "stream_accuracy", "train_mgg", "untrained"]
 class MGGRecipe:
     """How an optimizer is meta-trained; the defaults are the paper's, with two exceptions.
 
-    The paper has 128 fixed images, here every epoch draws afresh from all there are; and ``grid``,
-    from which the step size is chosen, is ours.
+    The paper has 128 fixed images; here every epoch draws from all that there are. The paper has no
+    ``grid`` from which the step size is chosen.
 
     Attributes:
-        epochs: passes; a checkpoint is written after each.
-        sequences: sequences an epoch and classifier, each beginning with an empty memory.
-        length: batches a sequence.
-        batch_size: images a batch.
+        epochs: number of epochs; a checkpoint is written after each.
+        sequences: number of sequences for each classifier in an epoch, each beginning with an
+            empty memory.
+        length: number of batches in a sequence.
+        batch_size: number of images in a batch.
         alpha: step size while meta-training.
-        meta_lr: Adam's learning rate on the slow weights, falling linearly to zero if ``decay``.
-        decay: whether it falls.
+        meta_lr: Adam's learning rate on the slow weights.
+        decay: let ``meta_lr`` fall linearly to 0.
         labelled: judge by the cross-entropy of the next batch instead of the unlabelled loss.
-        truncation: updates that the meta-gradient passes through.
-        restore: start every sequence from the source parameters (the released code goes on from
-            where the last sequence ended).
+        truncation: number of updates that the meta-gradient passes through.
+        restore: start every sequence from the source parameters; the released code starts from
+            where the last sequence ended.
         per_image: draw a corruption for every image rather than one for every sequence.
-        clip: largest norm of the slow weights' gradient, 0 for none.
+        clip: largest norm of the slow weights' gradient; 0 for no limit.
         grid: step sizes that validation tries; the best is kept in the artifact.
-        validate_every: epochs between validations on whole streams (they choose the checkpoint).
-        seed: of initial weights and order.
+        validate_every: number of epochs from one validation on whole streams to the next;
+            validation chooses the checkpoint.
+        seed: seed of initial weights and order.
     """
 
     epochs: int = 40
@@ -153,7 +155,7 @@ def run_sequence(
         images = to_float(images.to(backbone.device)).to(backbone.dtype)
         first = evaluate(backbone, algorithm.objective, params, images)
         if not first.finite:
-            # Nothing after this is worth learning from; the next sequence starts afresh.
+            # Nothing after this is worth learning from; the next sequence starts from the source.
             return dict(algorithm.source), losses
         if updated:
             loss, grads = first.loss, first.grads

@@ -42,30 +42,30 @@ class MT3Recipe:
     """How a meta-model is trained; the defaults are the paper's.
 
     Attributes:
-        arch: a timm architecture.
+        arch: name of a timm architecture.
         model_args: keyword arguments of its constructor; by default those of the paper's network
             for ttt_resnet26 (width 32, groups 16, norm_eps 0.001, conv_bias, activate_shortcut and
             hidden 256), and none for any other architecture.
         init: artifact whose model training starts from (its architecture, arguments and
             preprocessing replace ``arch`` and ``model_args``); fresh weights unless given. An
             artifact's own projector, predictor and factors on the inner rate are taken over.
-        epochs: passes over the training images.
-        tasks: tasks a meta-batch.
-        task_images: different images a task.
-        steps_per_epoch: meta-steps an epoch, 0 for as many as the images fill.
+        epochs: number of epochs.
+        tasks: number of tasks in a meta-batch.
+        task_images: number of different images in a task.
+        steps_per_epoch: number of meta-steps in an epoch; 0 for as many as the images fill.
         inner_lr: step size of the inner steps.
-        inner_steps: inner steps, each on views of its own.
+        inner_steps: number of inner steps, each on views of its own.
         rate_lr: outer learning rate of a factor on ``inner_lr`` for every tensor (Meta-SGD, arXiv
             1707.09835); 0 learns none.
         lr: learning rate of the outer SGD with momentum 0.9, at its peak.
         schedule: of the outer rates: ``"constant"``, ``"cosine"`` (after a warm-up of a fiftieth),
             or ``"constant-then-decay"`` (half a cosine down to 0 in the last quarter).
         self_supervised: weight of L_ss(phi) in the outer loss.
-        clip: largest norm of each tensor's gradient, inner and outer; 0 for none.
-        first_order: take the inner gradient for a constant.
-        autocast: compute in bfloat16 where the device does so.
-        together: tasks that run at once, 0 for what the device does best.
-        seed: of initialisation, order and augmentation.
+        clip: largest norm of each tensor's gradient, inner and outer; 0 for no limit.
+        first_order: treat the inner gradient as a constant.
+        autocast: compute in bfloat16 where the device can.
+        together: number of tasks that run at once; 0 for what the device does best.
+        seed: seed of initialisation, order and augmentation.
     """
 
     arch: str = "ttt_resnet26"

@@ -51,7 +51,7 @@ def _load(file: Path, what: str) -> Any:
     except Exception as error:  # unpickling fails in many ways; none of them runs code
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "weights_only" in str(error):
-            # PyTorch's text goes on to advise a load that may run code from the file.
+            # The rest of PyTorch's text advises a load that may run code from the file.
             reason = "it is damaged, or holds more than tensors, which are all that is read"
         raise ArtifactError(f"{file} is not {what}: {reason}") from error
 
@@ -322,7 +322,7 @@ def _kernel(value: np.ndarray) -> np.ndarray:
 
 
 def _mt3_names() -> dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """Our name -> the released variable and how to turn it (methods.md, section 7)."""
+    """Our name -> the name of the released variable, and how to turn it."""
 
     def same(value):
         return value

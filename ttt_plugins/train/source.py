@@ -29,30 +29,32 @@ __all__ = ["SourceRecipe", "train_source"]
 
 @dataclass(frozen=True)
 class SourceRecipe:
-    """What a source network is trained with; written into its artifact as it is.
+    """How a source network is trained; its artifact holds the recipe.
 
     Attributes:
-        arch: a timm architecture.
+        arch: name of a timm architecture.
         model_args: keyword arguments of its constructor.
-        epochs: passes over the training images.
-        batch_size: images a step.
+        epochs: number of passes over the training images.
+        batch_size: number of images in a step.
         optimizer: ``"sgd"`` (Nesterov, momentum 0.9), ``"adamw"``, or ``"muon"`` (Muon on the
             matrices of the blocks, AdamW at a tenth of the rate on everything else).
         lr: peak learning rate.
-        weight_decay: on matrices and kernels only, never on norms and biases.
-        warmup: share of the steps in which the rate rises linearly; then it falls as a cosine.
-        label_smoothing: as in ``cross_entropy``.
-        padding: pixels of zero padding before the random crop.
-        cutout: side of the erased square in pixels, 0 for none.
-        cutmix: share of the batches that are mixed (Beta(1, 1)), in [0, 1].
-        patch_drop: share of the patches dropped during the first ``patch_drop_until`` of
-            training (vision transformers only), in [0, 1).
-        patch_drop_until: share of the epochs, in [0, 1].
-        ema: decay of the weights' moving average per step; the average is what is kept.
-        autocast: compute in bfloat16 where the device does so.
+        weight_decay: weight decay coefficient of matrices and kernels; norms and biases have none.
+        warmup: share of the steps in which the rate rises linearly, in [0, 1]; then it falls as
+            half a cosine.
+        label_smoothing: share of each target that is spread over all classes, in [0, 1].
+        padding: zero padding before the random crop, in pixels.
+        cutout: side of the erased square in pixels; 0 erases nothing.
+        cutmix: share of the batches that are mixed, with Beta(1, 1), in [0, 1].
+        patch_drop: share of the patches that vision transformers do not see during the first
+            ``patch_drop_until`` of training, in [0, 1).
+        patch_drop_until: share of the epochs in which patches are dropped, in [0, 1].
+        ema: decay of the weights' moving average per step, in [0, 1]; the average is kept. 0
+            takes no average.
+        autocast: compute in bfloat16 where the device can.
         init: artifact of the same architecture whose weights and preprocessing training starts
-            from; fresh ones unless given.
-        seed: of initialisation, order and augmentation.
+            from; fresh weights by default.
+        seed: seed of initialisation, order and augmentation.
     """
 
     arch: str = "ttt_resnet26"
