@@ -3,6 +3,7 @@
 import builtins
 import copy
 import importlib
+import pickle
 import sys
 from types import ModuleType
 
@@ -227,23 +228,108 @@ def test_num_steps_of_an_online_engine_are_updates(make, images):
     assert torch.equal(engine(images(3))[0], net(images(3)))
 
 
-def test_moves_and_copies(make, images):
+def test_moves(make, images):
     engine = make("mgg").eval()
     engine(images(3))
-    twin = copy.deepcopy(engine)
     expected = own(engine)
     expected(images(3))
     assert torch.equal(engine(images(3, 1))[0], expected(images(3, 1)))
-    assert torch.equal(twin(images(3))[0], own(twin)(images(3)))  # a copy starts anew
-    twin.to(torch.float64)
-    assert twin(images(3, dtype=torch.float64))[0].dtype == torch.float64
+    engine.to(torch.float64)
+    assert engine(images(3, dtype=torch.float64))[0].dtype == torch.float64
+    engine.to(torch.float32)
     assert engine(images(3))[0].dtype == torch.float32
+
+
+def pickled(engine):
+    return pickle.loads(pickle.dumps(engine))
+
+
+def reloaded(engine):
+    engine.load_state_dict(copy.deepcopy(engine.state_dict()))
+    return engine
+
+
+def copied_twice(engine):
+    return copy.deepcopy(copy.deepcopy(engine))
+
+
+@pytest.mark.filterwarnings("ignore:.*untrained")
+@pytest.mark.parametrize("again", [copy.deepcopy, copied_twice, pickled, reloaded])
+@pytest.mark.parametrize("case", ["mgg", "ttt online"])
+def test_a_stream_continues_in_a_copy(make, images, again, case):
+    method, _, mode = case.partition(" ")
+    parameters = FEW[method] | ({"mode": mode} if mode else {})
+    engine = make(method, optimization_parameters=parameters).eval()
+    net = own(engine)
+    engine(images(3)), net(images(3))
+    twin = again(engine)
+    expected = [net(images(3, seed)) for seed in (1, 2)]
+    assert torch.equal(twin(images(3, 1))[0], expected[0])
+    assert torch.equal(twin(images(3, 2))[0], expected[1])
+    if twin is not engine:  # which has a stream of its own
+        assert torch.equal(engine(images(3, 1))[0], expected[0])
+    twin.reset()
+    net.reset()
+    assert torch.equal(twin(images(3))[0], net(images(3)))
+
+
+def test_a_copy_with_other_weights_starts_at_the_source(make, images):
+    engine = make("mgg").eval()
+    engine(images(3))
+    name = next(n for n, p in engine.named_parameters() if n.startswith("model.") and p.ndim == 4)
+    state = engine.state_dict()
+    state[name] = state[name] + 0.01
+    twin = copy.deepcopy(engine)
+    twin.load_state_dict(state)
+    assert torch.equal(twin(images(3))[0], own(twin)(images(3)))
+    twice = copy.deepcopy(copy.deepcopy(engine))
+    with torch.no_grad():
+        twice.get_parameter(name).add_(0.01)
+    assert torch.equal(copy.deepcopy(twice)(images(3))[0], own(twice)(images(3)))
+
+
+@pytest.mark.filterwarnings("ignore:.*untrained")
+def test_copy_model_says_whether_calls_keep_what_was_learned(make, images):
+    """As in torch-ttt's own engines."""
+    engine = make("mgg", optimization_parameters={"copy_model": True}).eval()
+    first = engine(images(3))[0]
+    engine(images(3, 1))
+    assert torch.equal(engine(images(3))[0], first)
+    engine.optimization_parameters["copy_model"] = False
+    engine.reset()
+    engine(images(3))
+    assert not torch.equal(engine(images(3))[0], first)
+
+    engine = make("ttt", optimization_parameters={"copies": 2, "copy_model": False}).eval()
+    assert engine.adapter().config.mode == "online"
+    engine.optimization_parameters["copy_model"] = True
+    assert engine.adapter().config.mode == "standard"
+    engine = make("mt3", optimization_parameters={"copies": 2, "copy_model": False}).eval()
+    with pytest.raises(tp.InputError, match="mt3 always forgets"):
+        engine(images(2))
+
+
+@pytest.mark.filterwarnings("ignore:.*untrained")
+def test_an_optimizers_name_is_answered_by_a_warning(make, images):
+    parameters = {"optimizer_name": "adam", "copies": 2}
+    engine = make("mt3", optimization_parameters=parameters).eval()
+    with pytest.warns(UserWarning, match="the update rule is mt3's own"):
+        logits = engine(images(2))[0]
+    assert torch.equal(logits, own(engine)(images(2)))
+
+
+@pytest.mark.parametrize("method", list(NAMES))
+@pytest.mark.parametrize("training", [True, False])
+def test_unknown_keywords_are_an_error_in_both_modes(make, images, method, training):
+    engine = make(method).train(training)
+    with pytest.raises(TypeError, match="mask"):
+        engine(images(2), mask=None)
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")
 def test_mistakes(make, images, make_model):
-    with pytest.raises(tp.InputError, match="no field 'optimizer_name'"):
-        make("mt3", optimization_parameters={"optimizer_name": "adam"}).eval()(images(2))
+    with pytest.raises(tp.InputError, match="no field 'optimiser'"):
+        make("mt3", optimization_parameters={"optimiser": "adam"}).eval()(images(2))
     with pytest.raises(tp.InputError, match="no field 'colour'"):
         make("mgg", colour=1)
     for method in NAMES:

@@ -20,6 +20,10 @@ from ..errors import InputError
 
 __all__ = ["joint_step", "memory_step", "meta_step"]
 
+Tensors = dict[str, Tensor]
+#: Adapted parameters and the update rule's state.
+Sequence = tuple[Tensors, Tensors]
+
 
 def joint_step(
     net: Adapter, model: nn.Module, heads: Mapping[str, Tensor], images: Tensor, number: int
@@ -59,11 +63,12 @@ def meta_step(
 
 
 def memory_step(
-    net: Adapter, heads: Mapping[str, Tensor], images: Tensor, held: tuple | None
-) -> tuple[Tensor, Tensor, tuple]:
+    net: Adapter, heads: Mapping[str, Tensor], images: Tensor, held: Sequence | None
+) -> tuple[Tensor, Tensor, Sequence | None]:
     """MGG: logits and unlabelled loss of a batch after the optimizer's update on it.
 
-    Only the optimizer's slow weights learn; ``held`` is the sequence so far, None at its start.
+    Only the optimizer's slow weights learn; ``held`` is the sequence so far, parameters and the
+    rule's state, None at its start and returned with the batch's update added.
     An update is judged on the batch it was made on, since a training loop hands over one batch at a
     time; `train.mgg` judges on the next.
     """
@@ -75,8 +80,13 @@ def memory_step(
         logits = call(net.backbone, moved, images)
     features = features if algorithm.objective.needs_features else []
     loss = algorithm.objective.loss(logits, features, None).value
-    kept = tuple({n: t.detach() for n, t in part.items()} for part in (moved, state))
-    return logits, loss, (kept if first.finite else held)
+    if first.finite:
+        held = _detached(moved), _detached(state)
+    return logits, loss, held
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> Tensors:
+    return {n: t.detach() for n, t in tensors.items()}
 
 
 def _of(net: Adapter, heads: Mapping[str, Tensor], kind: type):

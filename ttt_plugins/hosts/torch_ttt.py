@@ -1,10 +1,13 @@
-"""Engines for torch-ttt (0.0.2 or later): importing this registers ``mt3``, ``mgg``, our ``ttt``.
+"""Engines for torch-ttt (0.0.2 or later): importing this module registers them.
 
-torch-ttt has a ``ttt`` of its own, which is left alone: ours are always ``ttt_plugins_<name>``,
-and the short name as well where it is free. It looks for no entry points, so a script imports this.
+Their names are ``ttt_plugins_mgg``, ``ttt_plugins_mt3`` and ``ttt_plugins_ttt``; ``mgg`` and
+``mt3`` work as well, while ``ttt`` is torch-ttt's own engine and stays so. torch-ttt looks for no
+entry points, which is why a script has to import this module.
 """
 
 from __future__ import annotations
+
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ class TTTEngine(Engine):
     """TTT, trained jointly; ``features_layer_name`` is where the trunk ends (`TTT.split`)."""
 
     method = "ttt"
+    kept = MappingProxyType({"mode": "online"})
 
     def __init__(
         self, model: nn.Module, features_layer_name="", optimization_parameters=None, **options
@@ -29,9 +33,10 @@ class TTTEngine(Engine):
             options["split"] = features_layer_name
         super().__init__(model, optimization_parameters, **options)
 
-    def fresh_heads(self, model, split=-1, seed=0, **options):
+    def fresh_heads(self, model, options):
         """An untrained rotation head."""
-        return init_rotation(model, split, torch.Generator().manual_seed(seed))
+        draw = torch.Generator().manual_seed(options.get("seed", 0))
+        return init_rotation(model, options.get("split", -1), draw)
 
     def step(self, net, images):
         """Joint training."""
@@ -43,9 +48,9 @@ class MT3Engine(Engine):
 
     method = "mt3"
 
-    def fresh_heads(self, model, seed=0, **options):
+    def fresh_heads(self, model, options):
         """An untrained projector and predictor."""
-        return init_byol(model, torch.Generator().manual_seed(seed))
+        return init_byol(model, torch.Generator().manual_seed(options.get("seed", 0)))
 
     def step(self, net, images):
         """Meta-training; a batch is a task."""
@@ -56,6 +61,7 @@ class MGGEngine(Engine):
     """MGG: the optimizer learns and the model stays; a sequence lasts until `reset`."""
 
     method = "mgg"
+    kept = MappingProxyType({})
 
     def step(self, net, images):
         """Meta-training of the optimizer."""

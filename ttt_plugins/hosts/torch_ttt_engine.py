@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..core.registry import configure
+from ..errors import InputError
 from ..wrapping import wrap
 from .torch_ttt_import import BaseEngine
 
@@ -25,12 +28,18 @@ class Engine(BaseEngine):
 
     ``train()``: logits and loss with a graph, for a training loop over ``parameters()``, in which
     all that the method learns is from the start. ``eval()``: the adapter's logits and loss, under
-    ``no_grad`` too; its stream starts anew when a weight or a setting has changed.
+    ``no_grad`` too. Its stream starts again at the source when a weight or a setting has changed;
+    a copy or an unpickled engine continues where the original was, and so does an engine that
+    loads the state dict that it has.
+
+    Of torch-ttt's ``optimization_parameters`` these are known: ``num_steps`` (0: no adaptation);
+    ``copy_model``, True for calls that all start at the source, False to keep what was learned from
+    call to call; and ``optimizer_name``, which has no effect and is answered by a warning, since
+    the update rule is the method's. All others are fields of the method's config.
 
     Args:
         model: the classifier.
-        optimization_parameters: fields of the method's config, and ``num_steps`` (0: no
-            adaptation); it may be changed later.
+        optimization_parameters: see above; they may be changed later.
         tensors: what the method learned beforehand; unless given, fresh heads, and for MGG a
             bundled optimizer.
         options: mean, std, normalize and seed as for `ttt_plugins.wrap`, and the config's fields.
@@ -40,11 +49,13 @@ class Engine(BaseEngine):
     """
 
     method = ""
+    #: Settings with which calls keep what was learned; None for a method that always forgets.
+    kept: ClassVar[Mapping[str, Any] | None] = None
 
     def __init__(self, model: nn.Module, optimization_parameters=None, *, tensors=None, **options):
         super().__init__()
         self.model, self.optimization_parameters = model, optimization_parameters or {}
-        fresh = self.fresh_heads(model, **options) if tensors is None else None
+        fresh = self.fresh_heads(model, options) if tensors is None else None
         net = wrap(model, self.method, tensors=tensors or fresh, **options)
         self.config = net.config
         fields = {f.name for f in dataclasses.fields(self.config)}
@@ -58,12 +69,17 @@ class Engine(BaseEngine):
                 self.heads.register_parameter(slashed, nn.Parameter(tensor))
         self._untrained = _marks(self.heads) if fresh else None
         # In containers, so that the adapters' view of the model is no submodule.
-        self._adapting, self._training = [None, None], [None, None]
+        self._adapting: list[Any] = [None, None]
+        self._training: list[Any] = [None, None]
+        self._resumed: tuple[Any, dict[str, Tensor]] | None = None
         self.number, self.sequence = 0, None
 
-    def fresh_heads(self, model: nn.Module, **options) -> dict[str, Tensor] | None:
+    def fresh_heads(self, model: nn.Module, options: dict[str, Any]) -> dict[str, Tensor] | None:
         """Heads to train, by their names in artifacts; None where `wrap` has something better."""
-        return None
+
+    def step(self, net: Adapter, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and the loss of one training step, with their graph."""
+        raise NotImplementedError
 
     def learned(self) -> dict[str, Tensor]:
         """The heads by their names in artifacts, for ``tensors`` of `ttt_plugins.wrap`."""
@@ -71,17 +87,28 @@ class Engine(BaseEngine):
 
     def adapter(self) -> Adapter:
         """The adapter of the weights and settings as they are now, in its stream."""
-        return self._hold(self._adapting, _marks(self), self._settings())
+        key = _marks(self), self._settings()
+        net = self._hold(self._adapting, key)
+        if self._resumed is not None:
+            (resumed, state), self._resumed = self._resumed, None
+            if resumed == key:
+                net.load_adaptation_state(state)
+        return net
 
-    def forward(self, inputs: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> logits (B, classes) and a scalar loss."""
         if self.training:
-            return self.ttt_forward(inputs, **kwargs)
-        if self._untrained == _marks(self.heads):
+            return self.ttt_forward(inputs)
+        if self._untrained is not None and self._untrained == _marks(self.heads):
             warnings.warn(f"{self.method}: the self-supervised head is untrained", stacklevel=3)
         net = self.adapter()
+        if self.optimization_parameters.get("copy_model", False):
+            net.reset()
         repeats = self.optimization_parameters.get("num_steps", 1)
-        for _ in range(1 if hasattr(self.config, "steps") else max(1, repeats)):
+        if hasattr(self.config, "steps"):
+            repeats = 1  # the adapter takes its steps within a call
+        logits = net(inputs)
+        for _ in range(repeats - 1):
             logits = net(inputs)
         return logits, logits.new_zeros(()) if net.loss is None else net.loss
 
@@ -92,29 +119,89 @@ class Engine(BaseEngine):
             settings["copies"] = 1  # of an image in a step; the batch has others
         # Weights that an optimizer wrote need no new adapter here: it shares or is given them.
         places = [place for place, _ in _marks(self)]
-        net = self._hold(self._training, places, settings)
+        net = self._hold(self._training, (places, settings))
         net.check_images(inputs)
         self.number += 1
         return self.step(net, inputs)
 
     def reset(self) -> None:
         """Back to the source: the next batch begins a stream, or a sequence of MGG's training."""
-        self._adapting, self.sequence = [None, None], None
+        self._adapting, self._resumed, self.sequence = [None, None], None, None
 
-    def _settings(self) -> dict:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As PyTorch's; a state dict that changes no value leaves the stream where it is."""
+        own = self.state_dict()
+        unchanged = own.keys() == state_dict.keys() and all(
+            t.dtype == state_dict[n].dtype and torch.equal(t, state_dict[n].to(t.device))
+            for n, t in own.items()
+        )
+        self._forget_outdated()
+        loaded = super().load_state_dict(state_dict, *args, **kwargs)
+        if unchanged:
+            self._mark_again()
+        return loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the adapters, which share this engine's weights; their stream as tensors."""
+        self._forget_outdated()
+        state = self.__dict__ | {"_adapting": [None, None], "_training": [None, None]}
+        key, net = self._adapting
+        return state if net is None else state | {"_resumed": (key, net.adaptation_state())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The same values in other places."""
+        super().__setstate__(state)
+        self._mark_again()
+
+    def _forget_outdated(self) -> None:
+        """Drop what was said about other values than the weights have now."""
+        marks = _marks(self)
+        if self._adapting[0] is not None and self._adapting[0][0] != marks:
+            self._adapting = [None, None]
+        if self._resumed is not None and self._resumed[0][0] != marks:
+            self._resumed = None
+        if self._untrained != _marks(self.heads):
+            self._untrained = None
+
+    def _mark_again(self) -> None:
+        """Let what is said about the weights hold for the places where they lie now."""
+        marks = _marks(self)
+        if self._adapting[0] is not None:
+            self._adapting[0] = marks, self._adapting[0][1]
+        if self._resumed is not None:
+            (_, settings), stream = self._resumed
+            self._resumed = (marks, settings), stream
+        if self._untrained is not None:
+            self._untrained = _marks(self.heads)
+
+    def _settings(self) -> dict[str, Any]:
+        """Fields of the method's config that ``optimization_parameters`` set."""
         given = dict(self.optimization_parameters)
         steps = given.pop("num_steps", None)
         if steps is not None and (steps == 0 or hasattr(self.config, "steps")):
             given["steps"] = steps
+        if given.pop("optimizer_name", None) is not None:
+            warnings.warn(
+                f"optimizer_name has no effect: the update rule is {self.method}'s own",
+                stacklevel=4,
+            )
+        if not given.pop("copy_model", True):
+            if self.kept is None:
+                raise InputError(
+                    f"copy_model=False keeps what was learned, and {self.method} always forgets: "
+                    "leave copy_model out or make it True"
+                )
+            given = {**self.kept, **given}
         return given
 
-    def _hold(self, held: list, marks: list, settings: dict) -> Adapter:
-        if held[0] != (marks, settings):
+    def _hold(self, held: list, key: tuple[list, dict[str, Any]]) -> Adapter:
+        """The adapter that is kept in ``held`` for these weights and settings, or a new one."""
+        if held[0] != key:
+            settings = key[1]
             plain = settings.get("steps") == 0
             config = "source" if plain else configure(self.config, settings)
             learned = None if plain else {n: t.detach() for n, t in self.learned().items()}
-            net = wrap(self.model, config, tensors=learned, **self._options)
-            held[:] = (marks, settings), net
+            held[:] = key, wrap(self.model, config, tensors=learned, **self._options)
         return held[1]
 
 

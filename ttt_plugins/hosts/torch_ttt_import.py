@@ -1,4 +1,4 @@
-"""torch-ttt, imported in one place: what is wrong with it is one clear line."""
+"""The import of torch-ttt, in one place; a failure becomes one line with cause and remedy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def _explain(error: Exception) -> str:
     """Cause and remedy of a failed import, on one line."""
     install = 'pip install "ttt-plugins[torch-ttt]"'
     try:
-        found = metadata.version("torch-ttt")
+        version = metadata.version("torch-ttt")
     except metadata.PackageNotFoundError:
         return f"this needs torch-ttt, which is not installed: {install}"
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     if getattr(error, "name", None) == "einops":
-        return f"torch-ttt {found} needs einops and does not bring it: {install}"
-    return f"torch-ttt {found} is broken or too old, 0.0.2 is known to work ({reason}): {install}"
+        return f"torch-ttt {version} needs einops and does not bring it: {install}"
+    return f"torch-ttt {version} is broken or too old, 0.0.2 is known to work ({reason}): {install}"
 
 
 try:
@@ -30,15 +30,22 @@ try:
 
     if not (issubclass(BaseEngine, nn.Module) and hasattr(BaseEngine, "ttt_forward")):
         raise TypeError("BaseEngine is no module with ttt_forward")
-    EngineRegistry.register, EngineRegistry.get_engine
-except Exception as error:  # it imports all of its engines, and they whatever they need
+    if not (hasattr(EngineRegistry, "register") and hasattr(EngineRegistry, "get_engine")):
+        raise TypeError("EngineRegistry has no register or no get_engine")
+except Exception as error:  # torch-ttt imports all of its engines, which may fail in any way
     raise MissingDependencyError(_explain(error)) from error
 
 
 def register(name: str, engine: type) -> None:
     """Register an engine as ``ttt_plugins_<name>``, and as ``name`` where that is free."""
-    for free in (f"ttt_plugins_{name}", name):
-        try:
-            EngineRegistry.get_engine(free)
-        except ValueError:
-            EngineRegistry.register(free)(engine)
+    for full_name in (f"ttt_plugins_{name}", name):
+        if _is_free(full_name):
+            EngineRegistry.register(full_name)(engine)
+
+
+def _is_free(name: str) -> bool:
+    try:
+        EngineRegistry.get_engine(name)
+    except ValueError:
+        return True
+    return False
