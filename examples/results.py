@@ -44,7 +44,10 @@ GRIDS = {
     "tent": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     "sar": (1e-3, 1e-2, 3e-2, 1e-1),
     ADAM: (3e-3, 1e-2, 3e-2),
+    "mgg": (3e-3, 1e-2, 3e-2),
 }
+#: Rows that run at the learning rate that their artifact brings, unless asked to choose anew.
+SETTLED = ("mgg",)
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,7 @@ def measure(
     rate=None,
     batches=None,
     again=False,
+    choose=False,
 ) -> dict:
     """Measure rows of one subject; ``path`` is written after every stream and every rate.
 
@@ -247,6 +251,7 @@ def measure(
         batches: end every stream after so many, None for whole streams.
         again: measure rows a second time, under another label: streams of earlier versions do not
             say which images were right.
+        choose: try MGG's step sizes as well; the row keeps its artifact's all the same.
     """
     result = load(path, subject, n, batch_size, tune_n)
 
@@ -256,11 +261,12 @@ def measure(
     nets = {}
     for row in rows:
         used = rate
-        if row in GRIDS:
+        if row in GRIDS and (choose or row not in SETTLED):
             scores = result["tuning"].setdefault(row, {})
             chosen = choose_rate(row, subject, scores, batch_size, result["tune_examples"], note)
-            result["rates"][row] = chosen
-            used = rate or chosen
+            if row not in SETTLED:
+                result["rates"][row] = chosen
+                used = rate or chosen
         elif row == "tent, mix":
             used = rate or result["rates"]["tent"]
         label = label_of(row, used) + (" again" if again else "")
@@ -294,6 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="(default: all that apply)")
     parser.add_argument("--rate", type=float, help="learning rate, instead of the chosen one")
     parser.add_argument("--again", action="store_true", help="measure rows a second time")
+    parser.add_argument("--choose", action="store_true", help="try MGG's step sizes as well")
     parser.add_argument("--paper", help="artifact that was meta-trained with the paper's recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--n-examples", type=int, default=2000)
@@ -319,6 +326,7 @@ def main(argv: list[str] | None = None) -> None:
             args.rate,
             args.batches,
             args.again,
+            args.choose,
         )
 
 
