@@ -190,13 +190,15 @@ def read_unchanged(folder: Path, read: Callable[[], Result]) -> Result:
         OSError: the folder was replaced during every one of many attempts.
         Exception: whatever ``read`` raises about a folder that stayed.
     """
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         recover_folder(folder)
         try:
             # The open folder keeps its number from being given to its successor.
             handle = os.open(folder, os.O_RDONLY)
-        except OSError:  # nothing is there, or a system that does not open folders
-            return read()
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS // 2:
+                continue  # perhaps between two renames
+            return read()  # nothing is there, or a system that does not open folders
         try:
             result = read()
             if _is_at(handle, folder):
