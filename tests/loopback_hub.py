@@ -6,11 +6,13 @@ Repositories live in memory. Some faults can be switched on for a repository: se
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
@@ -60,7 +62,9 @@ class LoopbackHub:
     ``faults`` of a repository, file name -> what happens to its download: ``"dies"`` (connection
     closed half-way), ``"short"`` (half the file, as if it were whole), ``"long"`` (announced
     larger than it is), ``"other"`` (other bytes of the same length), ``"huge"`` (announced with
-    a terabyte), ``"broken"`` (status 500). ``"upload"`` as a file name: ``"dies"`` closes the
+    a terabyte), ``"broken"`` (status 500), ``"forbidden"`` and ``"gone"`` (403 and 404 without
+    the Hub's own code, as a proxy answers), ``"drips"`` (an answer that never ends, a byte at a
+    time). ``"upload"`` as a file name: ``"dies"`` closes the
     connection at the commit, ``"refused"`` answers 403.
     """
 
@@ -238,6 +242,16 @@ def _handler(hub: LoopbackHub) -> type:
                 body={"commitOid": sha, "commitUrl": f"{hub.url}/{name}/commit/{sha}"}
             )
 
+        def drip(self):
+            """Half a minute of a header: never a pause that is long enough for a timeout."""
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            with contextlib.suppress(OSError):
+                for _ in range(150):
+                    self.wfile.write(b"a")
+                    self.wfile.flush()
+                    time.sleep(0.2)
+            self.close_connection = True
+
         def resolve(self, name, revision, path):
             if (repository := self.repository(name)) is None:
                 return None
@@ -251,6 +265,10 @@ def _handler(hub: LoopbackHub) -> type:
             fault = repository.faults.get(path)
             if fault == "broken":
                 return self.refuse(500, "Broken")
+            if fault in ("forbidden", "gone"):
+                return self.answer(403 if fault == "forbidden" else 404, b"no")
+            if fault == "drips":
+                return self.drip()
             headers = {"X-Repo-Commit": sha, "ETag": f'"{file_hash(path, content)}"'}
             length = len(content)
             if fault in ("long", "huge") and self.command == "HEAD":

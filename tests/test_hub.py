@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from itertools import count
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 
 import ttt_plugins as tp
+from ttt_plugins.artifacts.publish import publish
 from ttt_plugins.artifacts.saving import save_with_model
 
 ROOT = Path(__file__).parent.parent
@@ -431,6 +433,24 @@ def test_what_is_bundled_is_published_as_it_ships(client, hub):
     assert {n: published[n] for n in files_of(folder)} == files_of(folder)
 
 
+@pytest.mark.parametrize("name", ["", "org", "org/", "/name", "org/name@main", "a\0b/c", 3])
+def test_a_repository_without_a_name(name, artifact):
+    folder, net = artifact("tent")
+    for publishing in (
+        lambda: publish(folder, name),
+        lambda: net.push_to_hub(name),
+        lambda: publish(ROOT / "hub_cards/mgg-universal", name),
+    ):
+        with pytest.raises(tp.TTTError, match=r"(?i)org/name"):
+            publishing()
+
+
+@pytest.mark.parametrize("folder", ["", None, 3, "a\0b", "nowhere"])
+def test_a_folder_without_a_name_is_not_published(folder):
+    with pytest.raises(tp.ArtifactError):
+        publish(folder, "org/name")
+
+
 # -- failures ----------------------------------------------------------------------------------
 
 
@@ -497,6 +517,29 @@ def test_a_faulty_server(fault, file, artifact, expected, client, hub):
     repository.faults.clear()
     found = client("load", name=name)
     assert torch.equal(logits_of(found), expected(net)), found
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("forbidden", ["403", "the token has no right"]), ("gone", ["404", "it is not there"])],
+)
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_refused_file_is_not_called_unreachable(fault, words, file, artifact, client, hub):
+    name = f"tests/{fault}-{file.split('.')[0]}"
+    hub.add(name, files_of(artifact("tent")[0])).faults[file] = fault
+    message = error_of(client("load", name=name), name, "refuses downloading", *words)
+    assert "cannot be reached" not in message
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "README.md"])
+def test_a_hub_that_never_finishes_its_answer(file, artifact, start, hub):
+    name = f"tests/drips-{file.split('.')[0].lower()}"
+    hub.add(name, files_of(artifact("tent")[0])).faults[file] = "drips"
+    hurried = start(home=f"drips-{file}", HF_HUB_ETAG_TIMEOUT="1")
+    error_of(hurried("load", name="tests/nothing"), "no repository")  # it has started
+    begin = time.monotonic()
+    error_of(hurried("load", name=name), "not answered within 3 seconds", "HF_HUB_ETAG_TIMEOUT")
+    assert time.monotonic() - begin < 15
 
 
 @pytest.mark.parametrize("fault", ["dies", "refused"])

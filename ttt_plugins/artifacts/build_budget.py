@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ArtifactError
 
-__all__ = ["BuildBudget", "rehearse"]
+__all__ = ["TOO_LARGE", "BuildBudget", "rehearse"]
 
-_TOO_LARGE = "the model described is far larger than the weights beside it"
+TOO_LARGE = "the model described is far larger than the weights beside it"
 #: Memory, in bytes, and processor time, in seconds, that a child may take, and more a number in
 #: the weights: four times what the model takes, and ten times what its random start takes.
 _BYTES, _BYTES_EACH = 1 << 30, 16
-_SECONDS, _SECONDS_EACH = 30.0, 1e-7
+_SECONDS, _SECONDS_EACH = 15.0, 1e-7
 
 
 class BuildBudget(TorchDispatchMode):
@@ -54,7 +54,7 @@ class BuildBudget(TorchDispatchMode):
         if not func.is_view and not func._schema.is_mutable:
             self._elements -= _asked_for(args)
         if self._calls < 0 or self._elements < 0:
-            raise ArtifactError(_TOO_LARGE)
+            raise ArtifactError(TOO_LARGE)
         return func(*args, **(kwargs or {}))
 
 
@@ -76,7 +76,7 @@ def _asked_for(args: tuple) -> int:
     return max(given, default=1) * max(counts, default=1) if counts else max(given, default=1)
 
 
-def rehearse(build: Callable[[], object], elements: int) -> None:
+def rehearse(build: Callable[[], object], elements: int, where: str) -> None:
     """Run ``build`` in a child process, to see whether it ends within the limits on that.
 
     The child is a copy of this process, as a worker of torch's data loaders is. Without effect on
@@ -85,6 +85,7 @@ def rehearse(build: Callable[[], object], elements: int) -> None:
     Args:
         build: builds the model on the CPU.
         elements: numbers in the weights that the model is for.
+        where: what to call the artifact in errors.
 
     Raises:
         ArtifactError: ``build`` raised it, or ran out of memory, or of time.
@@ -108,7 +109,8 @@ def rehearse(build: Callable[[], object], elements: int) -> None:
         os.waitpid(child, 0)
     if not answer:
         raise ArtifactError(
-            f"{_TOO_LARGE}: building it takes more than {memory >> 20:,} MB or {seconds} seconds"
+            f"{where}: {TOO_LARGE}: building it takes more than {memory >> 20:,} MB or {seconds} "
+            "seconds"
         )
     if answer != b"built":
         raise ArtifactError(answer.decode("utf-8", "replace"))

@@ -24,7 +24,7 @@ from torch import nn
 from ..errors import ArtifactError, InputError
 from ..utils.robustbench import load_zoo_model
 from . import hub
-from .build_budget import BuildBudget, rehearse
+from .build_budget import TOO_LARGE, BuildBudget, rehearse
 from .folder import CONFIG, MODEL, Artifact, bundled_folder, read_artifact
 from .hub import Place
 from .hub_access import DEFAULT_ACCESS, Access
@@ -142,7 +142,7 @@ def _described(
     known = timm.get_pretrained_cfg(plain)
     size = pretrained_settings(config).get("input_size")
     if arguments or (size is not None and (known is None or size != tuple(known.input_size))):
-        rehearse(create, elements)
+        rehearse(create, elements, where)
     model = create()
     floating = {t.dtype for t in header.values() if t.dtype.is_floating_point}
     if len(floating) == 1:
@@ -171,8 +171,8 @@ def _create(config: Mapping[str, Any], elements: int, tensors: int, where: str) 
                 num_classes=config["num_classes"],
                 **arguments,
             )
-    except ArtifactError as error:
-        raise ArtifactError(f"{where}: {error}") from error
+    except (ArtifactError, MemoryError) as error:
+        raise ArtifactError(f"{where}: {str(error) or TOO_LARGE}") from error
     except Exception as error:  # a constructor raises anything when its arguments do not fit
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise ArtifactError(

@@ -254,6 +254,8 @@ def check_target(folder: str | Path) -> Path:
         ArtifactError: the folder holds something other than an artifact or has no name, or the
             disk would refuse.
     """
+    if not isinstance(folder, (str, Path)):
+        raise ArtifactError(f"{folder!r} is no name for an artifact's folder; give one")
     folder = Path(folder)
     if folder.name in ("", ".."):
         raise ArtifactError(f"{str(folder)!r} is no name for an artifact's folder; give one")
