@@ -1,15 +1,35 @@
-"""The artifacts that ship inside the package (issue 2, part 4)."""
+"""The artifacts that ship inside the package."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import PER_IMAGE
 
 import ttt_plugins as tp
+from ttt_plugins.artifacts.folder import bundled_folder, read_artifact
 
 SOURCES = ["source-resnet26-cifar10", "source-resnet26bn-cifar10", "source-vit-tiny-cifar10"]
 OPTIMIZERS = ["mgg-resnet26-cifar10", "mgg-resnet26bn-cifar10", "mgg-vit-tiny-cifar10"]
 SELF_SUPERVISED = ["ttt-resnet26-cifar10", "mt3-resnet26-cifar10"]
 UNIVERSAL = "mgg-universal"  # of no classifier's
+
+
+@pytest.mark.parametrize("name", tp.list_bundled())
+def test_what_was_learned_carries_its_hash(name, tmp_path):
+    artifact = read_artifact(bundled_folder(name))
+    assert ("learned" in artifact.config) == bool(artifact.tensors)
+    if not artifact.tensors:
+        return
+    folder = Path(shutil.copytree(bundled_folder(name), tmp_path / name))
+    carried = (folder / "adapter.safetensors").exists()
+    file = folder / ("adapter.safetensors" if carried else "model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(tp.ArtifactError, match="is not what was saved"):
+        read_artifact(folder)
 
 
 def test_all_ship():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -104,10 +105,8 @@ def test_a_save_killed_between_its_renames_is_restored(
         with monkeypatch.context() as patch:
             patch.setattr(files.os, "rename", dying)
             patch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)
-            try:
+            with contextlib.suppress(Killed):
                 net.save_pretrained(folder, training={"number": 2 + moment})
-            except Killed:
-                pass
         artifact = read_artifact(folder)
         assert artifact.config["training"]["number"] in range(1, 3 + moment)
         assert tp.from_pretrained(folder, backbone=make_model("groupnorm")).method == "mgg"

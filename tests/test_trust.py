@@ -1,13 +1,15 @@
-"""What a stranger's artifact may not do (issue 5, part 4): mutated configs and weight files."""
+"""What an artifact may not do, whoever wrote it: mutated configs and weight files."""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
+import re
 import resource
 import shutil
 import struct
+import sys
 import time
 from pathlib import Path
 
@@ -19,8 +21,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ttt_plugins as tp
-from ttt_plugins.artifacts import publish
+from ttt_plugins.artifacts import info, publish
 from ttt_plugins.artifacts.build_budget import BuildBudget
+from ttt_plugins.artifacts.card import refresh
+from ttt_plugins.artifacts.hub_access import Access
+from ttt_plugins.artifacts.saving import save_with_model
+from ttt_plugins.artifacts.schema import TIMM_KEYS
 from ttt_plugins.artifacts.tensor_files import fingerprint
 
 FROZEN = Path(__file__).parent / "frozen"
@@ -368,6 +374,155 @@ def test_strict_json(text, source):
         tp.from_pretrained(source)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"\\' * 40_000,
+        '{"a": "' + '\\"' * 40_000,
+        "{" + ",".join(f'"k{i}":0' for i in range(40_000)) + ',"k39999":1}',
+        "[" + "[]," * (1 << 19) + "1]",
+        "[1." + "1" * 4_000_000 + "]",
+        '{"a":' * 500_000,
+    ],
+    ids=["escapes", "one string", "a key twice", "lists", "digits", "objects"],
+)
+def test_refusing_json_takes_time_linear_in_its_size(text, source):
+    (source / "config.json").write_text(text)
+    begin = time.process_time()
+    with pytest.raises(tp.ArtifactError, match="not valid JSON"):
+        tp.from_pretrained(source)
+    assert time.process_time() - begin < 2
+
+
+@pytest.mark.parametrize(
+    "params",
+    [".?" * 60 + "x", "(a|a)" * 25 + "b", ".*.*.*x", "(?:.|.)" * 20 + "x", ".{0,99}.{0,99}.{0,9}x"],
+)
+def test_an_expression_that_never_ends(params, tmp_path):
+    folder = shutil.copytree(FROZEN / "model-v1", tmp_path / "model-v1")
+    edit(folder, fields__params=params)
+    begin = time.process_time()
+    with pytest.raises(tp.ArtifactError, match="not accepted as params"):
+        tp.from_pretrained(folder)
+    assert time.process_time() - begin < 5
+
+
+def test_what_is_accepted_as_an_expression_ends_soon():
+    from ttt_plugins.artifacts.schema import check_params
+
+    name = "stages.3.blocks.11.attention.output.dense.lora.weight.original0"  # timm's are shorter
+    for params in (
+        ".*.*$x",
+        ".*(a|b)(c|d)x",
+        ".?.?.?.?$x",
+        r"(.|\.)(.|\.)(.|\.)(.|\.)$x",
+        "[^x]+[^y]+$y",
+    ):
+        check_params(params, "here")
+        begin = time.process_time()
+        for _ in range(300):
+            assert re.search(params, name) is None
+        assert time.process_time() - begin < 5, params
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"copies": 10**9}, "copies"),
+        ({"steps": 10**9}, "steps"),
+        ({"chunk_size": 10**9}, "chunk_size"),
+        ({"rank": 10**9}, "rank"),
+        ({"copies": 1024, "steps": 1024}, "views of every image"),
+        ({"lr": 1e300}, "lr"),
+        ({"params": ["x"] * 100_000}, "params"),
+        ({"params": ["x" * 100_000]}, "params"),
+        ({"params": {"a": 1}}, "params"),
+        ({"params": [["a"]]}, "params"),
+    ],
+)
+def test_fields_that_would_never_end(fields, word, tmp_path):
+    folder = shutil.copytree(FROZEN / "mgg-v1", tmp_path / "mgg-v1")
+    edit(folder, method="ttt", fields=fields)
+    with pytest.raises(tp.ArtifactError, match=word) as caught:
+        tp.from_pretrained(folder, backbone=str(BACKBONE))
+    assert len(str(caught.value)) < 700
+
+
+def test_a_user_may_ask_for_more_than_an_artifact():
+    net = tp.from_pretrained("bundled:ttt-resnet26-cifar10", copies=2048)
+    assert net.config.copies == 2048
+
+
+# Their constructors fill lists and numpy's arrays, which torch does not see.
+UNSEEN = {
+    "memory": ("tiny_vit_5m_224", {"window_sizes": [16384] * 4}, {}),
+    "time": ("tiny_vit_11m_224", {"window_sizes": [64] * 4}, {}),
+    "an image": ("tiny_vit_5m_224", {}, {"input_size": [3, 10**8, 10**8]}),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's limits are asked for on Linux")
+@pytest.mark.parametrize("what", UNSEEN)
+def test_allocations_that_torch_does_not_see(what, source):
+    architecture, arguments, settings_ = UNSEEN[what]
+    changes = {f"pretrained_cfg__{key}": value for key, value in settings_.items()}
+    edit(source, architecture=architecture, model_args=arguments, **changes)
+    memory, begin = peak(), time.process_time()
+    with pytest.raises(tp.ArtifactError, match=r"far larger than the weights|input_size"):
+        tp.from_pretrained(source)
+    assert peak() - memory < 200 << 20
+    assert time.process_time() - begin < 5
+    assert not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().strip()
+
+
+@pytest.mark.parametrize("value", [{}, [{}], [[["a"]]], 3, True])
+def test_a_first_convolution_that_is_no_name(value, source):
+    edit(source, pretrained_cfg__first_conv=value)
+    with pytest.raises(tp.ArtifactError, match="first_conv"):
+        tp.from_pretrained(source)
+
+
+def test_a_timm_classifier_without_a_name(tmp_path):
+    folder = shutil.copytree(FROZEN / "mgg-v1", tmp_path / "mgg-v1")
+    edit(folder, backbone={"source": "timm", "pretrained": True}, training={"epochs": 7})
+    with pytest.raises(tp.ArtifactError, match="backbone="):
+        tp.from_pretrained(folder)
+    refresh(folder)
+    assert "none of its own" in (folder / "README.md").read_text()
+    assert "mgg" in info.describe(folder, Access())
+
+
+def test_a_card_does_not_run_what_it_quotes(tmp_path):
+    folder = shutil.copytree(FROZEN / "mgg-v1", tmp_path / "mgg-v1")
+    edit(folder, training={"note": "{{ 7 * 7 }}{% for x in y %}", "command": "{{ config }}"})
+    refresh(folder)
+    card = (folder / "README.md").read_text()
+    assert "{{ 7 * 7 }}{% for x in y %}" in card
+    assert "{{ config }}" in card
+
+
+@pytest.mark.parametrize("path", ["a\0b", Path("a\0b"), "x/" + "y" * 300, "loop"])
+def test_paths_that_no_system_accepts(path, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "loop").symlink_to("loop")
+    net = tp.wrap(str(source), "tent")
+    for use in (
+        lambda: net.save_pretrained(path),
+        lambda: net.save_pretrained("net", results=path),
+        lambda: tp.from_pretrained(path),
+        lambda: tp.from_pretrained("org/name", cache_dir=path),
+        lambda: tp.wrap(path, "tent"),
+        lambda: tp.wrap(str(source), "ttt", head=path),
+        lambda: publish.publish(path, "org/name"),
+        lambda: refresh(path),
+        lambda: info.describe(path, Access()),
+    ):
+        with pytest.raises(tp.TTTError):
+            use()
+    assert not (tmp_path / "net").exists()
+
+
 def test_other_files_than_regular_ones(source):
     (source / "config.json").unlink()
     os.mkfifo(source / "config.json")  # opening it would wait for ever
@@ -395,8 +550,6 @@ def test_types_of_weights_are_compared(source):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_model_in_another_precision_keeps_it(dtype, make_model, tmp_path, images):
-    from ttt_plugins.artifacts.saving import save_with_model
-
     model = make_model("groupnorm").to(dtype)
     args = {"width": 8, "depth": 8, "groups": 4}
     folder = save_with_model(model, "ttt_resnet26", args, tmp_path / "model")
@@ -526,8 +679,30 @@ def test_a_users_own_name_is_a_repository_or_refused(name, monkeypatch):
         tp.wrap(name, "tent")
 
 
+@pytest.mark.parametrize("prefix", ["local-dir:", ""])
+def test_a_folder_of_timm_comes_with_its_weights(prefix, make_model, tmp_path, images):
+    """As timm's own ``local-dir:`` does only when it is told, and with weights that are data."""
+    model = make_model("groupnorm")
+    args = {"width": 8, "depth": 8, "groups": 4}
+    folder = save_with_model(model, "ttt_resnet26", args, tmp_path / "model")
+    if prefix:
+        config = json.loads((folder / "config.json").read_text())
+        config = {k: v for k, v in config.items() if k in TIMM_KEYS}
+        (folder / "config.json").write_text(json.dumps(config))
+    expected = tp.wrap(model, "source")(images(2))
+    for net in (
+        tp.wrap(f"{prefix}{folder}", "source"),
+        tp.from_pretrained(FROZEN / "mgg-v1", backbone=f"{prefix}{folder}", lr=0.0,
+                           statistics="source", strict_backbone=False),
+    ):  # fmt: skip
+        assert torch.equal(net(images(2)), expected)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(tp.ArtifactError, match="missing"):
+        tp.wrap(f"{prefix}{folder}", "source")
+
+
 @pytest.mark.parametrize("file", ["README.md", "config.json", "model.safetensors", "results.json"])
-@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
 def test_only_plain_files_are_published(file, kind, make_model, tmp_path):
     folder = tp.wrap(make_model("groupnorm"), "tent").save_pretrained(tmp_path / "tent")
     secret = tmp_path / "id_rsa"
@@ -537,8 +712,10 @@ def test_only_plain_files_are_published(file, kind, make_model, tmp_path):
         secret.write_text("{}")
     if kind == "link":
         (folder / file).symlink_to(secret)
+    elif kind == "hard link":
+        (folder / file).hardlink_to(secret)
     else:
         os.mkfifo(folder / file)
     for place in (publish.publish, publish.upload):
-        with pytest.raises(tp.ArtifactError, match=f"{file} is (a link|not a plain file)"):
+        with pytest.raises(tp.ArtifactError, match=f"{file} is (a link|a second|not a plain)"):
             place(folder, "somebody/name")
