@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 
 from ..adapter import Adapter
-from ..artifacts import hub
-from ..artifacts.folder import read_config
 from ..benchmark import (
     DATASETS,
     PROTOCOLS,
@@ -22,14 +20,13 @@ from ..benchmark import (
 )
 from ..benchmark.protocols import CONCENTRATION
 from ..benchmark.resume import check_out
-from ..core.registry import get_method
 from ..errors import InputError
-from ..utils.checks import check_device, check_seed
+from ..utils.checks import check_seed
 from ..utils.processes import Worker, place_from_environment
 from ..utils.signals import raising_on_sigterm
 from ..utils.text import printable
-from ..wrapping import from_pretrained, wrap
-from .flags import add_field_flags, fields_from_pairs
+from ..wrapping import wrap
+from .models import adapter_from_args, add_model_flags
 
 __all__ = ["add_benchmark", "add_compare"]
 
@@ -41,8 +38,7 @@ def add_benchmark(commands) -> None:
     """Add the command ``benchmark``."""
     add = commands.add_parser("benchmark", help="measure an adapter on corrupted images")
     add.set_defaults(run=_benchmark)
-    add.add_argument("model", metavar="MODEL", help="what wrap or from_pretrained takes")
-    add.add_argument("--method", help="name of a method (default: the artifact's own)")
+    add_model_flags(add)
     _add_data_flags(add)
     add.add_argument("--out", type=Path, required=True, help="folder for the results")
     add.add_argument("--batch-size", type=int, default=64, metavar="B")
@@ -54,7 +50,6 @@ def add_benchmark(commands) -> None:
         metavar="DELTA",
         help="of the Dirichlet distribution of --protocol correlated (default: %(default)s)",
     )
-    add.add_argument("--device", help="such as cuda (default: cpu)")
     add.add_argument(
         "--seed",
         type=int,
@@ -62,10 +57,6 @@ def add_benchmark(commands) -> None:
         help="of the images' order in a cell and of the adapter's draws (default: as stored, and "
         "0); several give means and standard errors",
     )
-    add.add_argument("--lr", type=float, help="short for --set lr=LR")
-    add_field_flags(add)
-    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
-    add.add_argument("--pretrained", action="store_true", help="download timm's weights")
     add.add_argument("--overwrite", action="store_true", help="replace other results in OUT")
     add.add_argument("--resume", action="store_true", help="resume the unfinished run in OUT")
     _add_execution_flags(add)
@@ -143,7 +134,7 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
     # A timm name without --pretrained means random weights: let them be the same ones twice.
     with worker.main_process_first() if worker else contextlib.nullcontext(True):
         torch.manual_seed(first or 0)
-        net = _adapter(args)
+        net = adapter_from_args(args)
         torch.manual_seed(first or 0)
         baseline = None if net.method == "source" else _unadapted(net, args.model_dir)
     speaks = worker is None or worker.rank == 0
@@ -176,28 +167,6 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
     if data.note:
         print(data.note)
     print(f"results.json, RobustBench's files and plot.png are in {printable(str(args.out))}")
-
-
-def _adapter(args: argparse.Namespace) -> Adapter:
-    """The adapter of MODEL and --method: an artifact of that method, or a model to wrap."""
-    check_device(args.device)
-    common = {"device": args.device, "seed": args.seed}
-    pairs = args.set if args.lr is None else [*args.set, ("lr", args.lr)]
-    artifact = hub.find(args.model)
-    stored = None if artifact is None else read_config(artifact.folder, artifact.name)["method"]
-    method = stored if args.method is None else args.method
-    # Only fields of the config: whatever else wrap takes has a flag of its own.
-    fields = {} if method is None else fields_from_pairs(pairs, get_method(method).config)
-    if method == stored:
-        return from_pretrained(args.model, **common, **fields)
-    return wrap(
-        args.model,
-        method,
-        pretrained=args.pretrained,
-        model_dir=args.model_dir,
-        **common,
-        **fields,
-    )
 
 
 def _unadapted(net: Adapter, model_dir: Path) -> Adapter:

@@ -15,6 +15,7 @@ from ..utils.text import printable
 from .artifacts import add_artifacts, add_convert, add_list
 from .benchmark import add_benchmark, add_compare
 from .flags import PROGRAM, Parser
+from .predict import add_predict
 from .train import add_train
 
 __all__ = ["main"]
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     add_benchmark(commands)
     add_compare(commands)
+    add_predict(commands)
     add_train(commands)
     add_artifacts(commands)
     add_convert(commands)

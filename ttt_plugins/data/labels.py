@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo
 
 from ..errors import InputError
 
-__all__ = ["LABEL_SETS", "class_names", "label_set", "positions"]
+__all__ = ["LABEL_SETS", "class_names", "label_positions", "label_set", "positions"]
 
 #: Name of a set -> its list of WordNet identifiers among timm's tables.
 _TABLES = {
@@ -65,3 +65,25 @@ def class_names(classes: int | None, own: Sequence[str] | None = None) -> list[s
     words = ImageNetInfo().label_descriptions(as_dict=True)
     assert isinstance(words, dict)
     return [words.get(name, name) for name in own]
+
+
+def label_positions(classes: int | None, own: Sequence[str] | None) -> list[int] | None:
+    """Where the classes of images stand among a model's.
+
+    Args:
+        classes: how many the model has, None while unknown.
+        own: the names of the images' classes by label, None if they have none.
+
+    Returns:
+        By label, the position among the model's classes; None if that cannot be told. As many
+        classes as the model's, or none by name, are the model's own; folders named by WordNet
+        identifiers are found among ImageNet's 1,000.
+    """
+    if classes is None:
+        return None
+    if own is None or len(own) == classes:
+        return list(range(classes))
+    places = {synset: i for i, synset in enumerate(label_set("imagenet-1k"))}
+    if classes == 1000 and all(name in places for name in own):
+        return [places[name] for name in own]
+    return None

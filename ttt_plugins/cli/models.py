@@ -1,0 +1,49 @@
+"""MODEL and --method on the command line: flags, and the adapter that they describe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..adapter import Adapter
+from ..artifacts import hub
+from ..artifacts.folder import read_config
+from ..core.registry import get_method
+from ..utils.checks import check_device
+from ..wrapping import from_pretrained, wrap
+from .flags import add_field_flags, fields_from_pairs
+
+__all__ = ["adapter_from_args", "add_model_flags"]
+
+
+def add_model_flags(add: argparse.ArgumentParser) -> None:
+    """Add MODEL and the flags that say how it is loaded and adapts; ``--seed`` is the command's."""
+    add.add_argument("model", metavar="MODEL", help="what wrap or from_pretrained takes")
+    add.add_argument("--method", help="name of a method (default: the artifact's own)")
+    add.add_argument("--device", help="such as cuda (default: cpu)")
+    add.add_argument("--lr", type=float, help="short for --set lr=LR")
+    add_field_flags(add)
+    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    add.add_argument("--pretrained", action="store_true", help="download timm's weights")
+
+
+def adapter_from_args(args: argparse.Namespace) -> Adapter:
+    """The adapter of MODEL and --method: an artifact of that method, or a model to wrap."""
+    check_device(args.device)
+    common = {"device": args.device, "seed": args.seed}
+    pairs = args.set if args.lr is None else [*args.set, ("lr", args.lr)]
+    artifact = hub.find(args.model)
+    stored = None if artifact is None else read_config(artifact.folder, artifact.name)["method"]
+    method = stored if args.method is None else args.method
+    # Only fields of the config: whatever else wrap takes has a flag of its own.
+    fields = {} if method is None else fields_from_pairs(pairs, get_method(method).config)
+    if method == stored:
+        return from_pretrained(args.model, **common, **fields)
+    return wrap(
+        args.model,
+        method,
+        pretrained=args.pretrained,
+        model_dir=args.model_dir,
+        **common,
+        **fields,
+    )
