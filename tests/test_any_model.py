@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -681,8 +682,11 @@ def test_what_torch_func_cannot_transform_adapts_image_by_image(layer, method, c
     with pytest.warns(RuntimeWarning, match="one at a time"):
         logits = nets[0](images)
     assert torch.equal(logits, nets[1](images))
-    assert nets[0].backbone.one_by_one
-    assert not nets[1].backbone.one_by_one
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # planned once: the second batch goes one at a time at once
+        assert torch.equal(nets[0](images), nets[1](images))
+    assert [set(net._chunks.values()) for net in nets] == [{1}, {1}]
+    assert "one image at a time" in nets[0].describe()
 
 
 @pytest.mark.parametrize("method", ["ttt", "mt3"])
@@ -702,7 +706,8 @@ def test_a_chunk_that_does_not_fit_is_halved(method, coverage, monkeypatch):
     net.reset()
     assert torch.allclose(net(images), expected, atol=1e-5)
     assert sizes == [5, 3, 2, 2]
-    assert not net.backbone.one_by_one
+    net(images)
+    assert sizes[4:] == [2, 2]  # what fitted is remembered
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

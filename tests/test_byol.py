@@ -11,12 +11,12 @@ import torch.nn.functional as F
 import ttt_plugins as tp
 from ttt_plugins.cli.main import main
 from ttt_plugins.core.heads import init_byol
+from ttt_plugins.core.schedules import schedule_factor
 from ttt_plugins.data.cifar10 import EXTRA_ROWS
 from ttt_plugins.data.images import LabelledImages
 from ttt_plugins.train import epochs
 from ttt_plugins.train.byol import ByolRecipe, _ByolTraining, train_byol
 from ttt_plugins.train.mt3_step import draw_tasks
-from ttt_plugins.train.schedules import schedule_factor
 
 TINY = {"width": 8, "depth": 8, "groups": 4}
 QUIET = {"progress": False}

@@ -20,7 +20,7 @@ from ttt_plugins.backbones.statistics import Feature, feature_statistics
 from ttt_plugins.core import gradient_memory, scope
 from ttt_plugins.core.online import Loss, Objective, Online, evaluate
 from ttt_plugins.core.registry import get_method
-from ttt_plugins.core.updates import GradientMemory, Situation
+from ttt_plugins.core.updates import GradientMemory
 from ttt_plugins.train import mgg as meta
 
 F64 = torch.float64
@@ -555,7 +555,7 @@ def test_meta_gradient_of_a_sequence(truncation, slow, images):
         rule, total = GradientMemory(0.05, slow), 0.0
         for inner, outer in window:
             first = evaluate(algorithm.backbone, algorithm.objective, params, inner)
-            params, state = rule.step(params, state, first, Situation(None, algorithm.source))
+            params, state = rule.step(params, state, first, algorithm.situation(inner))
             judged = evaluate(algorithm.backbone, algorithm.objective, params, outer)
             total += judged.loss.item()
         return total, params, state
@@ -624,7 +624,7 @@ def test_meta_gradient_on_a_real_network(labelled, slow, make_model, make_net, i
         if index:
             outer.append(scope.flatten(judgement.grads))
         inner.append(scope.flatten(first.grads))
-        params, state = rule.step(params, state, first, Situation(None, source))
+        params, state = rule.step(params, state, first, algorithm.situation(picture))
 
     def outcome(slow):
         """sum over the window of <theta_{t+1}, gradient of its judgement>"""

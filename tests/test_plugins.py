@@ -16,7 +16,8 @@ import torch
 
 import ttt_plugins as tp
 from ttt_plugins import testing
-from ttt_plugins.core import registry, updates
+from ttt_plugins.core import registry, scope, updates
+from ttt_plugins.core.algorithm import Algorithm, Outcome
 from ttt_plugins.methods import register_update_rule
 from ttt_plugins.testing import check_method
 
@@ -252,3 +253,82 @@ def test_the_example_installed_into_a_fresh_environment(tmp_path):
     assert Path(found["file"]).is_relative_to(venv)
     assert "  signsgd" in printed
     assert any("method:" in p and "signsgd" in p for p in printed)
+
+
+# -- an algorithm written to the docstrings ----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare:
+    """A config without any field that the library gives a meaning."""
+
+    lr: float = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Pull:
+    """`core.algorithm.Algorithm`, and nothing of ours beyond `scope.call`."""
+
+    backbone: object
+    lr: float
+    source: dict
+
+    def init(self):
+        return {}
+
+    def adapt(self, params, state, images):
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        with torch.enable_grad():
+            logits = scope.call(self.backbone, leaves, images)
+            grads = torch.autograd.grad(
+                logits.square().mean(),
+                list(leaves.values()),
+                materialize_grads=True,
+                allow_unused=True,
+            )
+        moved = {n: p - self.lr * g for (n, p), g in zip(params.items(), grads, strict=True)}
+        return Outcome(logits.detach(), moved, state)
+
+    def describe(self):
+        return ["step: one gradient step on the squared logits"]
+
+
+def test_an_algorithm_written_to_the_docstring_works(empty_registry, make_model, images):
+    def build(config, backbone, source, tensors, seed):
+        return Pull(backbone, config.lr, source)
+
+    registry.register(registry.Method("pull", Bare, build))
+    model = make_model("groupnorm")
+    net = tp.wrap(model, "pull")
+    assert net.names == [n for n, _ in model.named_parameters()]  # no `params`: all there is
+    assert "squared logits" in net.describe()
+    with pytest.raises(tp.InputError, match="no field 'params'"):
+        tp.wrap(model, "pull", params="norm")
+    assert len(check_method("pull", model=model)) == len(testing.LAWS)
+
+
+def test_the_fields_of_a_config_are_its_own(empty_registry, make_model, images):
+    """Only a method that says so has a rank, a split or statistics of its own."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Odd:
+        lr: float = 1e-2
+        params: str = "lora"
+        rank: str = "not of low-rank changes"
+        split: str = "nowhere"
+        discrepancy: float = 1.0
+
+    register_update_rule("odd", Odd, lambda config: updates.SGD(config.lr, 0.0))
+    net = tp.wrap(make_model("layernorm"), "odd")
+    assert net(images(2)).shape == (2, 10)
+    assert "split: the trunk" not in net.describe()
+    with pytest.raises(tp.InputError, match="compares no feature statistics"):
+        net.fit_source_statistics([images(4)])
+
+
+def test_our_algorithms_are_typed_by_the_same_protocol(make_model, make_net, images):
+    for method in ("tent", "sar", "mgg", "ttt", "mt3"):
+        algorithm = make_net(method, make_model("groupnorm")).algorithm()
+        public = {name for name in vars(Algorithm) if not name.startswith("_")}
+        assert public == {"source", "init", "adapt", "describe"}
+        assert all(hasattr(algorithm, name) for name in public)

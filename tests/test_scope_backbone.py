@@ -457,7 +457,7 @@ def test_retired_fields_of_an_artifact_are_read_and_checked(name, tmp_path):
 
 
 def test_layers_rest_on_their_own_statistics(make_model, images):
-    """Also after an error in mid-forward, and a layer that runs twice sees the source both times."""
+    """Also after an error in mid-forward."""
     net = tp.wrap(make_model("batchnorm"), "tent", statistics="mix", lr=0.0)
     before = {n: t.clone() for n, t in net.backbone.source_state_dict().items()}
 

@@ -12,6 +12,7 @@ import ttt_plugins as tp
 from ttt_plugins.artifacts.saving import save_with_model
 from ttt_plugins.cli import main
 from ttt_plugins.core import gradient_memory, views
+from ttt_plugins.core.schedules import cosine
 from ttt_plugins.data.cifar10 import EXTRA_ROWS
 from ttt_plugins.data.images import LabelledImages, to_float
 from ttt_plugins.train import mgg as meta
@@ -19,7 +20,6 @@ from ttt_plugins.train import source as supervised
 from ttt_plugins.train.byol import ByolRecipe, train_byol
 from ttt_plugins.train.joint import JointRecipe, train_joint
 from ttt_plugins.train.mt3 import MT3Recipe, train_mt3
-from ttt_plugins.train.schedules import cosine
 
 
 def tensors_equal(a, b):

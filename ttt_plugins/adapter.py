@@ -10,27 +10,23 @@ import copy
 import dataclasses
 import tempfile
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from .artifacts.publish import publish
+from .artifacts.saving import save_pretrained
 from .backbones.backbone import Backbone
-from .backbones.stages import describe_split
-from .backbones.statistics import feature_sums
 from .core import scope
-from .core.pictures import image_batches, is_source
-from .core.registry import Method, get_method
-from .data.images import batch_images
-from .errors import InputError, TTTError
+from .core.algorithm import Algorithm, Chunked, Outcome, Tensors
+from .core.inputs import check_images, check_pixels, refused_sizes
+from .core.registry import SOURCE_STATISTICS, Method, get_method
+from .errors import InputError
 
 __all__ = ["Adapter"]
 
-#: How far outside [0, 1] a pixel may lie before it is taken for a mistake (resampling overshoots).
-_RANGE_SLACK = 0.05
 #: Batches between two looks, on an accelerator, at whether updates were skipped.
 _LOOK_EVERY = 64
 
@@ -44,12 +40,16 @@ class Adapter(nn.Module):
     Attributes:
         method: the method's name.
         config: the method's fields, a frozen dataclass.
-        forwards, backwards: images passed through the model so far, in either direction.
+        names: the parameters that adapt, by their names in the wrapped model.
+        origin: where the classifier came from, as `ttt_plugins.wrap` found it.
+        seed: of everything random.
+        forwards: images passed forward through the model so far.
+        backwards: images passed backward so far.
         batches: batches adapted to since the last reset.
-        loss: the last batch's mean self-supervised loss in front of its last update, a scalar
-            tensor; None where there was none.
-        checks_pixels: whether every batch is refused that has pixels outside [0, 1] or not finite.
-            On an accelerator that look waits for the device; False saves it where the images are
+        loss: the last batch's mean self-supervised loss before its last update, a scalar tensor;
+            None where there was none.
+        checks_pixels: whether a batch is refused that has pixels outside [0, 1] or not finite. On
+            an accelerator that check waits for the device; False saves it where the images are
             known to be good. Type, shape and device are always checked.
     """
 
@@ -71,18 +71,18 @@ class Adapter(nn.Module):
         self.seed = 0 if seed is None else seed
         self._record = method
         self._tensors = {n: t.detach().clone() for n, t in (tensors or {}).items()}
-        self.names: list[str] = []
-        if method.build is not None:
-            eligible = method.eligible(config, backbone) if method.eligible else None
-            self.names = scope.select(backbone, config.params, eligible)
+        self.names = method.select(config, backbone)
         self.forwards = self.backwards = self.batches = 0
         self.checks_pixels = True
         self._skipped: int | Tensor = 0
         self._warned = False
         self.loss: Tensor | None = None
-        self._params: dict[str, Tensor] | None = None
-        self._state: dict[str, Tensor] | None = None
-        self._algorithm: Any = None
+        self._params: Tensors | None = None
+        self._state: Tensors | None = None
+        self._algorithm: Algorithm | None = None
+        # How many images adapt together, by what decides it; and the size of the last images.
+        self._chunks: dict[tuple, int] = {}
+        self._last_size: tuple[int, ...] | None = None
 
     # -- inference -----------------------------------------------------------------------
 
@@ -99,34 +99,21 @@ class Adapter(nn.Module):
             # Tensors born in inference mode cannot be part of a graph; a copy can.
             images = images.clone() if images.is_inference() else images.detach()
             images = images.to(self.backbone.dtype)
-            try:
+            with refused_sizes(self.backbone, images, self._last_size):
                 logits = self._predict(images)
-                if len(images):
-                    self.backbone.last_size = tuple(images.shape[1:])
-                return logits
-            except (RuntimeError, ValueError, AssertionError) as error:
-                known = isinstance(error, (TTTError, torch.OutOfMemoryError))
-                expected, why = self.backbone.input_size, "it was made for"
-                if None in expected:
-                    expected, why = self.backbone.last_size, "the last images it took had"
-                if known or expected in (None, tuple(images.shape[1:])):
-                    raise
-                raise InputError(
-                    f"the model cannot take images of shape {tuple(images.shape[1:])}; {why} "
-                    f"{expected} ({error})"
-                ) from error
+            self._last_size = tuple(images.shape[1:])
+            return logits
 
     def _predict(self, images: Tensor) -> Tensor:
-        algorithm = self._algorithm_now()
-        if algorithm is None:
+        if self._record.build is None:
             with torch.no_grad():
                 logits = self.backbone(images)
             self.forwards += len(images)
             return logits
         with torch.no_grad():
             params, state = self._now()
-            outcome = algorithm.adapt(params, state, images)
-        # Nothing above writes to the adapter: an error on the way leaves it as it was.
+            outcome = self._adapt(params, state, images)
+        # Nothing above changes what was learned: an error on the way leaves the adapter as it was.
         self._params, self._state, self.loss = outcome.params, outcome.state, outcome.loss
         self.forwards += outcome.forwards
         self.backwards += outcome.backwards
@@ -142,8 +129,22 @@ class Adapter(nn.Module):
             )
         return outcome.logits
 
+    def _adapt(self, params: Tensors, state: Tensors, images: Tensor) -> Outcome:
+        """The algorithm on a batch; how many images adapt together is planned once a size."""
+        algorithm = self._algorithm_now()
+        if not isinstance(algorithm, Chunked):
+            return algorithm.adapt(params, state, images)
+        autocast = torch.is_autocast_enabled(images.device.type)
+        key = (images.shape[1:], images.dtype, images.device, autocast)
+        if key not in self._chunks:
+            self._chunks[key] = algorithm.plan(images[:1])
+        outcome = algorithm.with_chunk(self._chunks[key]).adapt(params, state, images)
+        if outcome.chunk is not None:
+            self._chunks[key] = outcome.chunk
+        return outcome
+
     def _may_look(self) -> bool:
-        """Whether a look at a tensor's value is cheap now: an accelerator waits for it."""
+        """Whether a look at a tensor's value is cheap now; an accelerator is waited for."""
         return self.backbone.device.type == "cpu" or self.batches % _LOOK_EVERY == 0
 
     @property
@@ -160,55 +161,25 @@ class Adapter(nn.Module):
         Raises:
             InputError: no images (B, C, H, W) on the adapter's device, floating point in [0, 1].
         """
-        if not isinstance(images, Tensor):
-            raise InputError(f"images must be a torch.Tensor, got {type(images).__name__}")
-        if images.ndim != 4:
-            raise InputError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise InputError(
-                f"images must be floating point in [0, 1], got {images.dtype}; "
-                "pass images.float() / 255 for 8-bit ones"
-            )
-        if not images.numel():
-            raise InputError(f"an empty batch: images have shape {tuple(images.shape)}")
-        channels = self.backbone.input_size[0]
-        if images.shape[1] != channels:
-            raise InputError(
-                f"images have {images.shape[1]} channels (shape {tuple(images.shape)}), the model "
-                f"takes {channels}; the layout is (B, C, H, W)"
-            )
-        if images.device != self.backbone.device:
-            raise InputError(
-                f"images are on {images.device}, the adapter on {self.backbone.device}; move one"
-            )
-        if not self.checks_pixels:
-            return
-        low, high = (bound.item() for bound in torch.aminmax(images.detach()))
-        if low != low or high != high or max(abs(low), abs(high)) == float("inf"):
-            raise InputError("images hold NaN or infinite pixels; nothing was adapted")
-        if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
-            raise InputError(
-                f"images must lie in [0, 1], these span {low:.3g}..{high:.3g}; normalisation "
-                "happens inside the adapter, so pass raw pixels divided by 255"
-            )
+        check_images(self.backbone, images)
+        if self.checks_pixels:
+            check_pixels(images)
 
     # -- state ---------------------------------------------------------------------------
 
-    def algorithm(self, tensors: dict[str, Tensor] | None = None) -> Any:
-        """The method's pure functions on this backbone, None for the unadapted model.
+    def algorithm(self, tensors: Tensors | None = None) -> Any:
+        """The method's `Algorithm` on this backbone, None for the unadapted model.
 
         Args:
             tensors: stand in for learned tensors of the same names; they may require gradients,
                 which is how meta-training reaches them.
         """
-        if self._record.build is None:
+        build = self._record.build
+        if build is None:
             return None
-        rank = 0
-        if self.config.params == "lora":
-            rank = getattr(self.config, "rank", scope.LORA_RANK)
-        source = scope.parameters(self.backbone, self.names, rank, self.seed)
+        source = self._record.source(self.config, self.backbone, self.names, self.seed)
         learned = self._tensors | (tensors or {})
-        return self._record.build(self.config, self.backbone, source, learned, self.seed)
+        return build(self.config, self.backbone, source, learned, self.seed)
 
     def with_tensors(self, config: Any, tensors: dict[str, Tensor] | None = None) -> Adapter:
         """A new adapter on the same backbone with another config and some learned tensors."""
@@ -221,13 +192,14 @@ class Adapter(nn.Module):
             seed=self.seed,
         )
 
-    def _algorithm_now(self) -> Any:
+    def _algorithm_now(self) -> Algorithm:
         if self._algorithm is None:
             self._algorithm = self.algorithm()
+        assert self._algorithm is not None, "an unadapted model has no algorithm"
         return self._algorithm
 
-    def _now(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        if self._params is None:
+    def _now(self) -> tuple[Tensors, Tensors]:
+        if self._params is None or self._state is None:
             algorithm = self._algorithm_now()
             return dict(algorithm.source), algorithm.init()
         return self._params, self._state
@@ -245,13 +217,13 @@ class Adapter(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # Methods hold functions, which may be nobody's by name: a method is found by its own.
+        # Methods hold functions that cannot be pickled: a method is found by its name.
         return self.__dict__ | {"_algorithm": None, "_record": self.method}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"_record": get_method(state["_record"])})
 
-    def train(self, mode: bool = True) -> Adapter:
+    def train(self, mode: bool = True) -> Adapter:  # noqa: ARG002 - nn.Module's signature
         """Accepted and without effect: an adapter behaves the same in both modes."""
         return super().train(False)
 
@@ -260,7 +232,7 @@ class Adapter(nn.Module):
         self._params = self._state = self.loss = None
         self.batches = 0
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
         """Refused: the weights are shared with the wrapped model, which is never written."""
         raise InputError(
             "an adapter shares its model's weights: load them into the model before wrapping it, "
@@ -279,7 +251,7 @@ class Adapter(nn.Module):
         return state
 
     def load_adaptation_state(self, state: dict[str, Tensor]) -> None:
-        """Go on where `adaptation_state` was taken.
+        """Resume where `adaptation_state` was taken.
 
         Raises:
             InputError: made by another method, model or parameter choice, or its parameters are
@@ -321,42 +293,25 @@ class Adapter(nn.Module):
     def fit_source_statistics(self, loader: Any, *, progress: bool = True) -> Adapter:
         """Measure the source's feature statistics on clean images, for MGG's discrepancy term.
 
+        The deviation is the unbiased one over all images. Adaptation starts anew afterwards.
+
         Args:
             loader: yields images (B, C, H, W) in [0, 1], or tuples that begin with them; or any
                 source of images (a folder, files, ``hf://datasets/ORG/NAME``, a data set), which
                 is resized and cropped as the model wants it.
-
-        The deviation is the unbiased one over all images (methods.md, section 3). Adaptation
-        starts anew afterwards.
+            progress: whether to show a progress bar.
 
         Raises:
             InputError: the loader yields nothing or something else, or the method compares no
                 statistics.
         """
-        if not hasattr(self.config, "discrepancy"):
+        fit = self._record.fit
+        if fit is None or self._record.fits != SOURCE_STATISTICS:
             raise InputError(f"{self.method} compares no feature statistics; only mgg does")
-        totals: tuple[Tensor, ...] | None = None
-        if is_source(loader):
-            loader = image_batches(loader, self.backbone)
-        if not isinstance(loader, Iterable):
-            raise InputError(f"a loader of clean images is needed, got {type(loader).__name__}")
-        for batch in tqdm(loader, "source statistics", disable=not progress, leave=False):
-            images = batch_images(batch).to(self.backbone.device)
-            self.check_images(images)
-            with torch.no_grad(), self.backbone.recording() as record:
-                self.backbone(images.to(self.backbone.dtype))
-            sums = feature_sums(record)
-            totals = sums if totals is None else tuple(map(torch.add, totals, sums))
-        if totals is None:
-            raise InputError("the loader yielded no images")
-        count, first, second = totals
-        mean = first / count
-        variance = (second - count * mean.square()) / (count - 1).clamp_min(1)
-        dtype = self.backbone.dtype
-        self._tensors["source.mean"] = mean.to(dtype)
-        self._tensors["source.std"] = variance.clamp_min(0).sqrt().to(dtype)
-        self._algorithm = None
-        self.reset()
+        with self.backbone.lock:
+            self._tensors |= fit(self.config, self.backbone, loader, self.seed, progress)
+            self._algorithm = None
+            self.reset()
         return self
 
     # -- looking at it -------------------------------------------------------------------
@@ -376,8 +331,8 @@ class Adapter(nn.Module):
         model = self.backbone.model
         own = sum(p.numel() for p in model.parameters())
         lines = [f"{self.method} around {type(model).__name__} ({own:,} parameters)"]
-        for field in dataclasses.fields(self.config):
-            lines.append(f"  {field.name}: {getattr(self.config, field.name)!r}")
+        fields = dataclasses.fields(self.config)
+        lines += [f"  {field.name}: {getattr(self.config, field.name)!r}" for field in fields]
         lines += self.backbone.describe()
         if not self.names:
             lines.append("adapts: nothing; one forward pass a batch")
@@ -387,9 +342,12 @@ class Adapter(nn.Module):
         state = sum(t.numel() * t.element_size() for t in algorithm.init().values())
         shown = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
         lines.append(f"adapts: {scalars:,} scalars in {len(algorithm.source)} tensors ({shown})")
-        if (split := getattr(self.config, "split", None)) is not None:
-            lines.append(describe_split(model, split))
+        if self._record.describe is not None:
+            lines += self._record.describe(self.config, self.backbone)
         lines += algorithm.describe()
+        if isinstance(algorithm, Chunked):
+            size = self.input_size
+            lines.append(algorithm.describe_memory(self._last_size if None in size else size))
         gradients = sum(t.numel() * t.element_size() for t in algorithm.source.values())
         lines.append(
             f"state: {state / 1e6:.2f} MB beside the adapted scalars, whose gradients take "
@@ -408,9 +366,7 @@ class Adapter(nn.Module):
         return plain.requires_grad_(True)
 
     def save_pretrained(self, folder: str | Path, **records: Any) -> Path:
-        """Write this adapter's artifact; see `ttt_plugins.wrapping.save_pretrained`."""
-        from .artifacts.saving import save_pretrained  # below this room: it builds adapters
-
+        """Write this adapter's artifact; see `ttt_plugins.artifacts.saving.save_pretrained`."""
         return save_pretrained(self, folder, **records)
 
     def push_to_hub(
@@ -429,7 +385,7 @@ class Adapter(nn.Module):
             token: access token that may write; unless given the one of ``hf auth login`` or
                 HF_TOKEN.
             **records: ``training``, ``results`` and ``card`` of
-                `ttt_plugins.wrapping.save_pretrained`.
+                `ttt_plugins.artifacts.saving.save_pretrained`.
 
         Returns:
             the commit that holds it now.
@@ -439,8 +395,6 @@ class Adapter(nn.Module):
             HubError: the Hub refuses or cannot be reached; nothing is published then.
             ArtifactError: the classifier is in a local folder that is gone.
         """
-        from .artifacts.publish import publish
-
         if not isinstance(repository, str):
             raise InputError(f'repository is "org/name", got {type(repository).__name__}')
         with tempfile.TemporaryDirectory(prefix="ttt-plugins-") as work:

@@ -31,7 +31,7 @@ from .artifacts.schema import OWN_WEIGHTS, timm_part
 from .artifacts.tensor_files import fingerprint
 from .backbones.backbone import Backbone
 from .backbones.statistics import NormStatistics
-from .core.registry import Method, configure, get_method
+from .core.registry import HEAD, Method, configure, get_method
 from .data.images import gather_images
 from .data.labels import positions
 from .errors import ArtifactError, InputError
@@ -162,21 +162,14 @@ def _with_new_head(
     pretrained: bool,
     model_dir: str | Path,
 ) -> Adapter:
-    if record.fit is None:
+    if record.fit is None or record.fits != HEAD:
         raise InputError(f"{record.name} has no head that is trained on a finished model")
     refuse_random(model, pretrained)
-    arguments = vars(setting).copy()
-    classes = arguments.pop("classes")
-    net = record.fit(
-        model,
-        gather_images(data),
-        config,
-        pretrained=pretrained,
-        model_dir=model_dir,
-        **arguments,
-    )
-    net.backbone.restrict(classes)
-    return net
+    images = gather_images(data)
+    module, origin, _ = load_model(model, pretrained, model_dir, setting.seed)
+    if origin["source"] == "robustbench":
+        setting = replace(setting, normalize=False)
+    return _build(module, record, config, None, origin, setting, images)
 
 
 def _positions(classes: Sequence[int] | str | None) -> Sequence[int] | None:
@@ -303,8 +296,9 @@ def _build(
     learned: Learned | None,
     origin: Origin,
     setting: _Setting,
+    images: Tensor | None = None,
 ) -> Adapter:
-    """The adapter of a classifier, a method and what that has learned."""
+    """The adapter of a classifier, a method and what that has learned, or learns from images."""
     with torch.inference_mode(False):
         backbone = Backbone(
             module,
@@ -314,12 +308,16 @@ def _build(
             statistics=NormStatistics.of(config),
             classes=setting.classes,
         )
+        if setting.device is not None:
+            backbone = backbone.to(setting.device)
+        seed = 0 if setting.seed is None else setting.seed
         tensors = {} if learned is None else learned.tensors
+        if images is not None and record.fit is not None:
+            tensors = record.fit(config, backbone, images, seed)
         where = "tensors" if learned is None else learned.where
         if record.check is not None:
             tensors = record.check(config, backbone, tensors, where)
         elif tensors:
             raise ArtifactError(f"{where}: {record.name} learns no tensors, got {sorted(tensors)}")
         tensors = {n: t.to(backbone.device, backbone.dtype) for n, t in tensors.items()}
-        net = Adapter(backbone, record, config, tensors=tensors, origin=origin, seed=setting.seed)
-        return net.to(setting.device) if setting.device is not None else net
+        return Adapter(backbone, record, config, tensors=tensors, origin=origin, seed=seed)

@@ -101,7 +101,7 @@ def save_pretrained(
         backbone["name"] = own["architecture"]
     config = common_config(net.method, net.config, backbone) | (own or {})
     try:
-        check_params(net.config.params if net.names else None, "params")
+        check_params(config["fields"].get("params") if net.names else None, "params")
     except ArtifactError:
         # An expression that a stranger's artifact may not hold: the names it selects say as much.
         config["fields"]["params"] = list(net.names)

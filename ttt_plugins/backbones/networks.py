@@ -166,9 +166,11 @@ class PreActResNet(nn.Module):
         return nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
 
     def get_classifier(self) -> nn.Module:
+        """The last layer, as timm calls it."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new last layer for so many classes, or none for 0."""
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
@@ -188,6 +190,7 @@ class PreActResNet(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> logits (B, classes)."""
         return self.forward_head(self.forward_features(x))
 
 

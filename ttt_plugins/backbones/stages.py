@@ -228,6 +228,7 @@ def trunk(model: nn.Module, split: int | str) -> tuple[list[str], list[str]]:
     few networks (Twins and CoaT register all patch embeddings first).
 
     Args:
+        model: the user's, or a wrapper of it.
         split: how many stages belong to the trunk, counted from the end if negative (``-1``: all
             but the last); the name of the last module that does; or ``"end"``: everything but
             the classifier.

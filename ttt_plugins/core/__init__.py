@@ -1,0 +1,1 @@
+"""How adaptation works, whatever the method."""

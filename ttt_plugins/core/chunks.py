@@ -31,7 +31,7 @@ class _Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        # A view has the storage of an input: already counted, or made by somebody else.
+        # A view has the storage of an input: already counted, or made elsewhere.
         given = {s.data_ptr() for s in _storages((args, kwargs))}
         for storage in _storages(out):
             where = storage.data_ptr()
@@ -81,11 +81,11 @@ def image_bytes(
 
 
 def chunk_size(wanted: int | str, per_image: Callable[[], int], device: torch.device) -> int:
-    """Images to adapt together: ``wanted``, or for ``"auto"`` what the device does best.
+    """How many images adapt together: ``wanted``, or for ``"auto"`` what the device does best.
 
     One on a CPU, where more are slower; elsewhere what fits into half of the free memory.
     """
-    if wanted != "auto":
+    if isinstance(wanted, int):
         return wanted
     if device.type != "cuda":
         return 1

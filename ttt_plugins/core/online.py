@@ -6,56 +6,57 @@ those from before the move (Tent, arXiv 2006.10726, section 3.2; the same in SAR
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..backbones.backbone import Backbone
+from ..backbones.statistics import Feature
+from .algorithm import Outcome, Tensors
 from .objectives import all_finite
 from .scope import call, flatten, no_recomputation
-from .updates import Evaluation, Situation, Tensors, UpdateRule, choose
+from .updates import Evaluation, Situation, UpdateRule, choose
 
-__all__ = ["Loss", "Online", "Outcome", "evaluate"]
+__all__ = ["Loss", "Objective", "ObjectiveLoss", "Online", "evaluate"]
 
 
 class Loss(NamedTuple):
-    """What an objective returns; ``kept`` as in `Evaluation`."""
+    """What an objective returns.
+
+    Attributes:
+        value: a scalar with a graph.
+        kept: which samples it counts, (B,) bool, where it selects.
+    """
 
     value: Tensor
     kept: Tensor | None = None
+
+
+class ObjectiveLoss(Protocol):
+    """``loss(logits, features, first)``; ``first`` is the first pass's result in a second pass."""
+
+    def __call__(
+        self, logits: Tensor, features: list[Feature], first: Evaluation | None, /
+    ) -> Loss:
+        """Logits (B, classes) and, where they were asked for, recorded features -> a loss."""
+        ...
 
 
 @dataclass(frozen=True)
 class Objective:
     """A loss on logits and, where ``needs_features``, on recorded features.
 
-    ``loss(logits, features, first)`` gets the first pass's `Evaluation` in a second pass.
+    Attributes:
+        name: in words, for `describe`.
+        loss: the function.
+        needs_features: whether features are recorded for it.
     """
 
     name: str
-    loss: Callable[[Tensor, list, Evaluation | None], Loss]
+    loss: ObjectiveLoss
     needs_features: bool = False
-
-
-class Outcome(NamedTuple):
-    """Result of adapting to one batch.
-
-    ``skipped`` counts updates that could not be made (a number, or a tensor () that is not looked
-    at before someone asks), ``forwards`` and ``backwards`` the images
-    that passed through the model; ``loss`` is the mean self-supervised loss in front of the last
-    update, a scalar, where there was one to compute.
-    """
-
-    logits: Tensor
-    params: Tensors
-    state: Tensors
-    skipped: int | Tensor
-    forwards: int
-    backwards: int
-    loss: Tensor | None = None
 
 
 def evaluate(
@@ -65,7 +66,15 @@ def evaluate(
     images: Tensor,
     first: Evaluation | None = None,
 ) -> Evaluation:
-    """One forward and backward pass at ``params``; the graph is freed."""
+    """One forward and backward pass at ``params``; the graph is freed.
+
+    Args:
+        backbone: the classifier.
+        objective: the loss.
+        params: the adapted tensors, by the names `scope.call` knows.
+        images: (B, C, H, W) in [0, 1].
+        first: the result of the first pass, in a second one.
+    """
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     with torch.enable_grad(), no_recomputation():
         if objective.needs_features:
@@ -88,7 +97,14 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Online:
-    """Adapt to each batch and keep what was learned."""
+    """Adapt to each batch and keep what was learned.
+
+    Attributes:
+        backbone: the classifier.
+        objective: the loss whose gradient is taken.
+        rule: what turns the gradient into new parameters.
+        source: the tensors that adapt, at their start.
+    """
 
     backbone: Backbone
     objective: Objective
@@ -96,6 +112,7 @@ class Online:
     source: Tensors
 
     def init(self) -> Tensors:
+        """The rule's state at the start."""
         return self.rule.init(self.source)
 
     def describe(self) -> list[str]:
@@ -107,22 +124,19 @@ class Online:
             f"objective: {self.objective.name}",
         ]
 
-    def adapt(self, params: Tensors, state: Tensors, images: Tensor) -> Outcome:
-        """Images (B, C, H, W) in [0, 1] -> logits from before the update, and what follows."""
-        passes = 0
+    def situation(self, images: Tensor) -> Situation:
+        """What the rule may ask for while it makes an update on these images."""
 
-        def again(at: Tensors, first: Evaluation | None = None) -> Evaluation:
-            nonlocal passes
-            passes += 1
+        def again(at: Tensors, first: Evaluation) -> Evaluation:
             return evaluate(self.backbone, self.objective, at, images, first)
 
-        first = again(params)
-        moved = self.rule.step(params, state, first, Situation(again, self.source))
-        skipped: int | Tensor = 1
-        if moved is not None:
-            fine = first.finite & all_finite(flatten(moved[0]))
-            params = choose(fine, moved[0], params)
-            state = choose(fine, moved[1], state)
-            skipped = (~fine).long()
-        seen = passes * len(images)
-        return Outcome(first.logits, params, state, skipped, seen, seen, first.loss)
+        return Situation(again, self.source)
+
+    def adapt(self, params: Tensors, state: Tensors, images: Tensor) -> Outcome:
+        """Images (B, C, H, W) in [0, 1] -> logits from before the update, and what follows."""
+        first = evaluate(self.backbone, self.objective, params, images)
+        moved = self.rule.step(params, state, first, self.situation(images))
+        fine = first.finite & all_finite(flatten(moved[0]))
+        params, state = choose(fine, moved[0], params), choose(fine, moved[1], state)
+        seen = self.rule.passes * len(images)
+        return Outcome(first.logits, params, state, (~fine).long(), seen, seen, first.loss)

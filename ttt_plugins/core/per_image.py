@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backbones.backbone import Backbone
 from ..errors import InputError
+from .algorithm import Outcome, Tensors
 from .chunks import chunk_size, image_bytes
-from .online import Outcome
 from .scope import call, no_recomputation
-from .updates import Tensors
 from .views import image_keys
 
 __all__ = ["SOURCE_ONLY", "PerImage", "Task", "check_square", "descend", "loss_and_gradient"]
@@ -47,9 +46,9 @@ class Task:
     """A self-supervised task.
 
     Attributes:
-        name: for people.
-        draw: ``(images (B, C, H, W), keys (B,), step) -> views``, a tuple of tensors with B in
-            front.
+        name: in words, for `describe`.
+        draw: ``(images (B, C, H, W), keys (B,), step) -> views``, a tuple of tensors whose first
+            dimension is B.
         loss: ``(params, *views of one image) -> scalar``.
         sure: ``(params, images) -> (B,) bool``, images that need no adaptation; None for no check.
     """
@@ -116,12 +115,13 @@ class PerImage:
     """The engine; see the module's docstring.
 
     Attributes:
-        backbone, task: what runs and on which loss.
+        backbone: the classifier.
+        task: the loss and its views.
         source: start of the tensors that adapt, by the names `scope.call` and the task know.
         lr: learning rate of the gradient steps, for all tensors or for each.
         steps: how many there are.
         copies: views of an image that a step passes through the network, for the count.
-        chunk: images that adapt together, or ``"auto"`` (`memory.chunk_size`).
+        chunk: how many images adapt together, or ``"auto"`` (`chunks.chunk_size`).
         keep: go on from where the last image led (online) instead of forgetting.
         votes: ``(image (1, C, H, W), its key) -> views (1, K, C, H, W)`` whose predictions are
             averaged; None predicts the image itself.
@@ -140,9 +140,9 @@ class PerImage:
     votes: Callable[[Tensor, Tensor], Tensor] | None = None
     looks: int = 1
     seed: int = 0
-    _estimates: dict[tuple, int] = field(default_factory=dict, init=False, repr=False)
 
     def init(self) -> Tensors:
+        """How many images of the stream were seen, where it is kept; nothing otherwise."""
         if not self.keep:
             return {}
         device = next(iter(self.source.values())).device
@@ -160,43 +160,40 @@ class PerImage:
         if self.task.sure is not None:
             more = 1 if self.keep else 2
             lines[1] += f" that adapts, {more} more forward to see whether it must"
-        size = self.backbone.input_size
-        if None in size:
-            size = self.backbone.last_size
+        return lines
+
+    def describe_memory(self, size: tuple[int | None, ...] | None) -> str:
+        """A line on the memory that images of this size (C, H, W) take; None if it is unknown."""
         if size is None:
-            return [*lines, "memory: unknown before the first image; the model names no size"]
+            return "memory: unknown before the first image; the model names no size"
         if size[1] != size[2]:
-            return [*lines, "memory: unknown; the views need square images"]
+            return "memory: unknown; the views need square images"
         with torch.inference_mode(False):
-            kind = {"device": self.backbone.device, "dtype": self.backbone.dtype}
-            image = torch.full((1, *size), 0.5, **kind)
-            chunk = 1 if self.keep else self.together(image)
-            needed = self.bytes_for(image) / 1e6
-        return [
-            *lines,
-            f"memory: about {needed:.1f} MB an image; "
-            f"{'one image' if chunk == 1 else f'{chunk} images'} at a time",
-        ]
+            shape = (1, *(side for side in size if side is not None))
+            image = torch.full(shape, 0.5, device=self.backbone.device, dtype=self.backbone.dtype)
+            chunk, needed = self.plan(image), self.bytes_for(image) / 1e6
+        together = "one image" if chunk == 1 else f"{chunk} images"
+        return f"memory: about {needed:.1f} MB an image; {together} at a time"
 
     def bytes_for(self, image: Tensor) -> int:
-        """Estimated memory of adapting to one image (1, C, H, W), in bytes."""
-        key = (image.shape, image.dtype, torch.is_autocast_enabled(image.device.type))
-        if key not in self._estimates:  # as dear as a gradient step, so not for every batch
-            views = [v[0] for v in self._draw(image, image_keys(image, self.seed), 0)]
-            estimate = image_bytes(self.task.loss, self.source, tuple(views), self.steps)
-            self._estimates[key] = estimate
-        return self._estimates[key]
+        """Estimated memory of adapting to one image (1, C, H, W), in bytes, by a step's work."""
+        views = [v[0] for v in self._draw(image, image_keys(image, self.seed), 0)]
+        return image_bytes(self.task.loss, self.source, tuple(views), self.steps)
+
+    def plan(self, image: Tensor) -> int:
+        """How many images like this one (1, C, H, W) adapt together."""
+        if self.keep or self.backbone.one_by_one:
+            return 1
+        return chunk_size(self.chunk, lambda: self.bytes_for(image), image.device)
+
+    def with_chunk(self, chunk: int) -> PerImage:
+        """The same engine, which adapts to that many images together."""
+        return replace(self, chunk=chunk)
 
     def _draw(self, images: Tensor, keys: Tensor, step: int) -> tuple[Tensor, ...]:
         # A caller's mixed precision is for the network, not for the pixels.
         with torch.autocast(images.device.type, enabled=False):
             return self.task.draw(images, keys, step)
-
-    def together(self, image: Tensor) -> int:
-        """How many images like this one (1, C, H, W) adapt at a time."""
-        if self.backbone.one_by_one:
-            return 1
-        return chunk_size(self.chunk, lambda: self.bytes_for(image), image.device)
 
     def adapt(self, params: Tensors, state: Tensors, images: Tensor) -> Outcome:
         """Images (B, C, H, W) in [0, 1] -> logits from after the steps, and what is kept."""
@@ -209,50 +206,70 @@ class PerImage:
             sure = self.task.sure(params, images)
             logits = call(self.backbone, params, images)
             rows, forwards = rows[~sure], 2 * len(images)
-        parts, losses, skipped = [], [], 0
-        for part in rows.split(self.together(images[:1])):
-            if len(part):
-                out, fine, loss = self._episode(params, images[part], keys[part])
-                parts.append(out)
-                losses.append(loss)
-                skipped += len(part) - int(fine.sum())
-        if logits is None:
-            logits = torch.cat(parts)
-        elif parts:
-            logits = logits.index_copy(0, rows, torch.cat(parts).to(logits.dtype))
+        loss, skipped, fitting = None, 0, None
+        if len(rows):
+            predicted, fine, losses, fitting = self._episodes(params, images[rows], keys[rows])
+            loss, skipped = losses.mean(), len(rows) - int(fine.sum())
+            logits = (
+                predicted
+                if logits is None
+                else logits.index_copy(0, rows, predicted.to(logits.dtype))
+            )
+        assert logits is not None, "a batch without images"
         passes = len(rows) * self.steps * self.copies
         seen = forwards + passes + len(rows) * self.looks
-        loss = torch.cat(losses).mean() if losses else None
-        return Outcome(logits, params, state, skipped, seen, passes, loss)
+        return Outcome(logits, params, state, skipped, seen, passes, loss, fitting)
 
-    def _episode(self, params: Tensors, images: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
-        """Logits (n, classes) of a chunk, whose updates were finite (n,), last losses (n,)."""
-        if len(images) == 1:
-            params, fine, loss = self._steps(params, images, keys)
-            return self._predict(params, images, keys), fine[None], loss[None]
-        size, reason = 1, ""
-        try:
-            return self._episode_of_many(params, images, keys)
-        except torch.OutOfMemoryError:
-            size = -(-len(images) // 2)  # the estimate was too low
-        except RuntimeError as error:
-            reason = (str(error).splitlines() or [""])[0]
-        # Outside the except clauses, which hold on to the failed attempt's tensors.
-        each = zip(images.split(size), keys.split(size), strict=True)
-        parts = [self._episode(params, *part) for part in each]
+    def _episodes(
+        self, params: Tensors, images: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, int | None]:
+        """Logits (n, classes), which images' updates were finite (n,), their last losses (n,).
+
+        Last, how many images could adapt together, where that was fewer than planned.
+        """
+        chunk = self.chunk if isinstance(self.chunk, int) else self.plan(images[:1])
+        parts, start, fitting, reason = [], 0, None, ""
+        while start < len(images):
+            size = min(chunk, len(images) - start)
+            try:
+                there = slice(start, start + size)
+                parts.append(self._episode(params, images[there], keys[there]))
+                start += size
+                continue
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                fitting = -(-size // 2)  # the estimate was too low
+            except RuntimeError as error:
+                if size == 1:
+                    raise
+                fitting, reason = 1, (str(error).splitlines() or [""])[0]
+            # Outside the except clauses, which hold on to the failed attempt's tensors.
+            chunk = fitting
         if reason:
             # Image by image it works: torch.func cannot transform a layer (an autograd.Function of
             # the old form, a look at a tensor's value, an assignment to part of a new tensor).
-            self.backbone.one_by_one = True
             warnings.warn(
                 "this model's images adapt one at a time, which is slower on an accelerator: "
                 f"torch.func cannot run it on several ({reason})",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        logits, fine, losses = (torch.cat(column) for column in zip(*parts, strict=True))
+        return logits, fine, losses, fitting
 
-    def _episode_of_many(self, params: Tensors, images: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+    def _episode(
+        self, params: Tensors, images: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, finiteness and last losses of a chunk of images, as in `_episodes`."""
+        if len(images) > 1:
+            return self._episode_of_many(params, images, keys)
+        params, fine, loss = self._steps(params, images, keys)
+        return self._predict(params, images, keys), fine[None], loss[None]
+
+    def _episode_of_many(
+        self, params: Tensors, images: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`_episode` of several images, by ``vmap``."""
         own = None  # whether each image has parameters of its own yet
         fine = torch.ones(len(images), dtype=torch.bool, device=images.device)

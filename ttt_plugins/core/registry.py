@@ -1,6 +1,6 @@
 """Names of the methods; tests, the command line and the Hub code enumerate this registry.
 
-It is open: a package of anybody's adds methods through entry points of the group
+It is open: other packages add methods through entry points of the group
 ``ttt_plugins.methods``::
 
     [project.entry-points."ttt_plugins.methods"]
@@ -17,17 +17,20 @@ import dataclasses
 import difflib
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor
-
+from ..backbones.backbone import Backbone
 from ..errors import InputError
+from . import scope
+from .algorithm import Algorithm, Tensors
 
 __all__ = [
     "GROUP",
+    "HEAD",
+    "SOURCE_STATISTICS",
     "Method",
     "configure",
     "get_method",
@@ -40,6 +43,77 @@ __all__ = [
 #: Entry points that other packages register methods through.
 GROUP = "ttt_plugins.methods"
 
+#: What `Method.fit` learns.
+HEAD, SOURCE_STATISTICS = "head", "source statistics"
+
+
+class Build(Protocol):
+    """Makes a method's `Algorithm`."""
+
+    def __call__(
+        self, config: Any, backbone: Backbone, source: Tensors, tensors: Tensors, seed: int, /
+    ) -> Algorithm:
+        """The pure functions.
+
+        Args:
+            config: the method's fields.
+            backbone: the classifier; `ttt_plugins.core.scope.call` runs it on adapted tensors.
+            source: the tensors that adapt, at their start, by the names that ``call`` knows.
+            tensors: what was learned beforehand, by name.
+            seed: of everything random.
+        """
+        ...
+
+
+class Check(Protocol):
+    """Validates learned tensors by name, shape and value."""
+
+    def __call__(self, config: Any, backbone: Backbone, tensors: Tensors, where: str, /) -> Tensors:
+        """``tensors`` in their canonical order; ``where`` names their origin in messages."""
+        ...
+
+
+class Eligible(Protocol):
+    """Limits what may adapt."""
+
+    def __call__(self, config: Any, backbone: Backbone, /) -> Collection[str]:
+        """Names of parameters, relative to the user's model."""
+        ...
+
+
+class FitsAny(Protocol):
+    """Tells whether what was learned serves any classifier."""
+
+    def __call__(self, config: Any, tensors: Tensors, /) -> bool:
+        """Whether it does."""
+        ...
+
+
+class Fit(Protocol):
+    """Learns what can be learned from clean images while the classifier stays as it is."""
+
+    def __call__(
+        self,
+        config: Any,
+        backbone: Backbone,
+        images: Any,
+        seed: int,
+        /,
+        progress: bool = True,
+    ) -> Tensors:
+        """Learned tensors by name.
+
+        Args:
+            config: the method's fields.
+            backbone: the classifier, where it is to be used.
+            images: (N, C, H, W), or a loader of such batches or of tuples that begin with one;
+                or, where the method takes them one batch after the other, any source of images
+                (`ttt_plugins.data.opening.open_images`).
+            seed: of everything random.
+            progress: whether to show a progress bar.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Method:
@@ -47,36 +121,56 @@ class Method:
 
     Attributes:
         name: as users type it.
-        config: frozen dataclass of the method's fields.
-        build: ``(config, backbone, source, tensors, seed) -> algorithm`` with ``init()``,
-            ``adapt(params, state, images)`` and ``describe()``, where ``source`` are the
-            parameters that adapt; None for a method that does not adapt.
+        config: frozen dataclass of the method's fields. Two of its fields are the library's where
+            it has them: ``params``, what adapts (all that is eligible unless it has one), and
+            ``statistics`` with ``prior``, what BatchNorm normalises with (the source's unless it
+            has one).
+        build: makes the algorithm; None for a method that does not adapt.
         citation: reference of the method's paper.
         default_artifact: bundled artifact whose learned tensors `wrap` takes when it is given none
             and there is none for the very model; None where there is no such thing.
-        check: ``(config, backbone, tensors, where) -> tensors`` validates learned tensors by name,
-            shape and value; None for methods that learn nothing beforehand.
-        eligible: ``(config, backbone) -> names`` of the parameters that may adapt at all; None
-            for no limits.
-        fits_any: ``(config, tensors) -> bool``, whether what was learned serves any classifier;
-            None for methods whose artifacts belong to the weights they were made for.
-        fit: ``(model, images, config, **options) -> adapter`` with what can be learned on clean
-            images while the model stays as it is, ``options`` as for `wrap`; None where nothing
-            can.
+        check: for what was learned beforehand; None for methods that learn nothing.
+        eligible: which parameters may adapt at all; None for no limits.
+        fits_any: None for methods whose artifacts belong to the weights they were made for.
+        fit: what learns from clean images; None where nothing can.
+        fits: what ``fit`` learns, `HEAD` or `SOURCE_STATISTICS`.
+        rank: ``config -> rank`` of low-rank changes; None for the library's own.
+        describe: ``(config, backbone) -> lines`` on what only this method has; None for none.
         retired: fields that the config no longer has and that artifacts may still hold, each with
             a check of the values that mean what the method does today.
     """
 
     name: str
     config: type
-    build: Callable[..., Any] | None
+    build: Build | None
     citation: str = ""
     default_artifact: str | None = None
-    check: Callable[..., dict[str, Tensor]] | None = None
-    eligible: Callable[..., list[str]] | None = None
-    fits_any: Callable[..., bool] | None = None
-    fit: Callable[..., Any] | None = None
+    check: Check | None = None
+    eligible: Eligible | None = None
+    fits_any: FitsAny | None = None
+    fit: Fit | None = None
+    fits: str = ""
+    rank: Callable[[Any], int] | None = None
+    describe: Callable[[Any, Backbone], list[str]] | None = None
     retired: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+
+    def select(self, config: Any, backbone: Backbone) -> list[str]:
+        """Names of the parameters that adapt, relative to the user's model.
+
+        Raises:
+            InputError: as for `ttt_plugins.core.scope.select`.
+        """
+        if self.build is None:
+            return []
+        eligible = self.eligible(config, backbone) if self.eligible is not None else None
+        return scope.select(backbone, getattr(config, "params", "all"), eligible)
+
+    def source(self, config: Any, backbone: Backbone, names: Collection[str], seed: int) -> Tensors:
+        """The tensors that adapt, at their start, for the parameters of these names."""
+        rank = 0
+        if getattr(config, "params", None) == "lora":
+            rank = scope.LORA_RANK if self.rank is None else self.rank(config)
+        return scope.parameters(backbone, names, rank, seed)
 
 
 _METHODS: dict[str, Method] = {}

@@ -44,6 +44,7 @@ def select(
     """Names (relative to the user's model) of the parameters that adapt.
 
     Args:
+        backbone: the classifier.
         params: ``"norm"`` (affine parameters of norm-like layers; in networks without norms the
             gains of their convolutions), ``"all"`` (every floating-point parameter), ``"lora"``
             (weights of linear layers and 1x1 convolutions, the classifier's left out), a regular
@@ -54,45 +55,16 @@ def select(
         InputError: nothing was selected, a name does not exist or is outside the method's limits,
             or the expression is malformed.
     """
-    named = {n: p for n, p in backbone.model.named_parameters() if p.is_floating_point()}
+    named = [n for n, p in backbone.model.named_parameters() if p.is_floating_point()]
+    limits = None if eligible is None else set(eligible)
     if isinstance(params, str):
-        if params == "norm":
-            chosen = {n for names in norm_parameters(backbone.model).values() for n in names}
-        elif params == "all":
-            chosen = set(named)
-        elif params == "lora":
-            chosen = _matrices(backbone.model)
-        else:
-            try:
-                pattern = re.compile(params)
-            except re.error as error:
-                raise InputError(
-                    f"params={params!r} is neither 'norm', 'all' nor 'lora' nor a regular "
-                    f"expression ({error})"
-                ) from error
-            chosen = {n for n in named if pattern.search(n)}
-        if eligible is not None:
-            chosen &= set(eligible)
+        chosen = _described(backbone.model, params, named)
+        chosen = chosen if limits is None else chosen & limits
     else:
-        try:
-            chosen = set(params)
-        except TypeError as error:
-            raise InputError(f"params must be a string or names, got {params!r}") from error
-        if not all(isinstance(n, str) for n in chosen):
-            raise InputError(f"params must be a string or names, got {params!r}")
-        if unknown := sorted(chosen - set(named)):
-            raise InputError(
-                f"params: the model has no floating-point parameter {unknown[0]!r}; its first ones "
-                f"are {list(named)[:5]}"
-            )
-        if eligible is not None and (outside := sorted(chosen - set(eligible))):
-            raise InputError(
-                f"params: {outside[0]!r} lies outside what this method adapts; the first it can "
-                f"are {list(eligible)[:5]}"
-            )
+        chosen = _listed(params, named, limits)
     names = [n for n in named if n in chosen]
     if not names:
-        known = [n for n in named if eligible is None or n in set(eligible)]
+        known = [n for n in named if limits is None or n in limits]
         why = ""
         if params == "norm" and not norm_parameters(backbone.model):
             why = " (its norm layers are frozen or have no affine parameters)"
@@ -103,6 +75,45 @@ def select(
             f"params='all', a regular expression or names, such as {known[:3]}"
         )
     return names
+
+
+def _described(model: nn.Module, params: str, named: list[str]) -> set[str]:
+    """What a word or a regular expression selects."""
+    if params == "norm":
+        return {n for names in norm_parameters(model).values() for n in names}
+    if params == "all":
+        return set(named)
+    if params == "lora":
+        return _matrices(model)
+    try:
+        pattern = re.compile(params)
+    except re.error as error:
+        raise InputError(
+            f"params={params!r} is neither 'norm', 'all' nor 'lora' nor a regular "
+            f"expression ({error})"
+        ) from error
+    return {n for n in named if pattern.search(n)}
+
+
+def _listed(params: Collection[str], named: list[str], limits: set[str] | None) -> set[str]:
+    """The given names, if the model has them and the method adapts them."""
+    try:
+        chosen = set(params)
+    except TypeError as error:
+        raise InputError(f"params must be a string or names, got {params!r}") from error
+    if not all(isinstance(n, str) for n in chosen):
+        raise InputError(f"params must be a string or names, got {params!r}")
+    if unknown := sorted(chosen - set(named)):
+        raise InputError(
+            f"params: the model has no floating-point parameter {unknown[0]!r}; its first ones "
+            f"are {named[:5]}"
+        )
+    if limits is not None and (outside := sorted(chosen - limits)):
+        raise InputError(
+            f"params: {outside[0]!r} lies outside what this method adapts; the first it can "
+            f"are {[n for n in named if n in limits][:5]}"
+        )
+    return chosen
 
 
 def _matrices(model: nn.Module) -> set[str]:
@@ -197,7 +208,10 @@ def call(
     """The backbone's logits (B, classes), or pooled features (B, D), at ``params``.
 
     Args:
+        backbone: the classifier.
         params: adapted tensors; names that are no part of the model are passed over.
+        images: (B, C, H, W) in [0, 1].
+        pooled: whether to return the features that the classifier sees.
         replaced: parameters and buffers to use whatever ``params`` says, by their names in the
             user's model.
     """

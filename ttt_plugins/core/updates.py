@@ -14,12 +14,20 @@ import torch
 from torch import Tensor
 
 from . import gradient_memory
+from .algorithm import Tensors
 from .objectives import all_finite
 from .scope import flatten, unflatten
 
-__all__ = ["SGD", "Adam", "Evaluation", "GradientMemory", "SharpnessAware", "UpdateRule", "choose"]
-
-Tensors = dict[str, Tensor]
+__all__ = [
+    "SGD",
+    "Adam",
+    "Evaluation",
+    "GradientMemory",
+    "SharpnessAware",
+    "Situation",
+    "UpdateRule",
+    "choose",
+]
 
 
 class Evaluation(NamedTuple):
@@ -45,29 +53,41 @@ class Evaluation(NamedTuple):
 
 
 class Situation(NamedTuple):
-    """What a rule may ask for beyond the gradients it is given."""
+    """What a rule may ask for beyond the gradients it is given.
+
+    Attributes:
+        evaluate: ``(params, first) -> evaluation``, another pass over the batch at other
+            parameters, for rules with more than one of ``passes``.
+        source: the parameters before anything adapted.
+    """
 
     evaluate: Callable[[Tensors, Evaluation], Evaluation]
     source: Tensors
 
 
 class UpdateRule(Protocol):
-    """See the module's docstring; ``step`` returns None to leave everything as it is.
+    """See the module's docstring.
 
-    So do parameters that are not finite, which lets a rule decide on the device: a look at a
-    tensor's value (``if``, ``item``) makes an accelerator wait. It is called for a first pass that
-    was not finite too, and what it makes of that is dropped.
+    An update whose parameters are not finite is dropped together with its state, which lets a
+    rule decide on the device: a look at a tensor's value (``if``, ``item``) makes an accelerator
+    wait. A rule is called after a first pass that was not finite too, and what it makes of that
+    is dropped.
 
-    ``passes`` is the number of forward-backward passes over the batch that a step needs.
+    Attributes:
+        passes: how many forward and backward passes over the batch a step needs.
     """
 
     passes: ClassVar[int]
 
-    def init(self, params: Tensors) -> Tensors: ...
+    def init(self, params: Tensors, /) -> Tensors:
+        """The state before the first step, a flat dict."""
+        ...
 
     def step(
-        self, params: Tensors, state: Tensors, first: Evaluation, situation: Situation
-    ) -> tuple[Tensors, Tensors] | None: ...
+        self, params: Tensors, state: Tensors, first: Evaluation, situation: Situation, /
+    ) -> tuple[Tensors, Tensors]:
+        """Parameters, state and the first pass's result -> new parameters and state."""
+        ...
 
 
 def choose(which: Tensor, these: Tensors, those: Tensors) -> Tensors:
@@ -91,9 +111,13 @@ class SGD:
     momentum: float = 0.9
 
     def init(self, params: Tensors) -> Tensors:
+        """The velocity, zero."""
         return {"velocity": torch.zeros_like(flatten(params))}
 
-    def step(self, params, state, first, situation):
+    def step(
+        self, params: Tensors, state: Tensors, first: Evaluation, _: Situation
+    ) -> tuple[Tensors, Tensors]:
+        """One step along the velocity."""
         velocity = self.momentum * state["velocity"] + flatten(first.grads)
         return _move(params, velocity, self.lr), {"velocity": velocity}
 
@@ -110,6 +134,7 @@ class Adam:
     eps: float = 1e-8
 
     def init(self, params: Tensors) -> Tensors:
+        """Both moments and the count of steps, zero."""
         flat = flatten(params)
         return {
             "m": torch.zeros_like(flat),
@@ -117,7 +142,10 @@ class Adam:
             "t": torch.zeros((), dtype=torch.int64, device=flat.device),
         }
 
-    def step(self, params, state, first, situation):
+    def step(
+        self, params: Tensors, state: Tensors, first: Evaluation, _: Situation
+    ) -> tuple[Tensors, Tensors]:
+        """One step along the first moment over the root of the second."""
         grad = flatten(first.grads)
         t = state["t"] + 1
         m = torch.lerp(state["m"], grad, 1 - self.beta1)
@@ -150,14 +178,20 @@ class SharpnessAware:
     recovery: float
 
     def init(self, params: Tensors) -> Tensors:
+        """The velocity and the moving average of the loss."""
         flat = flatten(params)
         # Not a number stands for an average that has not begun.
         return {"velocity": torch.zeros_like(flat), "level": flat.new_full((), torch.nan)}
 
-    def step(self, params, state, first, situation):
+    def step(
+        self, params: Tensors, state: Tensors, first: Evaluation, situation: Situation
+    ) -> tuple[Tensors, Tensors]:
+        """The gradient of a second pass, uphill from here, moves the parameters."""
         grad = flatten(first.grads)
         direction = grad / (grad.norm() + 1e-12)
         second = situation.evaluate(_move(params, direction, -self.radius), first)
+        assert second.kept is not None
+        assert first.kept is not None, "the objective selects no samples"
         reliable, level = first.kept.any(), state["level"]
         broken = reliable & ~second.finite
         velocity = self.momentum * state["velocity"] + flatten(second.grads)
@@ -181,8 +215,12 @@ class GradientMemory:
     slow: Tensors
 
     def init(self, params: Tensors) -> Tensors:
+        """The memory of every scalar at its learned start."""
         return gradient_memory.init_state(self.slow, sum(p.numel() for p in params.values()))
 
-    def step(self, params, state, first, situation):
+    def step(
+        self, params: Tensors, state: Tensors, first: Evaluation, _: Situation
+    ) -> tuple[Tensors, Tensors]:
+        """One step along what the memory makes of the gradients."""
         update, state = gradient_memory.step(self.slow, state, flatten(first.grads))
         return _move(params, update, self.lr), state

@@ -96,7 +96,7 @@ def cutmix_(
     """
     b, _, h, w = images.shape
     # A Beta variate from the generator: the two Gammas of equal shape, one per side.
-    gammas = torch._standard_gamma(
+    gammas = torch._standard_gamma(  # pyright: ignore[reportPrivateImportUsage]
         torch.full((2,), alpha, device=generator.device), generator=generator
     )
     share = (gammas[0] / gammas.sum()).to(images.device)
@@ -142,6 +142,7 @@ def crop_and_flip(images: Tensor, u: Tensor, padding: int) -> Tensor:
     Args:
         images: (B, C, H, W).
         u: (B, K, 3) uniform numbers: row, column, mirror (left-right below one half).
+        padding: pixels on each side.
 
     Returns:
         (B, K, C, H, W).
@@ -160,6 +161,7 @@ def quarter_turns(images: Tensor, quarters: Tensor) -> Tensor:
     """Rotate each square image (..., C, S, S) by its number of quarter turns, as ``torch.rot90``.
 
     Args:
+        images: (..., C, S, S).
         quarters: (...) integers in 0..3, counter-clockwise.
     """
     k = quarters[..., None, None, None]

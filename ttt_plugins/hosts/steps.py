@@ -14,7 +14,6 @@ from ..adapter import Adapter
 from ..core.online import Online, evaluate
 from ..core.per_image import PerImage, descend, loss_and_gradient
 from ..core.scope import call
-from ..core.updates import Situation
 from ..core.views import image_keys
 from ..errors import InputError
 
@@ -75,7 +74,7 @@ def memory_step(
     algorithm = _of(net, heads, Online)
     params, state = held or (dict(algorithm.source), algorithm.init())
     first = evaluate(net.backbone, algorithm.objective, params, images)
-    moved, state = algorithm.rule.step(params, state, first, Situation(None, algorithm.source))
+    moved, state = algorithm.rule.step(params, state, first, algorithm.situation(images))
     with net.backbone.recording() as features:
         logits = call(net.backbone, moved, images)
     features = features if algorithm.objective.needs_features else []

@@ -1,8 +1,7 @@
 """An update rule as a method of its own: online entropy minimisation with that rule.
 
-Tent, SAR and MGG differ in one word, the rule that turns gradients into new parameters. Whoever
-has another one registers it in one line and gets the rest of the house: `wrap`, the command line,
-artifacts, the contract suite.
+Whoever has a rule that turns gradients into new parameters registers it in one line and gets the
+rest of the library: `wrap`, the command line, artifacts, the contract suite.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..backbones.backbone import Backbone
+from ..core.algorithm import Tensors
 from ..core.online import Objective, Online
 from ..core.registry import Method, register
 from ..core.updates import UpdateRule
@@ -25,8 +26,9 @@ def register_update_rule(
 
     Args:
         name: of the method, letters, digits and underscores.
-        config: frozen dataclass with at least ``statistics``, ``prior`` and ``params``, which mean
-            what they mean in `Tent`, and whatever the rule needs, each field with a default.
+        config: frozen dataclass of what the rule needs, each field with a default. Its fields
+            ``params``, ``statistics`` and ``prior`` mean what they mean in `Tent`, where it has
+            them.
         make: ``config -> rule``, a pair of pure functions as in `ttt_plugins.core.updates`.
         citation: reference of the rule's paper.
 
@@ -37,7 +39,7 @@ def register_update_rule(
         InputError: as for `ttt_plugins.core.registry.register`.
     """
 
-    def build(fields, backbone, source, tensors, seed) -> Online:
+    def build(fields: Any, backbone: Backbone, source: Tensors, *_: object) -> Online:
         return Online(backbone, Objective("mean entropy", mean_entropy), make(fields), source)
 
     return register(Method(name, config, build, citation))

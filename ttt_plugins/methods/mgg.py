@@ -3,6 +3,14 @@
 Paper: Deng et al., "Learning to Generate Gradients for Test-Time Adaptation via Test-Time
 Training Layers", AAAI 2025, arXiv 2412.16901 (MGG is the optimizer, MGTTA the method).
 
+A step, in the paper's order
+    forward the batch and record the features that are compared
+    take the mean entropy plus lambda/64 times the features' distance from the source's statistics
+    feed each scalar's gradient and its running moments to the gradient memory layer, which takes
+        one step of its own fast weights and puts out an update in [-1, 1]
+    move the norm layers' gamma and beta by alpha times the update
+    return the logits from before the update
+
 Equation -> function
     3  entropy + lambda/64 (||sigma - sigma_s||^2 + ||mu - mu_s||^2)
                                          -> `unlabelled_loss`, `objectives.feature_discrepancy`
@@ -16,23 +24,31 @@ Deviations from the released code, and why:
 3. A batch of one has no deviation: then only the means are compared. BatchNorm sees it with the
    source's statistics.
 4. Outside block transformers three layers are compared, evenly spaced
-   (`structure.tapped_modules`).
+   (`norms.tapped_modules`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from ..backbones.backbone import Backbone
 from ..backbones.norms import channels
-from ..backbones.statistics import StatisticsFields, feature_statistics
+from ..backbones.statistics import Feature, StatisticsFields, feature_statistics, feature_sums
 from ..core import gradient_memory
+from ..core.algorithm import Tensors
+from ..core.inputs import check_images, check_pixels
 from ..core.objectives import entropy, feature_discrepancy
 from ..core.online import Loss, Objective, Online
-from ..core.registry import Method, register
+from ..core.pictures import image_batches, is_source
+from ..core.registry import SOURCE_STATISTICS, Method, register
 from ..core.updates import SGD, Adam, GradientMemory, UpdateRule
+from ..data.images import batch_images
 from ..errors import ArtifactError, InputError
 from ..utils.checks import check_choice, check_number
 
@@ -74,12 +90,12 @@ class MGG(StatisticsFields):
         check_number(self, "discrepancy", 0)
 
 
-def unlabelled_loss(config: MGG, backbone, source_statistics) -> Objective:
+def unlabelled_loss(config: MGG, source_statistics: tuple[Tensor, Tensor] | None) -> Objective:
     """Equation 3 as an objective; entropy alone where no source statistics are at hand."""
 
-    def loss(logits, features, first) -> Loss:
+    def loss(logits: Tensor, features: list[Feature], *_: object) -> Loss:
         value = entropy(logits).mean()
-        if features:
+        if features and source_statistics is not None:
             mean, std = feature_statistics(features, correction=min(1, len(logits) - 1))
             source_mean, source_std = source_statistics
             if len(logits) == 1:
@@ -100,14 +116,15 @@ def unlabelled_loss(config: MGG, backbone, source_statistics) -> Objective:
     return Objective(name, loss, compares)
 
 
-def step_size(config: MGG, source_statistics) -> float:
+def step_size(config: MGG, source_statistics: tuple[Tensor, Tensor] | None) -> float:
     """Alpha, which depends on whether there is more than entropy to go by."""
     if source_statistics is not None or config.lr_alone is None:
         return config.lr
     return min(config.lr, config.lr_alone)
 
 
-def build(config: MGG, backbone, source, tensors, seed) -> Online:
+def build(config: MGG, backbone: Backbone, source: Tensors, tensors: Tensors, *_: object) -> Online:
+    """Online adaptation whose rule is the learned optimizer, or a hand-made one."""
     slow = {
         n.removeprefix("memory."): t.to(torch.promote_types(t.dtype, torch.float32))
         for n, t in tensors.items()
@@ -126,14 +143,14 @@ def build(config: MGG, backbone, source, tensors, seed) -> Online:
         # One number for all: some networks have norms that never run, whose features are missing.
         zero = torch.zeros((), dtype=backbone.dtype, device=backbone.device)
         statistics = zero, zero + 1
-    objective = unlabelled_loss(config, backbone, statistics)
+    objective = unlabelled_loss(config, statistics)
     alpha = step_size(config, statistics)
     hand_made: dict[str, UpdateRule] = {"adam": Adam(alpha), "sgd": SGD(alpha)}
     rule = hand_made.get(config.rule) or GradientMemory(alpha, slow)
     return Online(backbone, objective, rule, source)
 
 
-def check(config: MGG, backbone, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+def check(_: MGG, __: Backbone, tensors: Tensors, where: str) -> Tensors:
     """The optimizer's slow weights and, where there are any, the source's statistics."""
     memory = {n.removeprefix("memory."): t for n, t in tensors.items() if n.startswith("memory.")}
     rest = {n: t for n, t in tensors.items() if not n.startswith("memory.")}
@@ -142,9 +159,41 @@ def check(config: MGG, backbone, tensors: dict[str, Tensor], where: str) -> dict
     return {f"memory.{n}": t for n, t in gradient_memory.check_slow(memory).items()} | rest
 
 
-def fits_any(config: MGG, tensors: dict[str, Tensor]) -> bool:
+def fits_any(_: MGG, tensors: Tensors) -> bool:
     """Its input is a gradient, whatever network that came from; statistics have one source."""
     return "source.mean" not in tensors
+
+
+def fit(
+    _: MGG,
+    backbone: Backbone,
+    images: Any,
+    __: int,
+    progress: bool = True,
+) -> Tensors:
+    """The source's feature statistics over clean images, the deviation unbiased.
+
+    Raises:
+        InputError: there are no images, or something other than images.
+    """
+    batches = image_batches(images, backbone) if is_source(images) else images
+    if not isinstance(batches, Iterable):
+        raise InputError(f"a loader of clean images is needed, got {type(images).__name__}")
+    totals: tuple[Tensor, ...] | None = None
+    for batch in tqdm(batches, "source statistics", disable=not progress, leave=False):
+        shown = check_images(backbone, batch_images(batch).to(backbone.device))
+        check_pixels(shown)
+        with torch.no_grad(), backbone.recording() as features:
+            backbone(shown.to(backbone.dtype))
+        sums = feature_sums(features)
+        totals = sums if totals is None else tuple(map(torch.add, totals, sums))
+    if totals is None:
+        raise InputError("the loader yielded no images")
+    count, first, second = totals
+    mean = first / count
+    variance = (second - count * mean.square()) / (count - 1).clamp_min(1)
+    std = variance.clamp_min(0).sqrt()
+    return {"source.mean": mean.to(backbone.dtype), "source.std": std.to(backbone.dtype)}
 
 
 register(
@@ -157,5 +206,7 @@ register(
         default_artifact="mgg-universal",
         check=check,
         fits_any=fits_any,
+        fit=fit,
+        fits=SOURCE_STATISTICS,
     )
 )

@@ -3,6 +3,12 @@
 Paper: Bartler et al., "MT3: Meta Test-Time Training for Self-Supervised Test-Time Adaption",
 AISTATS 2022, arXiv 2103.16201; the loss is BYOL's (Grill et al., arXiv 2006.07733).
 
+A step, for each image, in the paper's order
+    draw pairs of views of the image: crop, flip, colours, grey
+    project and predict both; take the gradient of the distance to the other, which is held fixed
+    move every parameter that has a gradient by one step of plain gradient descent
+    predict the image itself at the moved parameters, then forget them
+
 Equation -> function
     l(a, b) = 2 - 2 cos(a, b)                              -> `objectives.cosine_distance`
     L_ss(theta; x1, x2), both ways, stopped targets        -> `byol_loss`
@@ -12,12 +18,12 @@ Equation -> function
 Deviations from the released code, and why:
 1. Views are drawn from the image's own bits and the seed (`views.image_keys`), so that an image's
    prediction does not depend on the batch it came in.
-2. With one step and all parameters moving, projector and predictor are not moved: nobody reads
-   them afterwards, the prediction is the same. The classifier has no gradient and stays put.
+2. With one step and all parameters moving, projector and predictor are not moved: they are
+   not read afterwards, so the prediction is the same. The classifier has no gradient.
 3. With ``params`` other than "all" projector and predictor stay put, whatever the steps.
 4. With more than one step the targets are those of the parameters reached so far (released: of
    the start); with one step, the paper's, there is no difference.
-5. Images are normalised in front of the network as the model asks; the released network takes
+5. Images are normalised as the model asks before they enter the network; the released network takes
    them in [0, 1] (so do weights converted from it).
 6. On models other than the paper's network, h is what their classifier sees.
 """
@@ -31,7 +37,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..backbones.backbone import Backbone
 from ..backbones.stages import feature_width, trunk
+from ..core.algorithm import Tensors
 from ..core.heads import byol_shapes, check_head, project
 from ..core.objectives import cosine_distance
 from ..core.per_image import SOURCE_ONLY, PerImage, Task, check_square
@@ -53,10 +61,11 @@ class MT3:
     """One BYOL step from meta-learned parameters for each image, then forget.
 
     Attributes:
-        lr: of the inner step (the paper: 0.1, as in meta-training); learned factors multiply it.
-        steps: inner steps (the paper: 1).
-        copies: pairs of views a step (the paper: 32).
-        vote: predict by averaging over ``copies`` views instead of the image itself.
+        lr: step size of an inner step, at least 0 (the paper: 0.1, as in meta-training); learned
+            factors multiply it.
+        steps: inner steps, at least 1 (the paper: 1).
+        copies: pairs of views a step, at least 1 (the paper: 32).
+        vote: whether to predict by averaging over ``copies`` views instead of the image itself.
         params: what adapts: ``"all"``, ``"norm"``, ``"lora"``, a regular expression, or names.
         rank: of the low-rank changes with ``params="lora"``.
         chunk_size: images that adapt together, or ``"auto"``: one on a CPU, as many as fit into
@@ -81,7 +90,11 @@ class MT3:
 
 
 def byol_loss(
-    backbone, params: Mapping[str, Tensor], head: Mapping[str, Tensor], x1: Tensor, x2: Tensor
+    backbone: Backbone,
+    params: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
+    x1: Tensor,
+    x2: Tensor,
 ) -> Tensor:
     """L_ss: two views (N, C, S, S) each -> scalar.
 
@@ -109,7 +122,10 @@ def _views(images: Tensor, keys: Tensor, step: int, copies: int) -> tuple[Tensor
     return byol_view(images, drawn[:, 0]), byol_view(images, drawn[:, 1])
 
 
-def build(config: MT3, backbone, source, tensors, seed) -> PerImage:
+def build(
+    config: MT3, backbone: Backbone, source: Tensors, tensors: Tensors, seed: int
+) -> PerImage:
+    """The per-image engine on BYOL's task."""
     rates = {n.removeprefix(RATE): t for n, t in tensors.items() if n.startswith(RATE)}
     tensors = {n: t for n, t in tensors.items() if not n.startswith(RATE)}
     if config.params == "all" and config.steps > 1:
@@ -119,12 +135,12 @@ def build(config: MT3, backbone, source, tensors, seed) -> PerImage:
         one = torch.ones((), device=backbone.device)
         lr = {n: config.lr * rates.get(n, one) for n in source}
 
-    def loss(params, x1, x2):
+    def loss(params: Tensors, x1: Tensor, x2: Tensor) -> Tensor:
         return byol_loss(
             backbone, params, {n: params.get(n, t) for n, t in tensors.items()}, x1, x2
         )
 
-    def votes(images, keys):
+    def votes(images: Tensor, keys: Tensor) -> Tensor:
         return byol_view(images, uniforms(keys, (config.copies, BYOL_NUMBERS), salt=-1))
 
     return PerImage(
@@ -141,7 +157,7 @@ def build(config: MT3, backbone, source, tensors, seed) -> PerImage:
     )
 
 
-def check(config: MT3, backbone, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+def check(_: MT3, backbone: Backbone, tensors: Tensors, where: str) -> Tensors:
     """Projector and predictor, and the learned factors on the inner rate, if there are any."""
     if not tensors:
         raise InputError(
@@ -153,7 +169,7 @@ def check(config: MT3, backbone, tensors: dict[str, Tensor], where: str) -> dict
     width = feature_width(backbone.model) or given.shape[-1]
     expected = byol_shapes(width)
     if any(name.startswith(RATE) for name in tensors):
-        expected = expected | {n: () for n in rate_names(backbone.model)}
+        expected = expected | dict.fromkeys(rate_names(backbone.model), ())
     return check_head(expected, tensors, where)
 
 
@@ -163,7 +179,7 @@ def rate_names(model) -> list[str]:
     return [RATE + n for n in (*(f"model.{n}" for n in trunk(model, "end")[0]), *heads)]
 
 
-def eligible(config: MT3, backbone) -> list[str]:
+def eligible(_: MT3, backbone: Backbone) -> list[str]:
     """Everything but the classifier, which the loss does not reach."""
     return trunk(backbone.model, "end")[0]
 
@@ -177,6 +193,7 @@ register(
         "AISTATS 2022, arXiv:2103.16201",
         check=check,
         eligible=eligible,
+        rank=lambda config: config.rank,
         retired=SOURCE_ONLY,
     )
 )

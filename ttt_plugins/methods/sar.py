@@ -2,22 +2,40 @@
 
 Paper: Niu et al., ICLR 2023, arXiv 2302.12400.
 
+A step, in the paper's order
+    first forward: keep the samples whose entropy is below the margin; gradient of their mean
+    climb: move the parameters along the gradient by the radius
+    second forward: keep, of those samples, the ones still below the margin; gradient there
+    descend: one step of SGD with momentum from where the parameters were
+    recover: back to the source once the moving average of the second loss is too small
+    return the logits of the first forward
+
 Equation -> function
     2  keep samples with entropy < E0          -> `objectives.reliable`
     4-6  gradient at theta + rho g / ||g||     -> `updates.SharpnessAware`
     recovery when the moving average of the loss < e0 -> `updates.SharpnessAware`
+
+Deviations from the released code (`updates.SharpnessAware` has two more):
+1. The norms left out are those of the last quarter of the stages or blocks and all after them,
+   by structure. The released code leaves them out by name: those in ``layer4``, ``blocks.9`` to
+   ``blocks.11``, ``norm.`` and a module called ``norm``. On ResNets with four stages and ViTs with
+   12 blocks both rules agree; elsewhere the names leave out fewer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from ..backbones.backbone import Backbone
 from ..backbones.norms import late_norms
-from ..backbones.statistics import StatisticsFields
+from ..backbones.statistics import Feature, StatisticsFields
+from ..core.algorithm import Tensors
 from ..core.objectives import entropy, reliable
 from ..core.online import Loss, Objective, Online
 from ..core.registry import Method, register
-from ..core.updates import SharpnessAware
+from ..core.updates import Evaluation, SharpnessAware
 from ..utils.checks import check_choice, check_number
 
 __all__ = ["SAR"]
@@ -29,11 +47,12 @@ class SAR(StatisticsFields):
 
     Attributes:
         lr: learning rate of SGD. The paper: 1e-3 (ViT), 2.5e-4 (ResNet, batch 64).
-        momentum: of SGD, in [0, 1].
-        margin: samples count below this share of ln(classes), in [0, 1] (the paper's 0.4).
-        radius: length of the ascent step (the paper's rho = 0.05).
-        recovery: start over when the moving average of the filtered entropy falls under this
-            many nats (the paper's 0.2).
+        momentum: momentum of SGD, in [0, 1].
+        margin: share of ln(classes), in [0, 1], below which the entropy of a sample has to be for
+            it to count (the paper's 0.4).
+        radius: length of the ascent step, at least 0 (the paper's rho = 0.05).
+        recovery: entropy in nats, at least 0: everything starts over when the moving average of
+            the filtered entropy falls below it (the paper's 0.2).
         skip_late: leave out the norms of the last stage or blocks, as the paper does; with
             ``params="norm"`` only.
         statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"`` or ``"mix"``.
@@ -59,11 +78,13 @@ class SAR(StatisticsFields):
         check_choice(self, "skip_late", (True, False))
 
 
-def build(config: SAR, backbone, source, tensors, seed) -> Online:
-    def filtered_entropy(logits, features, first) -> Loss:
+def build(config: SAR, backbone: Backbone, source: Tensors, *_: object) -> Online:
+    """Online entropy minimisation over reliable samples by the sharpness-aware rule."""
+
+    def filtered_entropy(logits: Tensor, _: list[Feature], first: Evaluation | None) -> Loss:
         entropies = entropy(logits)
         kept = reliable(entropies.detach(), logits.shape[1], config.margin)
-        if first is not None:
+        if first is not None and first.kept is not None:
             kept = kept & first.kept  # the second pass chooses among those the first one kept
         return Loss((entropies * kept).sum() / kept.sum().clamp_min(1), kept)
 
@@ -72,7 +93,7 @@ def build(config: SAR, backbone, source, tensors, seed) -> Online:
     return Online(backbone, objective, rule, source)
 
 
-def eligible(config: SAR, backbone) -> list[str]:
+def eligible(config: SAR, backbone: Backbone) -> list[str]:
     """Everything but the late norms, which SAR leaves where they are."""
     late = late_norms(backbone.model) if config.skip_late and config.params == "norm" else set()
     named = (n for n, _ in backbone.model.named_parameters())

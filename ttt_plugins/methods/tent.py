@@ -2,16 +2,26 @@
 
 Paper: Wang et al., ICLR 2021, arXiv 2006.10726.
 
+A step, in the paper's order
+    forward the batch, with BatchNorm on the batch's statistics
+    take the mean entropy of the predictions, and its gradient
+    move the norm layers' gamma and beta by one step of the optimizer
+    return the logits from before the step
+
 Equation -> function
     H(y) = - sum_c p(y_c) log p(y_c)      -> `objectives.entropy`
-    gradient step on the norms' gamma and beta, logits from before the step -> `online.Online`
+    gradient step on gamma and beta       -> `online.Online`, `updates.Adam`, `updates.SGD`
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from ..backbones.backbone import Backbone
 from ..backbones.statistics import StatisticsFields
+from ..core.algorithm import Tensors
 from ..core.objectives import entropy
 from ..core.online import Loss, Objective, Online
 from ..core.registry import Method, register
@@ -47,11 +57,13 @@ class Tent(StatisticsFields):
         check_number(self, "momentum", 0, 1)
 
 
-def mean_entropy(logits, features, first) -> Loss:
+def mean_entropy(logits: Tensor, *_: object) -> Loss:
+    """The objective of Tent, of custom rules, and of MGG where nothing can be compared."""
     return Loss(entropy(logits).mean())
 
 
-def build(config: Tent, backbone, source, tensors, seed) -> Online:
+def build(config: Tent, backbone: Backbone, source: Tensors, *_: object) -> Online:
+    """Online entropy minimisation by a hand-made optimizer."""
     rule = Adam(config.lr) if config.optimizer == "adam" else SGD(config.lr, config.momentum)
     return Online(backbone, Objective("mean entropy", mean_entropy), rule, source)
 

@@ -3,12 +3,20 @@
 Paper: Sun et al., "Test-Time Training with Self-Supervision for Generalization under Distribution
 Shifts", ICML 2020, arXiv 1909.13231.
 
+A step, for each image, in the paper's order
+    draw copies of the image, cropped, mirrored, each turned by a multiple of 90 degrees
+    tell the turns with the rotation head on the trunk's features; take the gradient
+    move the trunk (and the head) by plain gradient descent, as often as asked
+    predict the image itself with the updated trunk and the untouched main head
+    forget (standard) or keep (online) the trunk
+
 Equation -> function
     2  min over theta_e of l_s(x; theta_s, theta_e), steps of SGD    -> `per_image.PerImage`
     l_s: 4-way cross-entropy of rotated crops and flips of one image -> `rotation_task`
     predict with the updated trunk and the untouched main head       -> `PerImage._predict`
     standard: forget; online: keep, one step an image                -> `PerImage.keep`
     1  joint training of theta_e, theta_m, theta_s                   -> `train.joint`
+    theta_s alone, on a classifier that stays as it is               -> `ttt_head.fit_head`
 
 Deviations from the released code, and why:
 1. Views are drawn from the image's own bits and the seed (`views.image_keys`), so that an image's
@@ -26,18 +34,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.stages import feature_width, trunk
+from ..backbones.backbone import Backbone
+from ..backbones.stages import describe_split, feature_width, trunk
+from ..core.algorithm import Tensors
 from ..core.heads import ROTATIONS, check_head, rest_tensors, rotation_logits
 from ..core.per_image import SOURCE_ONLY, PerImage, Task, check_square
-from ..core.registry import Method, register
+from ..core.registry import HEAD, Method, register
 from ..core.views import crop_and_flip, quarter_turns, uniforms
+from ..data.images import gather_images
 from ..errors import ArtifactError, InputError
 from ..utils.checks import check_choice, check_integer, check_number
+from .ttt_head import HeadRecipe, fit_head
 
 __all__ = ["TTT"]
 
@@ -48,7 +61,7 @@ class TTT:
 
     Attributes:
         mode: ``"standard"`` (forget after each image) or ``"online"`` (one image after the other,
-            keep what was learned).
+            and what was learned is kept).
         lr: learning rate of plain SGD (the paper: 1e-3; 1e-2 with one step is almost as good as
             ten steps).
         steps: gradient steps an image; None for the paper's 10 in standard and 1 in online mode.
@@ -107,14 +120,14 @@ def rotation_views(images: Tensor, keys: Tensor, step: int, copies: int) -> tupl
     return quarter_turns(crops, quarters), quarters
 
 
-def rotation_task(config: TTT, backbone, head: dict[str, Tensor]) -> Task:
+def rotation_task(config: TTT, backbone: Backbone, head: Tensors) -> Task:
     """The task; tensors of the head that adapt are found in ``params`` first."""
 
-    def loss(params, views, quarters):
+    def loss(params: Tensors, views: Tensor, quarters: Tensor) -> Tensor:
         own = {n: params.get(n, t) for n, t in head.items()}
         return F.cross_entropy(rotation_logits(backbone, params, own, views), quarters)
 
-    def sure(params, images):
+    def sure(params: Tensors, images: Tensor) -> Tensor:
         check_square(images, "rotation")  # also where no image is left to draw views of
         own = {n: params.get(n, t) for n, t in head.items()}
         return rotation_logits(backbone, params, own, images).softmax(1)[:, 0] > config.threshold
@@ -123,7 +136,10 @@ def rotation_task(config: TTT, backbone, head: dict[str, Tensor]) -> Task:
     return Task("rotation", draw, loss, sure if config.threshold < 1 else None)
 
 
-def build(config: TTT, backbone, source, tensors, seed) -> PerImage:
+def build(
+    config: TTT, backbone: Backbone, source: Tensors, tensors: Tensors, seed: int
+) -> PerImage:
+    """The per-image engine on the rotation task."""
     moves = config.params == "all" if config.adapt_head is None else config.adapt_head
     if moves:
         statistics = ("running_mean", "running_var")
@@ -144,7 +160,7 @@ def build(config: TTT, backbone, source, tensors, seed) -> PerImage:
     )
 
 
-def check(config: TTT, backbone, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+def check(config: TTT, backbone: Backbone, tensors: Tensors, where: str) -> Tensors:
     """The rotation head: a copy of the layers behind the split, and a linear map."""
     expected = {f"rest.{n}": t.shape for n, t in rest_tensors(backbone.model, config.split).items()}
     if not tensors:
@@ -168,21 +184,27 @@ def check(config: TTT, backbone, tensors: dict[str, Tensor], where: str) -> dict
         ) from None
 
 
-def eligible(config: TTT, backbone) -> list[str]:
+def eligible(config: TTT, backbone: Backbone) -> list[str]:
     """The trunk's parameters."""
     return trunk(backbone.model, config.split)[0]
 
 
-def fit(model, images: Tensor, config: TTT, **options):
-    """An adapter whose rotation head was trained on clean images; the model stays as it is."""
-    from ..train.joint import HeadRecipe, fit_rotation_head
+def fit(
+    config: TTT,
+    backbone: Backbone,
+    images: Any,
+    seed: int,
+    progress: bool = True,
+) -> Tensors:
+    """A rotation head trained on clean images."""
+    METHOD.select(config, backbone)  # a config that does not fit the model fails before the work
+    gathered = gather_images(images)
+    size = max(1, min(128, len(gathered)))
+    recipe = HeadRecipe(split=config.split, batch_size=size, seed=seed)
+    return fit_head(backbone, gathered, recipe, progress)[0]
 
-    size, seed = max(1, min(128, len(images))), options.get("seed")
-    recipe = HeadRecipe(split=config.split, batch_size=size, seed=0 if seed is None else seed)
-    return fit_rotation_head(model, images, recipe, config=config, **options)[0]
 
-
-register(
+METHOD = register(
     Method(
         "ttt",
         TTT,
@@ -191,7 +213,10 @@ register(
         "Distribution Shifts, ICML 2020, arXiv:1909.13231",
         check=check,
         eligible=eligible,
-        retired=SOURCE_ONLY,
         fit=fit,
+        fits=HEAD,
+        rank=lambda config: config.rank,
+        describe=lambda config, backbone: [describe_split(backbone.model, config.split)],
+        retired=SOURCE_ONLY,
     )
 )

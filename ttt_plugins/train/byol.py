@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..backbones.stages import pooled_features
 from ..core.heads import init_byol
+from ..core.schedules import SCHEDULES
 from ..data.images import LabelledImages
 from ..errors import InputError
 from ..methods.mt3 import MT3, features_loss
@@ -28,7 +29,6 @@ from .epochs import checkpoint_file, train_epochs
 from .gap import StepGap
 from .mt3_step import default_model_args, draw_tasks
 from .network import NetworkTraining
-from .schedules import SCHEDULES
 
 __all__ = ["ByolModel", "ByolRecipe", "train_byol"]
 

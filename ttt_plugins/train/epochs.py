@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..errors import DataError, InputError
 from ..utils.files import can_write, replacing
+from ..utils.progress import write_entry
 
 __all__ = [
     "Epoch",
@@ -30,7 +31,6 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
     "train_epochs",
-    "write_entry",
 ]
 
 
@@ -202,21 +202,6 @@ def check_convergence(sums: Tensor, epoch: int, remedy: str) -> None:
             f"training diverged in epoch {epoch + 1}; resume from the last checkpoint, if there is "
             f"one, with {remedy}"
         )
-
-
-def write_entry(entry: Mapping[str, Any]) -> None:
-    """Print a log entry as one line above the progress bar.
-
-    Values that are neither numbers nor numbers by name are left out.
-    """
-    words = [f"epoch {entry['epoch']:3d}"]
-    for name, value in entry.items():
-        if isinstance(value, float):
-            words.append(f"{name.replace('_', ' ')} {value:.4f}")
-        elif isinstance(value, Mapping) and all(isinstance(v, float) for v in value.values()):
-            numbers = (f"{key}: {number:.4f}" for key, number in value.items())
-            words.append(f"{name.replace('_', ' ')} {', '.join(numbers)}")
-    tqdm.write("  ".join(words))
 
 
 # -- checkpoints ---------------------------------------------------------------------------------

@@ -17,23 +17,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..adapter import Adapter
 from ..backbones.stages import feature_width, pooled_features, trunk
-from ..core.heads import ROTATIONS, init_linear, init_rotation, rotation_logits
-from ..core.objectives import all_finite
+from ..core.heads import ROTATIONS, init_linear
 from ..core.registry import get_method
-from ..core.views import quarter_turns, random_crop, random_flip
+from ..core.views import random_crop, random_flip
 from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from ..methods.ttt import TTT
+from ..methods.ttt_head import HeadRecipe, fit_head, turned
 from ..utils.checks import check_choice, check_integer, check_number, check_seed
 from ..wrapping import wrap
 from .common import Normalise, check_outcome, create_model, read_start
-from .epochs import checkpoint_file, train_epochs, write_entry
+from .epochs import checkpoint_file, train_epochs
 from .network import NetworkTraining
-from .schedules import cosine
 
 __all__ = ["HeadRecipe", "JointRecipe", "fit_rotation_head", "train_joint"]
 
@@ -126,17 +124,6 @@ class JointModel(nn.Module):
         return rest | {f"head.{n}": t.clone() for n, t in self.rotation.state_dict().items()}
 
 
-def _turned(images: Tensor, rotations: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (B, C, S, S) -> rotated ones and their quarter turns: (B,) or, with "all", (4 B,)."""
-    b = len(images)
-    if rotations == "all":
-        quarters = torch.arange(ROTATIONS, device=images.device).repeat_interleave(b)
-        return quarter_turns(images.repeat(ROTATIONS, 1, 1, 1), quarters), quarters
-    drawn = torch.randint(0, ROTATIONS, (b,), generator=generator, device=generator.device)
-    quarters = drawn.to(images.device)
-    return quarter_turns(images, quarters), quarters
-
-
 class _RotationTraining(NetworkTraining):
     """Joint training of a classifier and its rotation head."""
 
@@ -174,9 +161,9 @@ class _RotationTraining(NetworkTraining):
         x = random_flip(random_crop(images, self.recipe.padding, generator), generator)
         x = self.normalise(to_float(x)).contiguous(memory_format=torch.channels_last)
         main = F.cross_entropy(self.net.model(x), labels)
-        turned, quarters = _turned(x, self.recipe.rotations, generator)
-        turned = turned.contiguous(memory_format=torch.channels_last)
-        rotation = F.cross_entropy(self.net.rotation_logits(turned), quarters)
+        rotated, quarters = turned(x, self.recipe.rotations, generator)
+        rotated = rotated.contiguous(memory_format=torch.channels_last)
+        rotation = F.cross_entropy(self.net.rotation_logits(rotated), quarters)
         return main + rotation, torch.stack([main.detach(), rotation.detach()])
 
     def entry(self, means: list[float]) -> dict[str, float]:
@@ -193,8 +180,8 @@ class _RotationTraining(NetworkTraining):
         joint = self.final.eval()
         generator, right = torch.Generator(self.device), 0
         for images in self.test.images.split(250):
-            turned, quarters = _turned(to_float(images.to(self.device)), "all", generator)
-            logits = joint.rotation_logits(self.normalise(turned))
+            rotated, quarters = turned(to_float(images.to(self.device)), "all", generator)
+            logits = joint.rotation_logits(self.normalise(rotated))
             right += (logits.argmax(1) == quarters).sum().item()
         return right / (ROTATIONS * len(self.test))
 
@@ -244,37 +231,6 @@ def train_joint(
     return joint.model, joint.head_tensors(), {"epochs": log}
 
 
-#: Images whose pixels are checked at once.
-_LOOKED_AT = 1024
-
-
-@dataclass(frozen=True)
-class HeadRecipe:
-    """How a rotation head is trained on a frozen model.
-
-    Attributes:
-        split: where the trunk ends, as in `TTT`.
-        epochs: passes over the images.
-        batch_size: images a step, each in a random rotation.
-        lr: Adam's learning rate at its peak; it falls as a cosine.
-        padding: pixels of zero padding before the random crop.
-        seed: of initialisation, order and augmentation.
-    """
-
-    split: int | str = -1
-    epochs: int = 10
-    batch_size: int = 128
-    lr: float = 1e-3
-    padding: int = 4
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("epochs", "batch_size"):
-            check_integer(self, name, 1)
-        check_integer(self, "padding", 0)
-        check_number(self, "lr", 0)
-
-
 def fit_rotation_head(
     model: str | nn.Module,
     images: Tensor,
@@ -289,7 +245,9 @@ def fit_rotation_head(
     Args:
         model: what `wrap` takes.
         images: (N, C, S, S) images, uint8 or floating point in [0, 1], unlabelled.
+        recipe: how the head is trained.
         config: fields of the adapter to return, but for its split, which is the recipe's.
+        progress: whether to show a bar, and a line an epoch.
         **options: as for `wrap` (mean, std, device, …).
 
     Returns:
@@ -300,80 +258,11 @@ def fit_rotation_head(
             takes, too few of them, a bad split, or a loss that is not finite.
     """
     recipe = recipe or HeadRecipe()
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[2] != images.shape[3]:
-        raise InputError("images must be a tensor of square images (N, C, S, S)")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise InputError(f"images must be uint8 or floating point in [0, 1], got {images.dtype}")
-    if len(images) < recipe.batch_size:
-        raise InputError(f"{len(images)} images do not fill one batch of {recipe.batch_size}")
-    with torch.inference_mode(False), torch.enable_grad():
-        # Tensors born in inference mode cannot be part of a graph; a copy can.
-        images = images.clone() if images.is_inference() else images.detach()
-        return _fit_head(model, images, recipe, config or TTT(), progress, options)
-
-
-def _fit_head(
-    model: str | nn.Module,
-    images: Tensor,
-    recipe: HeadRecipe,
-    config: TTT,
-    progress: bool,
-    options: dict,
-) -> tuple[Adapter, dict]:
+    config = replace(config or TTT(), split=recipe.split)
     plain = wrap(model, "source", **options)
-    backbone = plain.backbone
-    for part in images.split(_LOOKED_AT):
-        plain.check_images(to_float(part).to(backbone.device, backbone.dtype))
-    plain(to_float(images[:1]).to(backbone.device))  # a size that the model does not take
-    generator = torch.Generator().manual_seed(recipe.seed)
-    config = replace(config, split=recipe.split)
-    start = init_rotation(backbone.model, recipe.split, generator)
-
-    def adapter(head: dict[str, Tensor]) -> Adapter:
-        # On the very module the head is trained on: a name may stand for random weights.
-        tensors = {n: t.detach().to(backbone.device, backbone.dtype) for n, t in head.items()}
-        record = get_method("ttt")
-        origin, seed = plain.origin, plain.seed
-        return Adapter(backbone, record, config, tensors=tensors, origin=origin, seed=seed)
-
-    adapter(start).algorithm()  # a config that does not fit the model fails before the work
-    # In single precision at least, whatever the model's: Adam's steps are below half's resolution.
-    precision = torch.promote_types(backbone.dtype, torch.float32)
-    head = {n: t.to(backbone.device, precision) for n, t in start.items()}
-    learned = {n: t.requires_grad_() for n, t in head.items() if "running_" not in n}
-    optimizer = torch.optim.Adam(learned.values(), lr=recipe.lr)
-    per_epoch = len(images) // recipe.batch_size
-    steps, log = per_epoch * recipe.epochs, []
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, steps, 0.05))
-    for epoch in range(recipe.epochs):
-        loss_sum = right = 0.0
-        order = torch.randperm(len(images), generator=generator)
-        batches = order[: per_epoch * recipe.batch_size].split(recipe.batch_size)
-        name = f"rotation head, epoch {epoch + 1}/{recipe.epochs}"
-        for rows in tqdm(batches, name, disable=not progress, leave=False):
-            x = random_flip(random_crop(images[rows], recipe.padding, generator), generator)
-            x = to_float(x).to(backbone.device, backbone.dtype)
-            x, quarters = _turned(x, "random", generator)
-            cast = {n: t.to(backbone.dtype) for n, t in head.items()}
-            logits = rotation_logits(backbone, {}, cast, x).to(precision)
-            loss = F.cross_entropy(logits, quarters)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            loss_sum += loss.item()
-            right += (logits.argmax(1) == quarters).sum().item()
-        entry = {
-            "epoch": epoch + 1,
-            "rotation_loss": loss_sum / per_epoch,
-            "rotation_accuracy": right / (per_epoch * recipe.batch_size),
-        }
-        log.append(entry)
-        if not all_finite(*learned.values()):
-            raise InputError(
-                f"the rotation head diverged in epoch {epoch + 1} (a loss of {loss_sum}): lower "
-                "lr, or give the model in a wider type than " + str(backbone.dtype)
-            )
-        if progress:
-            write_entry(entry)
-    return adapter(head), {"epochs": log}
+    record, backbone = get_method("ttt"), plain.backbone
+    record.select(config, backbone)  # a config that does not fit the model fails before the work
+    head, log = fit_head(backbone, images, recipe, progress)
+    # On the very module the head is trained on: a name may stand for random weights.
+    net = Adapter(backbone, record, config, tensors=head, origin=plain.origin, seed=plain.seed)
+    return net, {"epochs": log}

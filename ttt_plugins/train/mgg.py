@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from ..benchmark.evaluate import accuracy
 from ..benchmark.protocols import shuffled
 from ..core import gradient_memory
 from ..core.online import Loss, Objective, Online, evaluate
-from ..core.updates import Evaluation, Situation, Tensors
 from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from ..utils.checks import check_integer, check_number, check_seed
@@ -170,18 +168,11 @@ def run_sequence(
                 surrogate, window = None, 0
                 params = {n: p.detach() for n, p in params.items()}
                 state = {n: t.detach() for n, t in state.items()}
-        params, state = algorithm.rule.step(
-            params, state, first, Situation(partial(_again, algorithm, images), algorithm.source)
-        )
+        params, state = algorithm.rule.step(params, state, first, algorithm.situation(images))
         updated = True
     if surrogate is not None:
         _descend(surrogate, slow, optimizer, recipe.clip)
     return {n: p.detach() for n, p in params.items()}, losses
-
-
-def _again(algorithm: Online, images: Tensor, at: Tensors, first: Evaluation) -> Evaluation:
-    """Another pass over a batch, for rules that ask for one."""
-    return evaluate(algorithm.backbone, algorithm.objective, at, images, first)
 
 
 def _descend(surrogate: Tensor, slow: dict[str, Tensor], optimizer, clip: float) -> None:

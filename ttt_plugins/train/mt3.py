@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..backbones.backbone import Backbone
 from ..core.heads import init_byol
 from ..core.per_image import descend
+from ..core.schedules import schedule_factor
 from ..data.images import LabelledImages
 from ..errors import InputError
 from ..methods.mt3 import MT3, RATE, rate_names
@@ -27,7 +28,6 @@ from .common import check_outcome, create_model, read_start
 from .epochs import Epoch, Training, check_convergence, checkpoint_file, train_epochs
 from .gap import StepGap
 from .mt3_step import MT3Recipe, clip_each, draw_tasks, meta_gradient
-from .schedules import schedule_factor
 from .workers import Workers
 
 __all__ = ["MT3Recipe", "train_mt3"]

@@ -11,10 +11,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..benchmark.evaluate import accuracy
+from ..core.schedules import schedule_factor
 from ..data.images import LabelledImages
 from .common import steps_per_epoch
 from .epochs import Epoch, Recipe, Training, check_convergence
-from .schedules import schedule_factor
 
 __all__ = ["NetworkTraining"]
 

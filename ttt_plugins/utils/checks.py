@@ -53,7 +53,7 @@ def check_integer(owner: object, name: str, low: int) -> None:
         raise InputError(f"{type(owner).__name__}.{name} is beyond measure: {value}")
 
 
-def check_choice(owner: object, name: str, choices: tuple[str, ...]) -> None:
+def check_choice(owner: object, name: str, choices: tuple[object, ...]) -> None:
     """Raise `InputError` unless the field is one of ``choices``."""
     value = getattr(owner, name)
     if value not in choices:

@@ -1,0 +1,92 @@
+"""What a batch of images is checked for before anything happens to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..backbones.backbone import Backbone
+from ..errors import InputError, TTTError
+
+__all__ = ["check_images", "check_pixels", "refused_sizes"]
+
+#: How far outside [0, 1] a pixel may lie before it is taken for a mistake (resampling overshoots).
+_RANGE_SLACK = 0.05
+
+
+def check_images(backbone: Backbone, images: object) -> Tensor:
+    """Type, shape and device of a batch; it waits for no device.
+
+    Raises:
+        InputError: not images (B, C, H, W) on the backbone's device, in floating point.
+    """
+    if not isinstance(images, Tensor):
+        raise InputError(f"images must be a torch.Tensor, got {type(images).__name__}")
+    if images.ndim != 4:
+        raise InputError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise InputError(
+            f"images must be floating point in [0, 1], got {images.dtype}; "
+            "pass images.float() / 255 for 8-bit ones"
+        )
+    if not images.numel():
+        raise InputError(f"an empty batch: images have shape {tuple(images.shape)}")
+    channels = backbone.input_size[0]
+    if images.shape[1] != channels:
+        raise InputError(
+            f"images have {images.shape[1]} channels (shape {tuple(images.shape)}), the model "
+            f"takes {channels}; the layout is (B, C, H, W)"
+        )
+    if images.device != backbone.device:
+        raise InputError(
+            f"images are on {images.device}, the adapter on {backbone.device}; move one"
+        )
+    return images
+
+
+def check_pixels(images: Tensor) -> None:
+    """Refuse images with pixels outside [0, 1] or not finite; an accelerator is waited for.
+
+    Raises:
+        InputError: there are such pixels.
+    """
+    low, high = (bound.item() for bound in torch.aminmax(images.detach()))
+    if low != low or high != high or max(abs(low), abs(high)) == float("inf"):
+        raise InputError("images hold NaN or infinite pixels; nothing was adapted")
+    if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
+        raise InputError(
+            f"images must lie in [0, 1], these span {low:.3g}..{high:.3g}; normalisation "
+            "happens inside the adapter, so pass raw pixels divided by 255"
+        )
+
+
+@contextmanager
+def refused_sizes(
+    backbone: Backbone, images: Tensor, last: tuple[int, ...] | None = None
+) -> Iterator[None]:
+    """Tell an error inside the model as one of the images' size, where they have another.
+
+    Args:
+        backbone: the classifier.
+        images: (B, C, H, W), what the model gets.
+        last: (C, H, W) of the last images it took, where it names no size.
+
+    Raises:
+        InputError: the model fails, and images of another size are known to work.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError) as error:
+        known = isinstance(error, (TTTError, torch.OutOfMemoryError))
+        expected, why = backbone.input_size, "it was made for"
+        if None in expected:
+            expected, why = last, "the last images it took had"
+        if known or expected in (None, tuple(images.shape[1:])):
+            raise
+        raise InputError(
+            f"the model cannot take images of shape {tuple(images.shape[1:])}; {why} "
+            f"{expected} ({error})"
+        ) from error
