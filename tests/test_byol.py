@@ -196,7 +196,7 @@ def test_bad_recipes(fields, said):
 def test_from_joint_training_to_meta_training(data, tmp_path, monkeypatch, capsys):
     """The commands: heads and network of the joint training are where the meta-training starts."""
     rows = torch.arange(EXTRA_ROWS + 48) % 48
-    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", lambda _: data[rows])
+    monkeypatch.setattr("ttt_plugins.cli.pictures.read_parquet", lambda _: data[rows])
     monkeypatch.setattr("ttt_plugins.cli.train.load_stream", lambda *_: data[:8])
     joint, out = tmp_path / "joint", tmp_path / "meta"
     base = ["train", "mt3", "--data-dir", "data", "--epochs", "1", "--extras", "extras"]

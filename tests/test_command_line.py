@@ -63,7 +63,7 @@ def images(monkeypatch):
         ).byte(),
         torch.arange(count) % 10,
     )
-    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", lambda _: made)
+    monkeypatch.setattr("ttt_plugins.cli.pictures.read_parquet", lambda _: made)
     monkeypatch.setattr("ttt_plugins.cli.train.load_stream", lambda *_, **__: made[:16])
 
 
@@ -82,7 +82,7 @@ def no_work(monkeypatch):
     def read(*_, **__):
         raise AssertionError("images were read")
 
-    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", read)
+    monkeypatch.setattr("ttt_plugins.cli.pictures.read_parquet", read)
     monkeypatch.setattr("ttt_plugins.cli.train.load_stream", read)
     monkeypatch.setattr("ttt_plugins.cli.benchmark.open_dataset", read)
 
@@ -347,7 +347,7 @@ def test_a_recipe_that_drops_every_patch():
 
 def test_a_data_folder_with_nothing_to_train_on(monkeypatch, refused):
     few = LabelledImages(torch.zeros(EXTRA_ROWS, 3, 32, 32).byte(), torch.zeros(EXTRA_ROWS).long())
-    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", lambda _: few)
+    monkeypatch.setattr("ttt_plugins.cli.pictures.read_parquet", lambda _: few)
     for kind in ("source", "ttt", "head", "mt3"):
         assert f"no images beside the last {EXTRA_ROWS}" in refused(*train(kind, *SHORT[kind]))
 

@@ -264,7 +264,7 @@ def test_meta_training_starts_from_a_joint_artifact(tmp_path):
 @pytest.fixture
 def sixteen(monkeypatch):
     """Sixteen images to train on, wherever the command says that they are."""
-    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", lambda _: made_up(EXTRA_ROWS + 16))
+    monkeypatch.setattr("ttt_plugins.cli.pictures.read_parquet", lambda _: made_up(EXTRA_ROWS + 16))
 
 
 def command(kind, out, *more):
@@ -442,7 +442,7 @@ def test_several_classifiers_share_an_optimizer(tmp_path, monkeypatch, make_mode
 def test_the_command_makes_an_optimizer_of_no_classifiers(tmp_path, monkeypatch, corrupted):
     """Two models, the GroupNorm one with its source statistics and without."""
     monkeypatch.setattr("ttt_plugins.cli.train.load_stream", lambda *_: corrupted["noise"])
-    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", lambda _: made_up(EXTRA_ROWS + 8))
+    monkeypatch.setattr("ttt_plugins.cli.pictures.read_parquet", lambda _: made_up(EXTRA_ROWS + 8))
     seen, real = [], meta.train_mgg
 
     def noted(recipe, nets, *args, **kwargs):

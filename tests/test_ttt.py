@@ -822,7 +822,7 @@ def test_describing_draws_nothing(make_model):
 
 def test_command_line_mistakes(tmp_path, capsys, monkeypatch):
     tiny = LabelledImages(torch.zeros(1100, 3, 32, 32).byte(), torch.zeros(1100).long())
-    monkeypatch.setattr("ttt_plugins.cli.train.read_parquet", lambda path: tiny)
+    monkeypatch.setattr("ttt_plugins.cli.pictures.read_parquet", lambda path: tiny)
     base = ["train", "ttt", "--data-dir", str(tmp_path), "--out", str(tmp_path / "o")]
     for more, words in (
         (["--freeze-trunk"], "--model"),

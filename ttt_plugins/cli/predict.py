@@ -20,15 +20,15 @@ from ..core.pictures import picture_transform
 from ..data.images import to_float
 from ..data.labels import class_names, label_positions
 from ..data.loading import ImageBatch, ImageLoader
-from ..data.opening import open_images
 from ..errors import DataError, InputError
 from ..utils.checks import check_seed
 from ..utils.files import replacing
 from ..utils.signals import raising_on_sigterm
 from ..utils.text import printable
 from .models import adapter_from_args, add_model_flags
+from .pictures import add_source_flags, open_source
 
-__all__ = ["add_predict", "add_source_flags"]
+__all__ = ["add_predict"]
 
 _COLUMNS = ("file", "class", "name", "score")
 #: Seconds between two checkpoints: an interrupted run repeats at most these.
@@ -52,18 +52,6 @@ def add_predict(commands) -> None:
     add.add_argument("--resume", action="store_true", help="resume an interrupted run")
 
 
-def add_source_flags(add: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a source of pictures is read."""
-    add.add_argument(
-        "--image-size", type=int, metavar="S", help="side in pixels (default: the model's own)"
-    )
-    add.add_argument("--image-column", help="of parquet or npz (default: found by its name)")
-    add.add_argument("--label-column", help="likewise")
-    add.add_argument("--stream", action="store_true", help="do not download hf:// data sets first")
-    add.add_argument("--workers", type=int, metavar="N", help="processes that decode pictures")
-    add.add_argument("--skip-damaged", action="store_true", help="leave damaged pictures out")
-
-
 def _predict(args: argparse.Namespace) -> None:
     if args.seed is not None:
         check_seed(args.seed, "--seed")
@@ -71,8 +59,7 @@ def _predict(args: argparse.Namespace) -> None:
     if run.finished(args.resume, args.overwrite):
         print(f"{printable(str(args.out))} is complete")
         return
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
-    source = open_images(args.images, stream=args.stream, **columns)
+    source = open_source(args, args.images)
     torch.manual_seed(args.seed or 0)
     net = adapter_from_args(args)
     start = run.begin(net, args.resume)

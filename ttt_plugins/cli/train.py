@@ -14,10 +14,8 @@ from ..artifacts.folder import check_target
 from ..artifacts.saving import save_learned, save_with_model
 from ..benchmark import EXTRA_CORRUPTIONS, load_stream
 from ..core.registry import configure
-from ..data.cifar10 import EXTRA_ROWS
-from ..data.images import LabelledImages, to_float
-from ..data.parquet import read_parquet
-from ..errors import DataError, InputError
+from ..data.images import to_float
+from ..errors import InputError
 from ..methods import MGG, MT3, TTT
 from ..train.byol import ByolRecipe, train_byol
 from ..train.epochs import checkpoint_file
@@ -29,6 +27,14 @@ from ..train.source import SourceRecipe, train_source
 from ..utils.checks import check_device, check_seed
 from ..utils.processes import place_from_environment
 from .flags import add_dataclass_flags, add_field_flags, dataclass_from_args, fields_from_pairs
+from .pictures import (
+    add_source_flags,
+    corrupted_pictures,
+    head_images,
+    statistics_images,
+    test_images,
+    training_images,
+)
 
 __all__ = ["add_train"]
 
@@ -48,13 +54,27 @@ def add_train(commands) -> None:
 
 def _add_common(add: argparse.ArgumentParser, folder: str, *recipes: type) -> None:
     """Add the flags that every kind of training has, and those of the recipes."""
-    add.add_argument("--data-dir", type=Path, required=True, help=folder)
+    data = add.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data-dir", type=Path, help=folder)
+    data.add_argument(
+        "--images",
+        metavar="SOURCE",
+        help="pictures of any source instead: class folders, parquet, npz, hf://datasets/ORG/NAME",
+    )
+    add.add_argument(
+        "--max-images", type=int, metavar="N", help="with --images: N of them, drawn with the seed"
+    )
+    add_source_flags(add)
     add.add_argument("--out", type=Path, required=True, help="folder for the artifact")
     add.add_argument("--device", default="cpu")
     add.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     add.add_argument("--note", default="", help="a sentence for the card")
     for recipe in recipes:
         add_dataclass_flags(add, recipe)
+
+
+def _add_val_images(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--val-images", metavar="SOURCE", help="with --images: to test on")
 
 
 def _work_folder(args: argparse.Namespace) -> Path:
@@ -88,26 +108,6 @@ def _record(args: argparse.Namespace, recipe: Any, device: str, **facts: Any) ->
     }
 
 
-def _training_images(args: argparse.Namespace) -> LabelledImages:
-    """Those of ``train.parquet`` except the last rows, which belong to MGG's meta-training.
-
-    MGG's results are compared with those of whatever is trained here.
-    """
-    file = args.data_dir / "train.parquet"
-    images = read_parquet(file)[:-EXTRA_ROWS]
-    if not len(images):
-        raise DataError(f"{file}: no images beside the last {EXTRA_ROWS}, which are held out")
-    return images
-
-
-def _test_images(args: argparse.Namespace) -> LabelledImages:
-    file = args.data_dir / "test.parquet"
-    images = read_parquet(file)
-    if not len(images):
-        raise DataError(f"{file}: no images")
-    return images
-
-
 # -- source ------------------------------------------------------------------------------------
 
 
@@ -115,13 +115,14 @@ def _add_source(kinds) -> None:
     add = kinds.add_parser("source", help="a classifier to adapt")
     add.set_defaults(run=_train_source)
     _add_common(add, "folder with train.parquet and test.parquet", SourceRecipe)
+    _add_val_images(add)
 
 
 def _train_source(args: argparse.Namespace) -> None:
     work = _work_folder(args)
     recipe = dataclass_from_args(args, SourceRecipe)
     check_device(args.device)
-    train, test = _training_images(args), _test_images(args)
+    train, test = training_images(args, recipe), test_images(args, recipe)
     model, log = train_source(recipe, train, test, work, device=args.device, resume=args.resume)
     record = _record(args, recipe, args.device, images=len(train), **log)
     save_with_model(model, recipe.arch, recipe.model_args, args.out, training=record)
@@ -145,6 +146,7 @@ def _add_ttt(kinds) -> None:
     add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
     add_field_flags(add)
     _add_common(add, "folder with train.parquet and test.parquet", JointRecipe)
+    _add_val_images(add)
 
 
 def _train_ttt(args: argparse.Namespace) -> None:
@@ -161,7 +163,7 @@ def _train_ttt(args: argparse.Namespace) -> None:
     work = _work_folder(args)
     recipe = dataclass_from_args(args, JointRecipe)
     config = dataclasses.replace(config, split=recipe.split)
-    train, test = _training_images(args), _test_images(args)
+    train, test = training_images(args, recipe), test_images(args, recipe)
     model, head, log = train_joint(
         recipe, train, test, work, config=config, device=args.device, resume=args.resume
     )
@@ -185,17 +187,17 @@ def _train_head(args: argparse.Namespace, config: TTT) -> None:
     if args.resume:
         raise InputError("--freeze-trunk writes no checkpoint to resume from")
     refuse_random(args.model, args.pretrained)
-    train = _training_images(args)
+    images = head_images(args, recipe.seed)
     net, log = fit_rotation_head(
         args.model,
-        train.images,
+        images,
         recipe,
         config=config,
         device=args.device,
         model_dir=args.model_dir,
         pretrained=args.pretrained,
     )
-    record = _record(args, recipe, args.device, images=len(train), **log)
+    record = _record(args, recipe, args.device, images=len(images), **log)
     net.save_pretrained(args.out, training=record)
     print(f"the rotation head is in {args.out}")
 
@@ -229,6 +231,7 @@ def _add_mt3(kinds) -> None:
     add_field_flags(add)
     _add_common(add, "folder with train.parquet, and test.parquet with --joint", MT3Recipe)
     add_dataclass_flags(add, ByolRecipe, prefix="with --joint: ")
+    _add_val_images(add)
 
 
 def _train_mt3(args: argparse.Namespace) -> None:
@@ -247,7 +250,7 @@ def _train_mt3(args: argparse.Namespace) -> None:
     fields = fields_from_pairs(args.set, MT3)
     config = configure(MT3(lr=recipe.inner_lr, steps=recipe.inner_steps), fields)
     gap = _gap(args, config)
-    train = _training_images(args)
+    train = training_images(args, recipe)
     model, head, log = train_mt3(
         recipe, train, work, config=config, gap=gap, device=device, resume=resume
     )
@@ -272,7 +275,7 @@ def _train_byol(args: argparse.Namespace, work: Path) -> None:
     check_device(args.device)
     config = configure(MT3(), fields_from_pairs(args.set, MT3))
     gap = _gap(args, config)
-    train, test = _training_images(args), _test_images(args)
+    train, test = training_images(args, recipe), test_images(args, recipe)
     model, head, log = train_byol(
         recipe, train, test, work, config=config, gap=gap, device=args.device, resume=args.resume
     )
@@ -341,8 +344,13 @@ def _train_mgg(args: argparse.Namespace) -> None:
     if args.statistics_images < 1:
         raise InputError(f"--statistics-images must be at least 1, got {args.statistics_images}")
     check_device(args.device)
-    data = {name: load_stream(args.data_dir, name) for name in EXTRA_CORRUPTIONS}
-    nets, measured = _untrained_adapters(args, fields)
+    if args.images is None:
+        data = {name: load_stream(args.data_dir, name) for name in EXTRA_CORRUPTIONS}
+        labels_from = "the data set's"
+        nets, measured = _untrained_adapters(args, fields)
+    else:
+        nets, measured = _untrained_adapters(args, fields)
+        data, labels_from = corrupted_pictures(args, nets[0], args.max_images, recipe.seed)
     trained, log = train_mgg(recipe, nets, data, work, resume=args.resume)
     record = _record(
         args,
@@ -353,6 +361,7 @@ def _train_mgg(args: argparse.Namespace) -> None:
         labels="used by the outer loss and to choose checkpoint and step size"
         if recipe.labelled
         else "used to choose checkpoint and step size only",
+        labels_from=labels_from,
         statistics_images=measured,
         **log,
     )
@@ -375,9 +384,7 @@ def _untrained_adapters(args: argparse.Namespace, fields: dict[str, Any]) -> tup
             # BatchNorm models carry their source statistics; for others clean images are measured.
             if args.entropy_alone:
                 nets.append(net.with_tensors(net.config))
-            folder = args.data_dir if (args.data_dir / "train.parquet").is_file() else None
-            clean = read_parquet((folder or args.data_dir / "cifar10") / "train.parquet")
-            images = clean.images[:-EXTRA_ROWS][: args.statistics_images]
+            images = statistics_images(args, net)
             measured = len(images)
             net.fit_source_statistics(to_float(part) for part in images.split(500))
         nets.append(net)
