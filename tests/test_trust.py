@@ -448,6 +448,26 @@ def test_fields_that_would_never_end(fields, word, tmp_path):
     assert len(str(caught.value)) < 700
 
 
+@pytest.mark.parametrize("method", ["source", "tent", "sar", "ttt", "mt3"])
+@pytest.mark.parametrize("fields", ["its own", "the other's"])
+def test_an_artifact_of_one_method_under_anothers_name(method, fields, tmp_path):
+    folder = shutil.copytree(FROZEN / "mgg-v1", tmp_path / "mgg-v1")
+    edit(folder, method=method)
+    if fields == "the other's":
+        edit(folder, fields={})
+    with pytest.raises(tp.ArtifactError, match="mgg-v1"):
+        tp.from_pretrained(folder, backbone=str(BACKBONE))
+
+
+def test_an_artifact_of_one_method_with_anothers_fields():
+    with pytest.raises(
+        tp.InputError, match=r"mgg-v1 is an adapter of mgg: MGG has no field 'steps'"
+    ):
+        tp.from_pretrained(FROZEN / "mgg-v1", backbone=str(BACKBONE), steps=1)
+    with pytest.raises(tp.InputError, match="is made for mgg, not ttt"):
+        tp.wrap(str(BACKBONE), "ttt", head=FROZEN / "mgg-v1")
+
+
 def test_a_user_may_ask_for_more_than_an_artifact():
     net = tp.from_pretrained("bundled:ttt-resnet26-cifar10", copies=2048)
     assert net.config.copies == 2048

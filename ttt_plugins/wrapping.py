@@ -238,11 +238,20 @@ def from_pretrained(
     artifact = read_artifact(place.folder, place.name)
     learned = Learned(artifact.tensors, place.name, artifact.config)
     record = get_method(artifact.config["method"])
-    config = configure(stored_fields(record, artifact.config, place.name), overrides)
+    config = _changed(learned, record, overrides)
     access = replace(access, revision=None)  # it was the adapter's
     classifier = _Classifier(record, config, artifact, place.name, access, strict_backbone)
     module, origin, preprocessing = classifier.load(backbone, seed)
     return _build(module, record, config, learned, origin, replace(setting, **preprocessing))
+
+
+def _changed(learned: Learned, record: Method, overrides: dict[str, Any]) -> Any:
+    """The config of an artifact with fields replaced."""
+    config = stored_fields(record, learned.config or {}, learned.where)
+    try:
+        return configure(config, overrides)
+    except InputError as error:
+        raise InputError(f"{learned.where} is an adapter of {record.name}: {error}") from error
 
 
 @dataclass(frozen=True)
