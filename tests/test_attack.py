@@ -98,11 +98,17 @@ def test_a_head_of_other_weights_says_what_to_do(make_model, tmp_path):
         tp.wrap(make_model("batchnorm"), "ttt", head=folder)
 
 
-@pytest.mark.parametrize("loader", [None, 3, [{"image": rand(4, 3, 32, 32)}], "abc", [()]])
+@pytest.mark.parametrize("loader", [None, 3, [{"image": rand(4, 3, 32, 32)}], [()]])
 def test_loaders_of_clean_images(loader, make_model):
     net = tp.wrap(make_model("groupnorm"), "mgg")
     with pytest.raises(tp.InputError, match="loader"):
         net.fit_source_statistics(loader)
+
+
+def test_clean_images_in_a_folder_that_is_not_there(make_model):
+    net = tp.wrap(make_model("groupnorm"), "mgg")
+    with pytest.raises(tp.DataError, match="abc: no such file or folder"):
+        net.fit_source_statistics("abc")
 
 
 @pytest.mark.parametrize(
