@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..adapter import Adapter
 from ..core.online import Online, evaluate
+from ..core.per_batch import PerBatch
 from ..core.per_image import PerImage, descend, loss_and_gradient
 from ..core.scope import call
 from ..core.views import image_keys
@@ -32,7 +33,7 @@ def joint_step(
     ``number`` tells the draws of one step from the next's. In train mode the model's BatchNorms
     learn their running statistics on the images; the rotation branch uses them as they are.
     """
-    algorithm, backbone = _of(net, heads, PerImage), net.backbone
+    algorithm, backbone = _of(net, heads, (PerImage, PerBatch)), net.backbone
     # First the branch that writes running statistics, then the one whose graph keeps them.
     logits = model((images - backbone.mean) / backbone.std if backbone.normalize else images)
     meta = {f"model.{n}": p for n, p in model.named_parameters()} | dict(heads)
@@ -88,12 +89,12 @@ def _detached(tensors: Mapping[str, Tensor]) -> Tensors:
     return {n: t.detach() for n, t in tensors.items()}
 
 
-def _of(net: Adapter, heads: Mapping[str, Tensor], kind: type):
+def _of(net: Adapter, heads: Mapping[str, Tensor], kind: type | tuple[type, ...]):
     algorithm = net.algorithm(dict(heads))
     assert isinstance(algorithm, kind)
     return algorithm
 
 
-def _views(algorithm: PerImage, images: Tensor, seed: int, number: int) -> list[Tensor]:
+def _views(algorithm: PerImage | PerBatch, images: Tensor, seed: int, number: int) -> list[Tensor]:
     drawn = algorithm.task.draw(images, image_keys(images, seed), number)
     return [view.flatten(0, 1) for view in drawn]

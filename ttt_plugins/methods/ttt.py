@@ -15,6 +15,7 @@ Equation -> function
     l_s: 4-way cross-entropy of rotated crops and flips of one image -> `rotation_task`
     predict with the updated trunk and the untouched main head       -> `PerImage._predict`
     standard: forget; online: keep, one step an image                -> `PerImage.keep`
+    batch: the steps of standard, shared by the images of a batch    -> `per_batch.PerBatch`
     1  joint training of theta_e, theta_m, theta_s                   -> `train.joint`
     theta_s alone, on a classifier that stays as it is               -> `ttt_head.fit_head`
 
@@ -28,6 +29,8 @@ Deviations from the released code, and why:
 4. The bundled network's shortcuts put half of the zero channels before the others and half after;
    the released ones put all of them after (``zeros_last`` of the network; `train.released`
    converts the authors' files).
+5. ``mode="batch"`` is not the paper's: it is what torch-ttt's engines do, one adaptation for the
+   whole batch, here with plain gradient descent and the paper's views.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from ..backbones.backbone import Backbone
 from ..backbones.stages import describe_split, feature_width, trunk
 from ..core.algorithm import Tensors
 from ..core.heads import ROTATIONS, check_head, rest_tensors, rotation_logits
+from ..core.per_batch import PerBatch
 from ..core.per_image import SOURCE_ONLY, PerImage, Task, check_square
 from ..core.registry import HEAD, Method, register
 from ..core.views import crop_and_flip, quarter_turns, uniforms
@@ -57,20 +61,22 @@ __all__ = ["TTT"]
 
 @dataclass(frozen=True)
 class TTT:
-    """Rotation test-time training, each image on its own or along a stream.
+    """Rotation test-time training, on each image, along a stream, or on a batch at once.
 
     Attributes:
-        mode: ``"standard"`` (forget after each image) or ``"online"`` (one image after the other,
-            and what was learned is kept).
+        mode: ``"standard"`` (forget after each image), ``"online"`` (one image after the other,
+            and what was learned is kept) or ``"batch"`` (the images of a batch share their steps,
+            and what was learned is forgotten after it; needs batches of one shift).
         lr: learning rate of plain SGD (the paper: 1e-3; 1e-2 with one step is almost as good as
             ten steps).
-        steps: gradient steps an image; None for the paper's 10 in standard and 1 in online mode.
+        steps: gradient steps an image, or a batch in batch mode; None for 1 in online mode and the
+            paper's 10 otherwise.
         copies: augmented copies a step (the paper: 32 on CIFAR-10, 64 on ImageNet).
         split: where the trunk ends: a number of stages (``-1``: all but the last, as the paper
             has it), a module's name, or ``"end"`` for a linear rotation head on pooled features.
         threshold: images whose rotation head gives the true rotation (none) more than this
-            probability are predicted without adapting; 1 adapts all. The paper's appendix
-            suggests about 0.8.
+            probability are predicted without adapting; 1 adapts all, and is all that batch mode
+            knows. The paper's appendix suggests about 0.8.
         adapt_head: whether the rotation head's parameters move as well (the released code's do);
             None: yes with ``params="all"``, no otherwise.
         params: what adapts within the trunk: ``"all"``, ``"norm"``, ``"lora"``, a regular
@@ -92,12 +98,17 @@ class TTT:
     chunk_size: int | str = "auto"
 
     def __post_init__(self):
-        check_choice(self, "mode", ("standard", "online"))
+        check_choice(self, "mode", ("standard", "online", "batch"))
         check_number(self, "lr", 0)
         if self.steps is not None:
             check_integer(self, "steps", 1)
         check_integer(self, "copies", 1)
         check_number(self, "threshold", 0, 1)
+        if self.mode == "batch" and self.threshold < 1:
+            raise InputError(
+                "threshold leaves single images out, and mode='batch' adapts to all images of a "
+                "batch at once: use threshold=1 or another mode"
+            )
         check_choice(self, "adapt_head", (None, True, False))
         check_integer(self, "rank", 1)
         if self.chunk_size != "auto":
@@ -138,8 +149,8 @@ def rotation_task(config: TTT, backbone: Backbone, head: Tensors) -> Task:
 
 def build(
     config: TTT, backbone: Backbone, source: Tensors, tensors: Tensors, seed: int
-) -> PerImage:
-    """The per-image engine on the rotation task."""
+) -> PerImage | PerBatch:
+    """The rotation task under the engine of the mode."""
     moves = config.params == "all" if config.adapt_head is None else config.adapt_head
     if moves:
         statistics = ("running_mean", "running_var")
@@ -147,17 +158,10 @@ def build(
     online = config.mode == "online"
     steps = (1 if online else 10) if config.steps is None else config.steps
     task = rotation_task(config, backbone, tensors)
-    return PerImage(
-        backbone,
-        task,
-        source,
-        config.lr,
-        steps,
-        config.copies,
-        config.chunk_size,
-        keep=online,
-        seed=seed,
-    )
+    step = config.lr, steps, config.copies, config.chunk_size
+    if config.mode == "batch":
+        return PerBatch(backbone, task, source, *step, seed=seed)
+    return PerImage(backbone, task, source, *step, keep=online, seed=seed)
 
 
 def check(config: TTT, backbone: Backbone, tensors: Tensors, where: str) -> Tensors:
