@@ -5,10 +5,10 @@
     python examples/benchmark_speed.py full --device cuda [--autocast bfloat16] [--trace FILE]
 
 ``overhead``: the whole benchmark (reading, counting, writing) against a bare loop over the same
-images in memory, in turns, and against the adapter's own share of its time. ``processes``: the
-command in one process held to one core against torchrun with two. ``full``: 75 cells of 10,000
-images (repeats of the package's sample) against the plain model on the same images, and a profile
-of how much of the time the GPU works.
+images in memory, and against the adapter's own share of its time. ``processes``: the command in one
+process on one core against torchrun with two processes. ``full``: 75 cells of 10,000 images (the
+package's sample, repeated) against the plain model on the same images, and a profile of how much
+of the time the GPU works.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def synthetic(cells: int, rows: int) -> CorruptionData:
     """Cells of repeated sample images, in memory."""
     sample = load_sample()
     names = list(sample.images)
-    found = {}
+    images_of = {}
     for number in range(cells):
         images = sample.images[names[number % len(names)]]
         places = torch.arange(rows) % len(images)
         cell = (CORRUPTIONS[number // 5 % len(CORRUPTIONS)], number % 5 + 1)
-        found[cell] = LabelledImages(images[places], sample.labels[places])
-    return CorruptionData.from_arrays(found)
+        images_of[cell] = LabelledImages(images[places], sample.labels[places])
+    return CorruptionData.from_arrays(images_of)
 
 
 # -- overhead ----------------------------------------------------------------------------
@@ -92,13 +92,13 @@ def timed_calls(net: nn.Module) -> Iterator[list[float]]:
 def overhead(
     net: nn.Module, data_dir: Path, batch_size: int = 64, rounds: int = 3, **cells
 ) -> dict[str, float]:
-    """Seconds of the bare loop and of the benchmark, in turns, and the share on top.
+    """Seconds of the bare loop and of the benchmark, alternately, and the share on top.
 
-    Each is the median over the rounds: ``overhead`` of the benchmark against the loop beside it,
-    which a machine whose speed wanders blurs; ``outside`` of the benchmark against the calls of the
-    adapter within that very run, which it does not. ``cells`` are options of `open_dataset`. The
-    benchmark opens the folder, reads it, evaluates, and writes all its files, those of resuming
-    included.
+    Each is the median over the rounds: ``overhead`` of the benchmark against the loop run next to
+    it, which is unreliable on a machine whose speed varies; ``outside`` of the benchmark against
+    the calls of the adapter within the same run, which is not. ``cells`` are options of
+    `open_dataset`. The benchmark opens the folder, reads it, evaluates, and writes all its files,
+    those for resuming included.
     """
     data = open_dataset("cifar10", data_dir, **cells)
     parts = [data.load(cell) for cell in data.counts]
@@ -164,8 +164,10 @@ def processes(arguments: Sequence[str], count: int = 2) -> dict[str, float]:
         command = ["-m", "ttt_plugins", "benchmark", *arguments, "--threads", "1", "--out"]
         one = _seconds([*python, *command, f"{folder}/one"], {core})
         shared = _seconds([*python, *torchrun, *command, f"{folder}/shared"], None)
-        found, other = (Path(folder) / n / "unaggregated_results.csv" for n in ("one", "shared"))
-        if found.read_text() != other.read_text():
+        alone, shared_out = (
+            Path(folder) / n / "unaggregated_results.csv" for n in ("one", "shared")
+        )
+        if alone.read_text() != shared_out.read_text():
             raise AssertionError("one process and several do not agree")
     return {"one_s": one, "shared_s": shared, "speedup": one / shared}
 
@@ -232,16 +234,16 @@ def profile(
         kinds.append(ProfilerActivity.CUDA)
     options = {"batch_size": batch_size, "progress": False}
     options["execution"] = None if execution is None else _keep(execution)
-    with torch.profiler.profile(activities=kinds) as found:
+    with torch.profiler.profile(activities=kinds) as profiler:
         run_benchmark(net, data, **options)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     if trace is not None:
-        found.export_chrome_trace(str(trace))
+        profiler.export_chrome_trace(str(trace))
     wanted = DeviceType.CUDA if device.type == "cuda" else None
     spans = sorted(
         (e.time_range.start, e.time_range.end)
-        for e in found.events()
+        for e in profiler.events()
         if wanted is None or e.device_type == wanted
     )
     busy, end = 0.0, spans[0][0]
@@ -273,20 +275,20 @@ def main(argv: list[str] | None = None) -> None:
         execution = Execution(args.channels_last, args.autocast, args.compile)
         net = tp.from_pretrained(args.model, device=args.device)
         plain = tp.wrap(args.source, "source", device=args.device)
-        found = full(net, plain, args.cells, args.rows, args.batch_size, execution)
+        figures = full(net, plain, args.cells, args.rows, args.batch_size, execution)
         net = tp.from_pretrained(args.model, device=args.device)
-        found |= profile(net, args.batch_size, execution=execution, trace=args.trace)
+        figures |= profile(net, args.batch_size, execution=execution, trace=args.trace)
     elif args.data_dir is None:
         parser.error("--data-dir is needed")
     elif args.what == "overhead":
         net = tp.from_pretrained(args.model, device=args.device)
         cells = {"corruptions": args.corruption, "severities": [5], "n_examples": args.n_examples}
-        found = overhead(net, args.data_dir, args.batch_size, args.rounds, **cells)
+        figures = overhead(net, args.data_dir, args.batch_size, args.rounds, **cells)
     else:
         arguments = [args.model, "--data-dir", str(args.data_dir), "--severity", "5"]
         arguments += ["--corruption", *args.corruption, "--n-examples", str(args.n_examples)]
-        found = processes([*arguments, "--batch-size", str(args.batch_size)])
-    for name, value in found.items():
+        figures = processes([*arguments, "--batch-size", str(args.batch_size)])
+    for name, value in figures.items():
         print(f"{name:32s} {value:.4g}", flush=True)
 
 

@@ -23,7 +23,6 @@ from ..benchmark.resume import check_out
 from ..errors import InputError
 from ..utils.checks import check_seed
 from ..utils.processes import Worker, place_from_environment
-from ..utils.signals import raising_on_sigterm
 from ..utils.text import printable
 from ..wrapping import wrap
 from .models import adapter_from_args, add_model_flags
@@ -100,20 +99,19 @@ def _benchmark(args: argparse.Namespace) -> None:
         if args.threads > _THREADS:
             raise InputError(f"--threads must be at most {_THREADS}, got {args.threads}")
         torch.set_num_threads(args.threads)
+    worker = worker_from_environment()
+    if worker is None:
+        _run(args, None)
+        return
     place = place_from_environment()
-    with raising_on_sigterm(f"finished pieces are in {args.out}; resume the run with --resume"):
-        worker = worker_from_environment()
-        if worker is None:
-            _run(args, None)
-            return
-        if args.device == "cuda" and torch.cuda.is_available():
-            args.device = f"cuda:{place.local_rank % torch.cuda.device_count()}"
-        # torchrun starts all processes again when one has died: what they had done is on disk.
-        args.resume |= place.restarts > 0
-        try:
-            _run(args, worker)
-        finally:
-            worker.leave()
+    if args.device == "cuda" and torch.cuda.is_available():
+        args.device = f"cuda:{place.local_rank % torch.cuda.device_count()}"
+    # torchrun starts all processes again when one has died: what they had done is on disk.
+    args.resume |= place.restarts > 0
+    try:
+        _run(args, worker)
+    finally:
+        worker.leave()
 
 
 def _run(args: argparse.Namespace, worker: Worker | None) -> None:

@@ -215,8 +215,8 @@ def worker_from_environment() -> Worker | None:
     if place.world_size < 2:
         return None
     try:
-        found = rendezvous("env://", timeout=timedelta(minutes=10))
-        store, rank, world_size = next(iter(found))
+        places = rendezvous("env://", timeout=timedelta(minutes=10))
+        store, rank, world_size = next(iter(places))
     except (RuntimeError, ValueError) as error:
         raise DistributedError(f"cannot join the other processes ({error})") from error
     # The store may outlive processes that torchrun starts again.
