@@ -91,21 +91,18 @@ def wrap(
             ``"local-dir:path"``, always with its weights), or any ``nn.Module`` from normalised
             images (B, C, H, W) to logits (B, classes).
         method: a name of `list_methods()` or a config object (``tp.MGG(lr=1e-3)``).
-        params: what adapts: ``"norm"``, ``"all"``, ``"lora"``, a regular expression, or names; the
-            method's own default unless given.
+        params: ``"norm"``, ``"all"``, ``"lora"``, a regular expression, or names of what adapts.
         mean: of the pixels, a number per channel; from the ``pretrained_cfg`` unless given.
         std: their standard deviation, likewise.
-        normalize: False when the model normalises by itself (RobustBench's do, which is known).
+        normalize: False when the model normalises by itself (RobustBench's are known to).
         pretrained: whether to download timm's weights.
         device: where to put the adapter; the model stays where it is unless given.
-        seed: of everything random, the weights of an untrained timm model included; without it
-            those come from torch's global generator.
+        seed: of everything random; an untrained timm model draws from torch's own without it.
         model_dir: where RobustBench keeps its checkpoints.
         tensors: what the method has learned beforehand, by name, instead of an artifact's.
         head: where the self-supervised head comes from: an artifact made for these weights, or
             ``"train"``, which trains one on ``data`` while the model stays as it is.
-        data: clean images for ``head="train"``: (N, C, S, S), uint8 or in [0, 1], or a loader of
-            such batches or of tuples that begin with one. No labels are used.
+        data: clean, unlabelled images for it: (N, C, S, S), uint8 or in [0, 1], or a loader.
         classes: the classes that occur, as positions among the model's: adaptation and
             predictions see only these logits, in this order. ``"imagenet-r"`` and
             ``"imagenet-a"`` are the 200 classes of these data sets among ImageNet's.
@@ -129,10 +126,8 @@ def wrap(
         config = configure(record.config() if isinstance(method, str) else method, overrides)
         return _with_new_head(model, record, config, data, setting, pretrained, model_dir)
     module, origin, carried = load_model(model, pretrained, model_dir, seed)
-    if tensors is not None:
-        learned = Learned(tensors, "tensors")
-    else:
-        learned = find_learned(record, module, head, carried, str(model))
+    given = None if tensors is None else Learned(tensors, "tensors")
+    learned = given or find_learned(record, module, head, carried, str(model))
     config = configure(_start(method, record, learned), overrides)
     if origin["source"] == "robustbench":
         setting = replace(setting, normalize=False)
@@ -229,12 +224,7 @@ def from_pretrained(
     """
     setting = _Setting(device=device, seed=seed)
     access = Access(revision, cache_dir, local_files_only, token)
-    place = hub.find(name, access)
-    if place is None:
-        raise ArtifactError(
-            f"{str(name)[:200]!r} is no folder with a config.json, no ORG/NAME on the Hub and "
-            f"not bundled; bundled are {['bundled:' + n for n in list_bundled()]}"
-        )
+    place = _place(name, access)
     artifact = read_artifact(place.folder, place.name)
     learned = Learned(artifact.tensors, place.name, artifact.config)
     record = get_method(artifact.config["method"])
@@ -243,6 +233,16 @@ def from_pretrained(
     classifier = _Classifier(record, config, artifact, place.name, access, strict_backbone)
     module, origin, preprocessing = classifier.load(backbone, seed)
     return _build(module, record, config, learned, origin, replace(setting, **preprocessing))
+
+
+def _place(name: str | Path, access: Access) -> hub.Place:
+    place = hub.find(name, access)
+    if place is None:
+        raise ArtifactError(
+            f"{str(name)[:200]!r} is no folder with a config.json, no ORG/NAME on the Hub and "
+            f"not bundled; bundled are {['bundled:' + n for n in list_bundled()]}"
+        )
+    return place
 
 
 def _changed(learned: Learned, record: Method, overrides: dict[str, Any]) -> Any:

@@ -133,7 +133,7 @@ def fits_any(record: Method, config: Any, tensors: Mapping[str, Tensor]) -> bool
         config: its fields.
         tensors: what it learned.
     """
-    return record.fits_any is not None and record.fits_any(config, tensors)
+    return record.fits_any is not None and record.fits_any(config, dict(tensors))
 
 
 def check_fits_any(
