@@ -506,3 +506,50 @@ def test_lr_zero_with_pytorchs_own_encoder(method, make_net, images):
     plain = make_net("source", model, mean=0.5, std=0.25)
     for seed in range(2):
         assert torch.equal(net(images(6, seed)), as_it_predicts(method, plain, images(6, seed)))
+
+
+# -- images that a pipeline has normalised -------------------------------------------------
+
+
+def normalised(model, x):
+    mean = torch.tensor(model.pretrained_cfg["mean"]).view(-1, 1, 1)
+    std = torch.tensor(model.pretrained_cfg["std"]).view(-1, 1, 1)
+    return (x - mean) / std
+
+
+def test_normalised_images_lead_to_the_same_predictions(
+    build, kind, make_model, images, same_tensors, tmp_path
+):
+    model = make_model(kind)
+    plain, net = build(model), build(model, normalized_input=True)
+    for seed in range(3):
+        x = (255 * images(6, seed)).byte().float() / 255
+        assert torch.equal(net(normalised(model, x)), plain(x))
+    assert same_tensors(net.adaptation_state(), plain.adaptation_state())
+    assert same_tensors(net.learned_tensors(), plain.learned_tensors())
+    folder = net.save_pretrained(tmp_path / "artifact")
+    again = tp.from_pretrained(folder, backbone=model, normalized_input=True, seed=net.seed)
+    net.reset()
+    x = normalised(model, images(6))
+    assert torch.equal(again(x), net(x))
+
+
+def test_normalised_images_are_checked_as_pixels(make_model, make_net, images):
+    model = make_model("groupnorm")
+    net = make_net("tent", model, normalized_input=True)
+    net(normalised(model, images(4)))
+    with pytest.raises(tp.InputError, match="must lie in"):
+        net(normalised(model, 2 * images(4)))
+    with pytest.raises(tp.InputError, match="knows neither"):
+        tp.wrap(model, "tent", normalize=False, normalized_input=True)
+    with pytest.raises(tp.InputError, match="normalized_input must be"):
+        tp.wrap(model, "tent", normalized_input="yes")
+
+
+def test_statistics_are_fitted_on_what_the_pipeline_yields(make_model, make_net, images):
+    model = make_model("groupnorm")
+    plain, net = (make_net("mgg", model, normalized_input=n) for n in (False, True))
+    plain.fit_source_statistics([images(4, s) for s in range(2)], progress=False)
+    net.fit_source_statistics([normalised(model, images(4, s)) for s in range(2)], progress=False)
+    for name, tensor in plain.learned_tensors().items():
+        assert torch.allclose(net.learned_tensors()[name], tensor, rtol=1e-4, atol=1e-5)

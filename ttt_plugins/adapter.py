@@ -20,9 +20,12 @@ from .artifacts.publish import publish
 from .artifacts.saving import save_pretrained
 from .backbones.backbone import Backbone
 from .core import scope
+from .core.adaptation_state import matching_state
 from .core.algorithm import Algorithm, Chunked, Outcome, Tensors
-from .core.inputs import check_images, check_pixels, refused_sizes
+from .core.inputs import check_images, check_pixels, pixels_of, refused_sizes
+from .core.pictures import is_source
 from .core.registry import SOURCE_STATISTICS, Method, get_method
+from .data.images import batch_images
 from .errors import InputError
 
 __all__ = ["Adapter"]
@@ -40,6 +43,9 @@ class Adapter(nn.Module):
     Attributes:
         method: the method's name.
         config: the method's fields, a frozen dataclass.
+        normalized_input: whether images come with mean and std taken out already, as from a
+            pipeline that normalises. The adapter undoes it, because views and checks need pixels
+            in [0, 1]; nothing of it is stored.
         names: the parameters that adapt, by their names in the wrapped model.
         origin: where the classifier came from, as `ttt_plugins.wrap` found it.
         seed: of everything random.
@@ -62,8 +68,15 @@ class Adapter(nn.Module):
         tensors: dict[str, Tensor] | None = None,
         origin: dict[str, Any] | None = None,
         seed: int | None = None,
+        normalized_input: bool = False,
     ):
         super().__init__()
+        if normalized_input and not backbone.normalize:
+            raise InputError(
+                "normalized_input=True says that images come with mean and std taken out, and this "
+                "adapter knows neither: give mean and std, or leave normalized_input out"
+            )
+        self.normalized_input = normalized_input
         self.backbone = backbone
         self.method = method.name
         self.config = config
@@ -91,13 +104,15 @@ class Adapter(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), floating point in [0, 1] -> logits (B, classes).
 
+        With ``normalized_input`` the images are those with mean and std taken out.
+
         Raises:
             InputError: images of another type, shape or range; the adapter stays as it was.
         """
-        self.check_images(images)
+        pixels = self._checked(images)
         with self.backbone.lock, torch.inference_mode(False):
             # Tensors born in inference mode cannot be part of a graph; a copy can.
-            images = images.clone() if images.is_inference() else images.detach()
+            images = pixels.clone() if pixels.is_inference() else pixels.detach()
             images = images.to(self.backbone.dtype)
             with refused_sizes(self.backbone, images, self._last_size):
                 logits = self._predict(images)
@@ -161,9 +176,16 @@ class Adapter(nn.Module):
         Raises:
             InputError: no images (B, C, H, W) on the adapter's device, floating point in [0, 1].
         """
+        self._checked(images)
+
+    def _checked(self, images: Tensor) -> Tensor:
+        """The pixels in [0, 1] of a batch, whose normalisation is undone where it has one."""
         check_images(self.backbone, images)
+        if self.normalized_input:
+            images = pixels_of(self.backbone, images)
         if self.checks_pixels:
             check_pixels(images)
+        return images
 
     # -- state ---------------------------------------------------------------------------
 
@@ -190,6 +212,7 @@ class Adapter(nn.Module):
             tensors=self._tensors | (tensors or {}),
             origin=self.origin,
             seed=self.seed,
+            normalized_input=self.normalized_input,
         )
 
     def _algorithm_now(self) -> Algorithm:
@@ -258,28 +281,7 @@ class Adapter(nn.Module):
                 not finite; nothing is loaded.
         """
         expected = self.adaptation_state()
-        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-            raise InputError("an adaptation state is a dict of tensors")
-        if missing := sorted(expected.keys() ^ state.keys()):
-            raise InputError(
-                f"this adaptation state belongs to another adapter: {missing[0]!r} is "
-                f"{'missing' if missing[0] in expected else 'unknown here'}"
-            )
-        for name, own in expected.items():
-            given = state[name]
-            if given.shape != own.shape or given.dtype != own.dtype:
-                raise InputError(
-                    f"this adaptation state belongs to another adapter: {name!r} is "
-                    f"{given.dtype} {tuple(given.shape)}, expected {own.dtype} {tuple(own.shape)}"
-                )
-            if name.startswith("params.") and not torch.isfinite(given).all():
-                raise InputError(f"this adaptation state is damaged: {name!r} is not finite")
-        if state["batches"] < 0:
-            raise InputError("this adaptation state is damaged: a negative number of batches")
-        with torch.inference_mode(False):
-            # In our own order: a rule's flat tensors follow the order of the parameters, and a
-            # file may have sorted the names.
-            moved = {n: state[n].detach().clone().to(own.device) for n, own in expected.items()}
+        moved = matching_state(expected, state)
         self.batches = int(moved.pop("batches"))
         if self._record.build is None:
             return
@@ -308,6 +310,10 @@ class Adapter(nn.Module):
         fit = self._record.fit
         if fit is None or self._record.fits != SOURCE_STATISTICS:
             raise InputError(f"{self.method} compares no feature statistics; only mgg does")
+        if self.normalized_input and not is_source(loader):
+            loader = (
+                self._checked(batch_images(batch).to(self.backbone.device)) for batch in loader
+            )
         with self.backbone.lock:
             self._tensors |= fit(self.config, self.backbone, loader, self.seed, progress)
             self._algorithm = None

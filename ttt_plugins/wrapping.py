@@ -54,10 +54,12 @@ class _Setting:
     device: str | torch.device | None = None
     seed: int | None = None
     classes: Sequence[int] | None = None
+    normalized_input: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.normalize, bool):
-            raise InputError(f"normalize must be True or False, got {self.normalize!r}")
+        for name in ("normalize", "normalized_input"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InputError(f"{name} must be True or False, got {value!r}")
         if self.seed is not None:
             check_seed(self.seed)
         check_device(self.device)
@@ -79,6 +81,7 @@ def wrap(
     head: str | Path | None = None,
     data: Any = None,
     classes: Sequence[int] | str | None = None,
+    normalized_input: bool = False,
     source_images: Any = None,
     **overrides: Any,
 ) -> Adapter:
@@ -106,6 +109,8 @@ def wrap(
         classes: the classes that occur, as positions among the model's: adaptation and
             predictions see only these logits, in this order. ``"imagenet-r"`` and
             ``"imagenet-a"`` are the 200 classes of these data sets among ImageNet's.
+        normalized_input: whether images come with mean and std taken out already, as from a
+            pipeline that normalises; see `Adapter`.
         source_images: clean images for `Adapter.fit_source_statistics`, unlabelled: a folder,
             files, ``hf://datasets/ORG/NAME``, a data set or a loader. For MGG.
         **overrides: fields of the method's config.
@@ -118,7 +123,7 @@ def wrap(
         ArtifactError: an artifact does not load (`HubError` where the Hub is the reason).
     """
     record = get_method(method)
-    setting = _Setting(mean, std, normalize, device, seed, _positions(classes))
+    setting = _Setting(mean, std, normalize, device, seed, _positions(classes), normalized_input)
     _check_learned(tensors, head, data)
     if params is not None:
         overrides["params"] = tuple(params) if isinstance(params, (list, set)) else params
@@ -191,6 +196,7 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    normalized_input: bool = False,
     **overrides: Any,
 ) -> Adapter:
     """Load an adapter.
@@ -212,6 +218,7 @@ def from_pretrained(
         local_files_only: use that cache alone, without a connection.
         token: access token of the Hub; unless given the one of ``hf auth login`` or HF_TOKEN,
             none if False.
+        normalized_input: as in `wrap`.
         **overrides: fields of the method's config to change.
 
     Returns:
@@ -222,7 +229,7 @@ def from_pretrained(
         HubError: (an `ArtifactError`) no such repository or revision, no access, no connection.
         InputError: an unknown field, or a revision of something that is not on the Hub.
     """
-    setting = _Setting(device=device, seed=seed)
+    setting = _Setting(device=device, seed=seed, normalized_input=normalized_input)
     access = Access(revision, cache_dir, local_files_only, token)
     place = _place(name, access)
     artifact = read_artifact(place.folder, place.name)
@@ -329,4 +336,12 @@ def _build(
         elif tensors:
             raise ArtifactError(f"{where}: {record.name} learns no tensors, got {sorted(tensors)}")
         tensors = {n: t.to(backbone.device, backbone.dtype) for n, t in tensors.items()}
-        return Adapter(backbone, record, config, tensors=tensors, origin=origin, seed=seed)
+        return Adapter(
+            backbone,
+            record,
+            config,
+            tensors=tensors,
+            origin=origin,
+            seed=seed,
+            normalized_input=setting.normalized_input,
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backbones.backbone import Backbone
 from ..errors import InputError, TTTError
 
-__all__ = ["check_images", "check_pixels", "refused_sizes"]
+__all__ = ["check_images", "check_pixels", "pixels_of", "refused_sizes"]
 
 #: How far outside [0, 1] a pixel may lie before it is taken for a mistake (resampling overshoots).
 _RANGE_SLACK = 0.05
@@ -61,6 +61,17 @@ def check_pixels(images: Tensor) -> None:
             f"images must lie in [0, 1], these span {low:.3g}..{high:.3g}; normalisation "
             "happens inside the adapter, so pass raw pixels divided by 255"
         )
+
+
+def pixels_of(backbone: Backbone, images: Tensor) -> Tensor:
+    """The pixels in [0, 1] of images that were normalised with the backbone's mean and std.
+
+    Pixels that lie within rounding of an 8-bit value become that value: an image's views are drawn
+    from its bits, which are then those of the image before it was normalised.
+    """
+    pixels = images * backbone.std + backbone.mean
+    eight_bit = (pixels * 255).round() / 255
+    return torch.where((pixels - eight_bit).abs() < 1e-5, eight_bit, pixels)
 
 
 @contextmanager

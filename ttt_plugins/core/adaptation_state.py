@@ -1,0 +1,45 @@
+"""What a stream's saved state has to be to be resumed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .algorithm import Tensors
+
+__all__ = ["matching_state"]
+
+
+def matching_state(expected: Tensors, state: object) -> Tensors:
+    """Copies of a saved state's tensors, on the devices and in the order of the expected ones.
+
+    Args:
+        expected: an adaptation state of the adapter that is to resume.
+        state: a state as `Adapter.adaptation_state` made it, its names in any order.
+
+    Raises:
+        InputError: it belongs to another method, model or parameter choice, or is damaged.
+    """
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise InputError("an adaptation state is a dict of tensors")
+    if differing := sorted(expected.keys() ^ state.keys()):
+        raise InputError(
+            f"this adaptation state belongs to another adapter: {differing[0]!r} is "
+            f"{'missing' if differing[0] in expected else 'unknown here'}"
+        )
+    for name, own in expected.items():
+        given = state[name]
+        if given.shape != own.shape or given.dtype != own.dtype:
+            raise InputError(
+                f"this adaptation state belongs to another adapter: {name!r} is "
+                f"{given.dtype} {tuple(given.shape)}, expected {own.dtype} {tuple(own.shape)}"
+            )
+        if name.startswith("params.") and not torch.isfinite(given).all():
+            raise InputError(f"this adaptation state is damaged: {name!r} is not finite")
+    if state["batches"] < 0:
+        raise InputError("this adaptation state is damaged: a negative number of batches")
+    with torch.inference_mode(False):
+        # In the adapter's order: a rule's flat tensors follow the order of the parameters, and a
+        # file may have sorted the names.
+        return {n: state[n].detach().clone().to(own.device) for n, own in expected.items()}
