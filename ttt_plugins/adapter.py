@@ -22,7 +22,7 @@ from .backbones.backbone import Backbone
 from .core import scope
 from .core.adaptation_state import matching_state
 from .core.algorithm import Algorithm, Chunked, Outcome, Tensors
-from .core.inputs import check_images, check_pixels, pixels_of, refused_sizes
+from .core.inputs import check_images, check_pixels, knows_normalisation, pixels_of, refused_sizes
 from .core.pictures import is_source
 from .core.registry import SOURCE_STATISTICS, Method, get_method
 from .data.images import batch_images
@@ -43,9 +43,8 @@ class Adapter(nn.Module):
     Attributes:
         method: the method's name.
         config: the method's fields, a frozen dataclass.
-        normalized_input: whether images come with mean and std taken out already, as from a
-            pipeline that normalises. The adapter undoes it, because views and checks need pixels
-            in [0, 1]; nothing of it is stored.
+        normalized_input: whether images come with mean and std taken out already. The adapter
+            undoes it, because views and checks need pixels in [0, 1]; it is not stored.
         names: the parameters that adapt, by their names in the wrapped model.
         origin: where the classifier came from, as `ttt_plugins.wrap` found it.
         seed: of everything random.
@@ -71,12 +70,7 @@ class Adapter(nn.Module):
         normalized_input: bool = False,
     ):
         super().__init__()
-        if normalized_input and not backbone.normalize:
-            raise InputError(
-                "normalized_input=True says that images come with mean and std taken out, and this "
-                "adapter knows neither: give mean and std, or leave normalized_input out"
-            )
-        self.normalized_input = normalized_input
+        self.normalized_input = normalized_input and knows_normalisation(backbone)
         self.backbone = backbone
         self.method = method.name
         self.config = config
@@ -277,20 +271,16 @@ class Adapter(nn.Module):
         """Resume where `adaptation_state` was taken.
 
         Raises:
-            InputError: made by another method, model or parameter choice, or its parameters are
-                not finite; nothing is loaded.
+            InputError: it belongs to another adapter or is damaged; nothing is loaded.
         """
-        expected = self.adaptation_state()
-        moved = matching_state(expected, state)
+        moved = matching_state(self.adaptation_state(), state)
         self.batches = int(moved.pop("batches"))
         if self._record.build is None:
             return
-        split = {"params.": {}, "rule.": {}}
-        for name, tensor in moved.items():
-            for prefix, part in split.items():
-                if name.startswith(prefix):
-                    part[name.removeprefix(prefix)] = tensor
-        self._params, self._state = split["params."], split["rule."]
+        self._params, self._state = (
+            {n.removeprefix(prefix): t for n, t in moved.items() if n.startswith(prefix)}
+            for prefix in ("params.", "rule.")
+        )
 
     def fit_source_statistics(self, loader: Any, *, progress: bool = True) -> Adapter:
         """Measure the source's feature statistics on clean images, for MGG's discrepancy term.
@@ -388,10 +378,8 @@ class Adapter(nn.Module):
         Args:
             repository: ``"org/name"``, created if there is none.
             private: whether a new repository is private (its owner's default unless given).
-            token: access token that may write; unless given the one of ``hf auth login`` or
-                HF_TOKEN.
-            **records: ``training``, ``results`` and ``card`` of
-                `ttt_plugins.artifacts.saving.save_pretrained`.
+            token: access token that may write (that of ``hf auth login`` or HF_TOKEN if None).
+            **records: ``training``, ``results`` and ``card`` of `save_pretrained`.
 
         Returns:
             the commit that holds it now.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backbones.backbone import Backbone
 from ..errors import InputError, TTTError
 
-__all__ = ["check_images", "check_pixels", "pixels_of", "refused_sizes"]
+__all__ = ["check_images", "check_pixels", "knows_normalisation", "pixels_of", "refused_sizes"]
 
 #: How far outside [0, 1] a pixel may lie before it is taken for a mistake (resampling overshoots).
 _RANGE_SLACK = 0.05
@@ -61,6 +61,20 @@ def check_pixels(images: Tensor) -> None:
             f"images must lie in [0, 1], these span {low:.3g}..{high:.3g}; normalisation "
             "happens inside the adapter, so pass raw pixels divided by 255"
         )
+
+
+def knows_normalisation(backbone: Backbone) -> bool:
+    """True, if it is known what images of a pipeline that normalises were normalised with.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not backbone.normalize:
+        raise InputError(
+            "normalized_input=True says that images come with mean and std taken out, and this "
+            "adapter knows neither: give mean and std, or leave normalized_input out"
+        )
+    return True
 
 
 def pixels_of(backbone: Backbone, images: Tensor) -> Tensor:
