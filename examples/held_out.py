@@ -4,8 +4,9 @@
     python examples/results.py --data DIR --backbone runs/held-out/*
 
 Three small networks of timm, of three norm kinds, none with a block of those in meta-training:
-a BatchNorm ResNet with a deep stem, a GroupNorm bottleneck ResNet V2, a LayerNorm ConvNeXt. They are
-trained on the CIFAR-10 files as every source is. The same command resumes training that was stopped.
+a BatchNorm ResNet with a deep stem, a GroupNorm bottleneck ResNet V2, a LayerNorm ConvNeXt. They
+are trained on the CIFAR-10 files as every source is. The same command resumes training that was
+stopped.
 """
 
 from __future__ import annotations

@@ -148,7 +148,9 @@ def online() -> str:
 def _spread(result: dict, label: str) -> str | None:
     found = over_seeds(result, label)
     if found is None:
-        return None
+        first = accuracy(result, label, 0)
+        mgg = accuracy(result, "mgg", 0)
+        return None if first is None else f"{first:.2f} in order 0, where MGG has {mgg:.2f}"
     return f"{found[0]:.2f}" + (f" ± {found[1]:.2f}" if label != "source" else "")
 
 
@@ -214,6 +216,12 @@ def held_out() -> str:
     return table([*header, "without source statistics"], rows)
 
 
+def logged(config: dict) -> dict[str, float]:
+    """Step size as text -> accuracy in [0, 1] in the validation that chose an optimizer."""
+    training = config["training"]
+    return training["epochs"][training["chosen"]["epoch"] - 1]["accuracy"]
+
+
 def tuning(name: str) -> dict[str, dict[float, float]]:
     """Row -> rate -> accuracy in % on the four extra corruptions."""
     result = load(f"online-{name}")
@@ -223,9 +231,8 @@ def tuning(name: str) -> dict[str, dict[float, float]]:
         if scores
     }
     if name in BUNDLED:
-        training = read_config(bundled_folder(f"mgg-{name}-cifar10"))["training"]
-        logged = training["epochs"][training["chosen"]["epoch"] - 1]["accuracy"]
-        found["mgg, when meta-trained"] = {float(r): 100 * share for r, share in logged.items()}
+        scores = logged(read_config(bundled_folder(f"mgg-{name}-cifar10")))
+        found["mgg, when meta-trained"] = {float(r): 100 * share for r, share in scores.items()}
     return found
 
 

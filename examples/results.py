@@ -27,8 +27,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from report import logged
 
 import ttt_plugins as tp
+from ttt_plugins.artifacts.folder import read_config
 from ttt_plugins.benchmark import CORRUPTIONS, EXTRA_CORRUPTIONS, load_stream
 from ttt_plugins.data.cifar10 import EXTRA_ROWS
 from ttt_plugins.data.images import LabelledImages, to_float
@@ -269,6 +271,9 @@ def measure(
                 used = rate or chosen
         elif row == "tent, mix":
             used = rate or result["rates"]["tent"]
+        elif row == PAPER:
+            result["tuning"][row] = logged(read_config(Path(str(subject.paper))))
+            note()
         label = label_of(row, used) + (" again" if again else "")
         nets[label] = ROWS[row](subject, **({} if used is None else {"lr": used}))
     for seed in seeds:
