@@ -14,9 +14,9 @@ from .utils.signals import exit_on_interrupt as _exit_on_interrupt
 _exit_on_interrupt()  # first, because what follows takes seconds
 
 with _warnings.catch_warnings():
-    # timm's import trips over torch's deprecations; they are no business of our users.
+    # Importing timm raises deprecation warnings of torch that our users can do nothing about.
     _warnings.simplefilter("ignore", FutureWarning)
-    from .backbones import networks
+    from .backbones import networks  # noqa: F401  (registers our networks with timm)
 
 from .adapter import Adapter
 from .artifacts.folder import list_bundled
