@@ -109,8 +109,7 @@ def wrap(
         classes: the classes that occur, as positions among the model's: adaptation and
             predictions see only these logits, in this order. ``"imagenet-r"`` and
             ``"imagenet-a"`` are the 200 classes of these data sets among ImageNet's.
-        normalized_input: whether images come with mean and std taken out already, as from a
-            pipeline that normalises; see `Adapter`.
+        normalized_input: whether images come with mean and std taken out already; see `Adapter`.
         source_images: clean images for `Adapter.fit_source_statistics`, unlabelled: a folder,
             files, ``hf://datasets/ORG/NAME``, a data set or a loader. For MGG.
         **overrides: fields of the method's config.
@@ -123,7 +122,8 @@ def wrap(
         ArtifactError: an artifact does not load (`HubError` where the Hub is the reason).
     """
     record = get_method(method)
-    setting = _Setting(mean, std, normalize, device, seed, _positions(classes), normalized_input)
+    chosen = _positions(classes)
+    setting = _Setting(mean, std, normalize, device, seed, chosen, normalized_input)
     _check_learned(tensors, head, data)
     if params is not None:
         overrides["params"] = tuple(params) if isinstance(params, (list, set)) else params
