@@ -106,9 +106,8 @@ def wrap(
         head: where the self-supervised head comes from: an artifact made for these weights, or
             ``"train"``, which trains one on ``data`` while the model stays as it is.
         data: clean, unlabelled images for it: (N, C, S, S), uint8 or in [0, 1], or a loader.
-        classes: the classes that occur, as positions among the model's: adaptation and
-            predictions see only these logits, in this order. ``"imagenet-r"`` and
-            ``"imagenet-a"`` are the 200 classes of these data sets among ImageNet's.
+        classes: the classes that occur, as positions among the model's logits, which alone are
+            seen, in this order; or ``"imagenet-r"`` or ``"imagenet-a"``, 200 of ImageNet's.
         normalized_input: whether images come with mean and std taken out already; see `Adapter`.
         source_images: clean images for `Adapter.fit_source_statistics`, unlabelled: a folder,
             files, ``hf://datasets/ORG/NAME``, a data set or a loader. For MGG.
@@ -122,11 +121,9 @@ def wrap(
         ArtifactError: an artifact does not load (`HubError` where the Hub is the reason).
     """
     record = get_method(method)
-    chosen = _positions(classes)
-    setting = _Setting(mean, std, normalize, device, seed, chosen, normalized_input)
+    setting = _Setting(mean, std, normalize, device, seed, _positions(classes), normalized_input)
     _check_learned(tensors, head, data)
-    if params is not None:
-        overrides["params"] = tuple(params) if isinstance(params, (list, set)) else params
+    overrides |= {} if params is None else {"params": _names(params)}
     if head == "train":
         config = configure(record.config() if isinstance(method, str) else method, overrides)
         return _with_new_head(model, record, config, data, setting, pretrained, model_dir)
@@ -138,6 +135,11 @@ def wrap(
         setting = replace(setting, normalize=False)
     net = _build(module, record, config, learned, origin, setting)
     return net if source_images is None else net.fit_source_statistics(source_images)
+
+
+def _names(params: Any) -> Any:
+    """What adapts, in a form that a frozen config can hold."""
+    return tuple(params) if isinstance(params, (list, set)) else params
 
 
 def _check_learned(tensors: Any, head: Any, data: Any) -> None:
