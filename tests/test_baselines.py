@@ -1,6 +1,6 @@
 """Tent and SAR against plain loops on a copy of the model, written with torch.optim.
 
-The loops follow methods.md, section 4, and share nothing with the library: the parameters are
+The loops follow arXiv 2006.10726 and 2302.12400, and share nothing with the library: the parameters are
 found by their modules' classes, BatchNorm loses its running statistics, gradients come from
 ``backward``.
 """
@@ -108,7 +108,7 @@ def test_tent_lowers_the_entropy(kind, make_model, images):
 
 
 class PlainSAR:
-    """Two passes, filter and re-filter, momentum SGD, recovery; methods.md, section 4.
+    """Two passes, filter and re-filter, momentum SGD, recovery (arXiv 2302.12400, algorithm 1).
 
     The moving average is of the filtered loss, the one the step is taken on: the released code
     feeds it ``loss_second``, the mean over what both filters kept. Unlike there, a batch without
@@ -180,8 +180,8 @@ def test_sar_equals_a_plain_loop(kind, make_model, images):
 
 
 def test_sar_averages_the_loss_that_passed_both_filters(kind, make_model, images):
-    # methods.md: "the moving average of the filtered loss"; the released code feeds it the loss of
-    # the samples that pass both filters.
+    # As the released code has it: the moving average is of the loss of the samples that pass both
+    # filters.
     model = make_model(kind, F64)
     net = tp.wrap(model, "sar", lr=1e-2, recovery=0.0, skip_late=False)
     plain = PlainSAR(model, lr=1e-2, recovery=0.0)

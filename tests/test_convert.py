@@ -23,7 +23,7 @@ def released(slow):
 
 
 def released_variables(seed=0):
-    """MT3's released variables (methods.md, section 7), and some that are not ours."""
+    """MT3's released variables, and some that are not ours."""
     rng = np.random.default_rng(seed)
     shapes = {"model/_init_conv/kernel": (3, 3, 3, 32)}
     width_in = 32
@@ -130,7 +130,7 @@ def same_padding(x, kernel, bias, stride):
 
 
 def restated(variables, x):
-    """MT3's network on normalised images, from methods.md's sections 2 and 7."""
+    """MT3's network on normalised images, from arXiv 2103.16201 and its released code."""
     v = {n.removesuffix("/.ATTRIBUTES/VARIABLE_VALUE"): a for n, a in variables.items()}
 
     def norm(x, name):

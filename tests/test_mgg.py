@@ -1,4 +1,4 @@
-"""MGG against a plain restatement of methods.md, section 3: one scalar at a time, in float64.
+"""MGG against a plain restatement of arXiv 2412.16901: one scalar at a time, in float64.
 
 Nothing here uses the library's formulas: the inner gradient of the memory layer comes from
 autograd on one scalar's fast weights, the network's gradient from autograd on a loss written
@@ -29,7 +29,7 @@ STEPS = 4
 TOLERANCE = 1e-10
 
 #: The library adds this to a variance before its square root, whose slope is infinite at zero.
-#: methods.md does not have it; 1e-10 would otherwise be out of reach for channels of small
+#: The paper does not have it; 1e-10 would otherwise be out of reach for channels of small
 #: deviation. `test_the_guard_does_not_matter` bounds what it does.
 VARIANCE_GUARD = 1e-12
 

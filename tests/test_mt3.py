@@ -47,7 +47,7 @@ def two_layers(head, part, x):
 
 
 def plain_byol(features, head, x1, x2, targets=None):
-    """L_ss of methods.md, section 2, view by view; ``targets`` stand in for the stopped ones."""
+    """L_ss of arXiv 2103.16201, view by view; ``targets`` stand in for the stopped ones."""
 
     def distance(a, b):
         pairs = zip(a, b, strict=True)

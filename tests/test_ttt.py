@@ -175,7 +175,7 @@ def test_seeds_change_the_views(make_model, images):
 
 
 def test_the_papers_settings_are_the_defaults(make_model, images):
-    """As the issue and methods.md have them, read off what runs and not off the fields."""
+    """As arXiv 1909.13231 and 2103.16201 have them, read off what runs and not off the fields."""
     model, x = make_model("groupnorm"), images(1)
     tensors = {method: random_heads(method, model) for method in ("ttt", "mt3")}
     standard, online, mt3 = (

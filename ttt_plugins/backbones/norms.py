@@ -128,7 +128,7 @@ def late_norms(model: nn.Module) -> set[str]:
 
 
 def tapped_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers whose features are compared with the source (methods.md, section 3).
+    """The layers whose features are compared with the source (MGTTA, arXiv 2412.16901).
 
     Block transformers: the first norm of every block but the first, and the final norm, as MGTTA
     has it. Everything else: three norms, a third, two thirds and all of the way through (BatchNorms

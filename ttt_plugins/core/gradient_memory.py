@@ -25,7 +25,7 @@ from ..errors import ArtifactError
 
 __all__ = ["SLOW_SHAPES", "check_slow", "gradient_features", "init_slow", "init_state", "step"]
 
-_EPS = 1e-6  # of both layer norms (methods.md, section 3)
+_EPS = 1e-6  # of both layer norms, as in the released code
 _WIDTH = 8
 
 #: The released checkpoint's tensors, without their common prefix ``seq_modeling_block.``.

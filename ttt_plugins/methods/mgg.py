@@ -25,6 +25,8 @@ Deviations from the released code, and why:
    source's statistics.
 4. Outside block transformers three layers are compared, evenly spaced
    (`norms.tapped_modules`).
+5. A deviation is ``sqrt(var + 1e-12)``, whose slope is finite where a feature does not vary.
+6. An update that is not finite is dropped, together with its state (`online.Online`).
 """
 
 from __future__ import annotations

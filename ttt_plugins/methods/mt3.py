@@ -12,8 +12,8 @@ A step, for each image, in the paper's order
 Equation -> function
     l(a, b) = 2 - 2 cos(a, b)                              -> `objectives.cosine_distance`
     L_ss(theta; x1, x2), both ways, stopped targets        -> `byol_loss`
-    phi = theta - alpha grad L_ss(theta)                   -> `per_image.PerImage`, `inner_step`
-    sum over tasks of CE(y, f_phi(x)) + gamma L_ss(phi)    -> `train.mt3.task_loss`
+    phi = theta - alpha grad L_ss(theta)                   -> `per_image.descend`, `PerImage`
+    sum over tasks of CE(y, f_phi(x)) + gamma L_ss(phi)    -> `train.mt3_step.task_loss`
 
 Deviations from the released code, and why:
 1. Views are drawn from the image's own bits and the seed (`views.image_keys`), so that an image's
@@ -21,11 +21,13 @@ Deviations from the released code, and why:
 2. With one step and all parameters moving, projector and predictor are not moved: they are
    not read afterwards, so the prediction is the same. The classifier has no gradient.
 3. With ``params`` other than "all" projector and predictor stay put, whatever the steps.
-4. With more than one step the targets are those of the parameters reached so far (released: of
-   the start); with one step, the paper's, there is no difference.
+4. With more than one step, each has views of its own and the targets of the parameters reached so
+   far (released, at test: all steps have the same views and the targets of the start). With one
+   step, the paper's, there is no difference.
 5. Images are normalised as the model asks before they enter the network; the released network takes
    them in [0, 1] (so do weights converted from it).
 6. On models other than the paper's network, h is what their classifier sees.
+7. Colours are clipped to [0, 1] before saturation and hue change too (`views.colour_jitter`).
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ Deviations from the released code, and why:
    converts the authors' files).
 5. ``mode="batch"`` is not the paper's: it is what torch-ttt's engines do, one adaptation for the
    whole batch, here with plain gradient descent and the paper's views.
+6. BatchNorm uses the source's statistics throughout (released: with ``--fix_bn`` only; else the
+   copies' statistics in the steps, which also move the running ones).
 """
 
 from __future__ import annotations

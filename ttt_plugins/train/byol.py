@@ -4,8 +4,11 @@ The mean of the cross-entropy of labelled images plus a weight times BYOL's loss
 them, over network, projector and predictor at once: first order, no inner step. Heads, views and
 batch augmentation are those of MT3's tasks (arXiv 2103.16201, the baseline "JT").
 
-Deviation from the released code: the targets of BYOL's loss are the same network's projections
-under a stopped gradient, as in MT3's tasks, and not those of a moving average of the network.
+Deviations from the released code:
+1. The targets of BYOL's loss are the same network's projections under a stopped gradient, as in
+   MT3's tasks, and not those of a moving average of the network.
+2. The batch augmentation is drawn for every ``task_images`` images, as in MT3's tasks, and not once
+   for the whole batch.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ __all__ = ["ByolModel", "ByolRecipe", "train_byol"]
 
 @dataclass(frozen=True)
 class ByolRecipe:
-    """How classifier, projector and predictor are trained together; defaults are the authors'.
+    """How classifier, projector and predictor are trained together.
+
+    The defaults are the authors', except ``task_images``: theirs is the whole batch.
 
     Attributes:
         arch: name of a timm architecture.

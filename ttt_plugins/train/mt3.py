@@ -4,6 +4,12 @@ A meta-batch holds a few tasks, a task a few labelled images; `mt3_step` differe
 
 Started by torchrun, several processes share the tasks of a meta-batch and add up their gradients:
 the same meta-step as one process takes, up to the order of the sums.
+
+Deviations from the released trainer:
+1. Fresh weights are He's in convolutions and PyTorch's default in linear layers (released: Keras's,
+   Glorot's).
+2. Where the resolution halves, convolutions pad all sides (``pad_end`` of the network pads as
+   TensorFlow does).
 """
 
 from __future__ import annotations
@@ -68,7 +74,8 @@ class _MetaTraining(Training):
     """Meta-training of a model with its projector and predictor.
 
     Attributes:
-        model: the network; its own parameters move only when training has ended.
+        model: the network; its own parameters are set to the meta-parameters to measure the step on
+            held images, and when training has ended.
         arch: its architecture.
         model_args: keyword arguments of its constructor.
         meta: the meta-parameters, ``"model.<name>"``, ``"projector…"`` and ``"predictor…"``, and
