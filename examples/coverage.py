@@ -47,7 +47,9 @@ SIZES = (64, 96, 128, 160, 192, 224, 256)
 #: SAR without its filter, few views an image, small steps where all weights of a random network
 #: move at once.
 FIELDS = {
-    "sar": {"lr": 1e-1, "margin": 1.0, "recovery": 0.0},
+    "tent": {"window": 1},
+    "sar": {"lr": 1e-1, "margin": 1.0, "recovery": 0.0, "window": 1},
+    "mgg": {"window": 1},
     "ttt": {"lr": 1e-6, "steps": 1, "copies": 1, "chunk_size": 2},
     "mt3": {"lr": 1e-6, "copies": 1, "chunk_size": 2},
 }

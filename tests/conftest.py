@@ -126,7 +126,8 @@ def make_net(slow):
     """``make_net(method, model, tensors=None, backbone=None, **options)`` -> an adapter.
 
     Like ``tp.wrap``, except that MGG gets this suite's slow weights, and TTT and MT3 random heads
-    and few views, so that nothing depends on the bundled artifacts. ``tensors`` adds to the
+    and few views, so that nothing depends on the bundled artifacts. Online methods make an update
+    on every batch, whatever its size. ``tensors`` adds to the
     learned tensors (source statistics); ``backbone`` is used instead of a new one.
     """
 
@@ -136,6 +137,8 @@ def make_net(slow):
             tensors = random_heads(method, model if backbone is None else backbone.model, split)
         if method in PER_IMAGE:
             options = {"copies": 4} | ({"steps": 2} if method == "ttt" else {}) | options
+        if hasattr(get_method(method).config, "window"):
+            options = {"window": 1} | options
         if method == "mgg":
             tensors = {f"memory.{n}": t for n, t in slow.items()} | (tensors or {})
         if backbone is None:

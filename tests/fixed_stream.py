@@ -21,6 +21,7 @@ import ttt_plugins as tp
 SAMPLE = Path(tp.__file__).parent / "assets" / "demo"
 SOURCES = ("source-resnet26-cifar10", "source-resnet26bn-cifar10", "source-vit-tiny-cifar10")
 RATES = {"tent": 1e-3, "sar": 1e-2}
+WINDOW = 32
 
 
 def sample(name: str, count: int) -> torch.Tensor:
@@ -38,8 +39,8 @@ def adapters() -> dict[str, tp.Adapter]:
         model = f"bundled:{source}"
         nets[f"source/{source}"] = tp.wrap(model, "source")
         for method, lr in RATES.items():
-            nets[f"{method}/{source}"] = tp.wrap(model, method, lr=lr)
-        nets[f"mgg/{source}"] = tp.from_pretrained(model.replace("source", "mgg"))
+            nets[f"{method}/{source}"] = tp.wrap(model, method, lr=lr, window=WINDOW)
+        nets[f"mgg/{source}"] = tp.from_pretrained(model.replace("source", "mgg"), window=WINDOW)
     ttt = "bundled:ttt-resnet26-cifar10"
     nets["ttt"] = tp.from_pretrained(ttt, steps=2, copies=8, lr=0.01)
     nets["ttt/online"] = tp.from_pretrained(ttt, mode="online", copies=8)
@@ -54,7 +55,7 @@ def logits() -> dict[str, torch.Tensor]:
     torch.set_num_threads(1)  # their number is in the last bits of some sums
     found = {}
     for name, net in adapters().items():
-        size, count = (4, 4) if name[:3] in ("ttt", "mt3") else (32, 96)
+        size, count = (4, 4) if name[:3] in ("ttt", "mt3") else (WINDOW, 96)
         parts = [sample(kind, count).split(size) for kind in ("gaussian_noise", "fog")]
         found[name] = torch.cat([net(images) for part in parts for images in part])
     torch.set_num_threads(threads)

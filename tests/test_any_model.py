@@ -375,7 +375,7 @@ def test_shared_modules_and_tied_weights_adapt_and_come_back(images):
     torch.manual_seed(0)
     model = Shared()
     assert tied_parameters(model) == {"a.weight": ["c.weight"]}
-    net = tp.wrap(model, "tent", params="all", normalize=False, lr=0.1)
+    net = tp.wrap(model, "tent", window=1, params="all", normalize=False, lr=0.1)
     first, second = net(images(3)), net(images(3))
     assert torch.equal(first, model(images(3)).detach())
     assert not torch.equal(first, second)

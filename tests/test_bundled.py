@@ -52,13 +52,13 @@ def test_every_method_wraps_a_bundled_source(name, method, images):
         with pytest.raises(tp.InputError, match=f"ttt-plugins train {method}"):
             tp.wrap(f"bundled:{name}", method)
         return
-    net = tp.wrap(f"bundled:{name}", method)
+    net = tp.wrap(f"bundled:{name}", method, **({} if method == "source" else {"window": 4}))
     assert torch.isfinite(net(images(4))).all()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_bundled_optimizer_adapts(name, images, moved):
-    net = tp.from_pretrained(f"bundled:{name}")
+    net = tp.from_pretrained(f"bundled:{name}", window=8)
     net(images(8))
     assert moved(net)
     assert net.skipped_updates == 0
@@ -73,10 +73,10 @@ def test_source_statistics_are_at_hand(name):
 
 def test_a_bare_mgg_takes_the_universal_optimizer(kind, make_model, images, moved, same_tensors):
     model = make_model(kind)
-    net = tp.wrap(model, "mgg")
+    net = tp.wrap(model, "mgg", window=8)
     assert torch.isfinite(net(images(8))).all()
     assert moved(net)
-    named = tp.from_pretrained(f"bundled:{UNIVERSAL}", backbone=model)
+    named = tp.from_pretrained(f"bundled:{UNIVERSAL}", backbone=model, window=8)
     assert named.config == net.config
     assert same_tensors(named.learned_tensors(), net.learned_tensors())
     with pytest.raises(tp.ArtifactError, match="backbone="):

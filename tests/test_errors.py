@@ -93,7 +93,7 @@ class OutOfMemory(nn.Module):
 
 def test_running_out_of_memory_is_not_the_images_fault(images):
     # Whoever halves the batch on OutOfMemoryError has to see one.
-    net = tp.wrap(OutOfMemory(), "tent", mean=0.5, std=0.25)
+    net = tp.wrap(OutOfMemory(), "tent", window=1, mean=0.5, std=0.25)
     with pytest.raises(torch.OutOfMemoryError):
         net(images(2))
 
@@ -112,7 +112,7 @@ class Features(nn.Module):
 
 @pytest.mark.parametrize("form", ["tuple", "map", "dict"])
 def test_models_that_return_no_logits(form, images):
-    net = tp.wrap(Features(form), "tent", mean=0.5, std=0.25)
+    net = tp.wrap(Features(form), "tent", window=1, mean=0.5, std=0.25)
     with pytest.raises(tp.InputError, match="logits"):
         net(images(2))
 
@@ -147,7 +147,7 @@ def test_norms_without_affine_parameters_are_nothing_to_adapt():
 
 def test_what_the_error_proposes_works(images):
     for params in ("all", "conv", ["head.bias", "conv.weight"]):
-        net = tp.wrap(PlainConvNet(), "tent", params=params, mean=0.5, std=0.25, lr=1e-2)
+        net = tp.wrap(PlainConvNet(), "tent", window=1, params=params, mean=0.5, std=0.25, lr=1e-2)
         assert torch.isfinite(net(images(3))).all()
         chosen = {"all": 4, "conv": 2}.get(params if isinstance(params, str) else None, 2)
         assert len(net.names) == chosen

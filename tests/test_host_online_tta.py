@@ -16,7 +16,7 @@ from ttt_plugins.core.registry import get_method
 MODULE = "ttt_plugins.hosts.online_tta"
 CFGS = Path(tp.__file__).parent / "hosts" / "cfgs"
 FIELDS = {
-    "mgg": {},
+    "mgg": {"window": 1},
     "mt3": {"copies": 2},
     "ttt": {"copies": 2},
     "ttt online": {"copies": 2, "mode": "online"},
@@ -150,7 +150,7 @@ def test_mixed_precision(host, config, make_model, images):
     model = make_model("groupnorm")
     cfg, net = config("mgg", model, MIXED_PRECISION=True)
     hosted = host.get("mgg")(cfg, model, 10)
-    exact = tp.wrap(model, "mgg", normalize=False, lr=0.01)(images(4))
+    exact = tp.wrap(model, "mgg", normalize=False, lr=0.01, window=1)(images(4))
     for seed in range(2):
         logits = hosted(images(4, seed))
         with torch.autocast("cpu", torch.bfloat16):

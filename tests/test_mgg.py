@@ -648,7 +648,7 @@ def test_entropy_alone_takes_smaller_steps(make_model, images, same_tensors):
     model = make_model("groupnorm")
 
     def after(fitted=False, **fields):
-        net = tp.wrap(model, "mgg", **fields)
+        net = tp.wrap(model, "mgg", window=1, **fields)
         if fitted:
             net.fit_source_statistics([images(8, 5)], progress=False)
         for seed in range(2):
@@ -681,7 +681,7 @@ def test_the_bound_is_a_number():
 def test_hand_made_rules_on_the_same_objective(rule, make_model, images):
     """A step equals torch.optim's on the gradient of the same loss; lr=0 is the plain model."""
     model = make_model("batchnorm")
-    net = tp.wrap(model, "mgg", rule=rule, lr=1e-2)
+    net = tp.wrap(model, "mgg", window=1, rule=rule, lr=1e-2)
     algorithm = net.algorithm()
     leaves = {n: p.clone().requires_grad_() for n, p in algorithm.source.items()}
     first = evaluate(net.backbone, algorithm.objective, dict(leaves), images(8))
@@ -696,7 +696,7 @@ def test_hand_made_rules_on_the_same_objective(rule, make_model, images):
         if name.startswith("params."):
             wanted = leaves[name.removeprefix("params.")].detach()
             torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-7)
-    still = tp.wrap(model, "mgg", rule=rule, lr=0)
+    still = tp.wrap(model, "mgg", window=1, rule=rule, lr=0)
     still(images(8))
     same = {"statistics": net.config.statistics, "prior": net.config.prior}
     assert torch.equal(still(images(8)), tp.wrap(model, "source", **same)(images(8)))

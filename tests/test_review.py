@@ -73,7 +73,7 @@ def test_the_seed_decides_the_weights_of_an_untrained_model(images):
 @pytest.mark.parametrize("method", ["tent", "sar", "mgg"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_adapts_without_breaking(make_model, method, dtype, images):
-    net = tp.wrap(make_model("groupnorm").to(dtype), method)
+    net = tp.wrap(make_model("groupnorm").to(dtype), method, window=1)
     for seed in range(3):
         assert torch.isfinite(net(images(4, seed=seed))).all()
     assert net.skipped_updates == 0
@@ -103,7 +103,7 @@ def test_a_models_own_fault_is_not_called_a_shape(images):
         def forward(self, x):
             raise RuntimeError("out of coffee")
 
-    net = tp.wrap(Faulty(), "tent", normalize=False)
+    net = tp.wrap(Faulty(), "tent", window=1, normalize=False)
     with pytest.raises(RuntimeError, match=r"^out of coffee$"):
         net(images(2))
 

@@ -93,7 +93,7 @@ def test_selections(make_model):
 
 def test_only_what_was_chosen_moves(make_model, images):
     model = make_model("groupnorm")
-    net = tp.wrap(model, "tent", params=["norm.weight"], lr=1e-2)
+    net = tp.wrap(model, "tent", params=["norm.weight"], window=1, lr=1e-2)
     net(images(6))
     exported = dict(net.export().model.named_parameters())
     moved = [n for n, p in model.named_parameters() if not torch.equal(p, exported[n])]
@@ -215,7 +215,7 @@ def test_statistics_are_read_and_never_written(make_model, images, same_tensors)
     model = make_model("batchnorm")
     before = {n: t.clone() for n, t in model.state_dict().items()}
     for statistics in ("source", "batch", "mix"):
-        net = tp.wrap(model, "tent", statistics=statistics, lr=1e-2)
+        net = tp.wrap(model, "tent", statistics=statistics, window=1, lr=1e-2)
         for n in (5, 1):
             net(images(n))
         assert same_tensors(net.backbone.source_state_dict(), before)
@@ -368,7 +368,7 @@ def test_tied_weights_stay_tied(images):
 
     torch.manual_seed(0)
     model = Tied()
-    net = tp.wrap(model, "tent", params="all", normalize=False, lr=1e-2)
+    net = tp.wrap(model, "tent", window=1, params="all", normalize=False, lr=1e-2)
     assert net.names == [n for n, _ in model.named_parameters()]
     assert torch.equal(net(images(3)), model(images(3)).detach())
     net(images(3))

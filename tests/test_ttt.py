@@ -382,7 +382,7 @@ def test_low_rank_changes_start_at_the_source_bit_for_bit(make_model, images):
 
 def test_low_rank_changes_train_along_a_stream(make_model, images):
     model = make_model("layernorm")
-    net = tp.wrap(model, tp.Tent(params="lora", lr=1e-2))
+    net = tp.wrap(model, tp.Tent(params="lora", window=1, lr=1e-2))
     first = net(images(6))
     assert not torch.equal(net(images(6)), first)
     exported = net.export()
@@ -415,7 +415,7 @@ def test_low_rank_changes_are_for_linear_layers_and_plain_1x1_convolutions(image
     model, changed = Convolutions().eval(), {"pointwise.weight", "linear.weight"}
     with torch.no_grad():
         model.head.weight.mul_(10)
-    net = tp.wrap(model, tp.Tent(params="lora", lr=0.1), normalize=False)
+    net = tp.wrap(model, tp.Tent(params="lora", window=1, lr=0.1), normalize=False)
     assert set(net.names) == changed
     for seed in range(3):
         net(images(8, seed))

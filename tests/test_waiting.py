@@ -26,7 +26,7 @@ def test_a_step_looks_at_no_tensors_value(method, kind, make_model, images):
 
 def test_skipped_updates_are_looked_at_now_and_then(make_model, images, monkeypatch):
     """As on an accelerator; whoever asks is told at once."""
-    net = tp.wrap(make_model("layernorm"), "tent")
+    net = tp.wrap(make_model("layernorm"), "tent", window=1)
     monkeypatch.setattr(tp.Adapter, "_may_look", lambda self: self.batches % 3 == 0)
     true = online.evaluate
 
@@ -48,7 +48,7 @@ def test_skipped_updates_are_looked_at_now_and_then(make_model, images, monkeypa
 
 
 def test_pixels_that_are_known_to_be_good(make_model, images):
-    net = tp.wrap(make_model("layernorm"), "tent")
+    net = tp.wrap(make_model("layernorm"), "tent", window=1)
     net.checks_pixels = False
     before = net.adaptation_state()
     with pytest.warns(RuntimeWarning, match="not finite"):

@@ -20,11 +20,12 @@ from .artifacts.publish import publish
 from .artifacts.saving import save_pretrained
 from .backbones.backbone import Backbone
 from .core import scope
-from .core.adaptation_state import matching_state
+from .core.adaptation_state import describe_tensors, matching_state
 from .core.algorithm import Algorithm, Chunked, Outcome, Tensors
 from .core.inputs import check_images, check_pixels, knows_normalisation, pixels_of, refused_sizes
 from .core.pictures import is_source
 from .core.registry import SOURCE_STATISTICS, Method, get_method
+from .core.window import Window
 from .data.images import batch_images
 from .errors import InputError
 
@@ -87,6 +88,8 @@ class Adapter(nn.Module):
         self._params: Tensors | None = None
         self._state: Tensors | None = None
         self._algorithm: Algorithm | None = None
+        self._window = Window.of(config)
+        self._waiting: Tensors = {}
         # How many images adapt together, by what decides it; and the size of the last images.
         self._chunks: dict[tuple, int] = {}
         self._last_size: tuple[int, ...] | None = None
@@ -120,8 +123,9 @@ class Adapter(nn.Module):
             self.forwards += len(images)
             return logits
         with torch.no_grad():
-            params, state = self._now()
-            outcome = self._adapt(params, state, images)
+            outcome, self._waiting = self._window.step(
+                self._adapt, self.backbone, *self._now(), self._waiting, images
+            )
         # Nothing above changes what was learned: an error on the way leaves the adapter as it was.
         self._params, self._state, self.loss = outcome.params, outcome.state, outcome.loss
         self.forwards += outcome.forwards
@@ -223,7 +227,7 @@ class Adapter(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)
-        for held in (self._tensors, self._params):
+        for held in (self._tensors, self._params, self._waiting):
             if held is not None:
                 held.update({name: fn(t) for name, t in held.items()})
         self._algorithm = None  # it holds the tensors from before the move
@@ -247,7 +251,7 @@ class Adapter(nn.Module):
     def reset(self) -> None:
         """Back to the source, bit for bit; costs nothing but dropping the adapted tensors."""
         self._params = self._state = self.loss = None
-        self.batches = 0
+        self._waiting, self.batches = {}, 0
 
     def load_state_dict(self, *_: Any, **__: Any) -> Any:
         """Refused: the weights are shared with the wrapped model, which is never written."""
@@ -265,6 +269,7 @@ class Adapter(nn.Module):
             params, rule = self._now()
             state |= {f"params.{n}": t.clone() for n, t in params.items()}
             state |= {f"rule.{n}": t.clone().contiguous() for n, t in rule.items()}
+            state |= {n: t.clone() for n, t in self._waiting.items()}
         return state
 
     def load_adaptation_state(self, state: dict[str, Tensor]) -> None:
@@ -273,7 +278,10 @@ class Adapter(nn.Module):
         Raises:
             InputError: it belongs to another adapter or is damaged; nothing is loaded.
         """
-        moved = matching_state(self.adaptation_state(), state)
+        rest, waiting = self._window.part_of(state, self.backbone)
+        own = {n: t for n, t in self.adaptation_state().items() if n not in self._waiting}
+        moved = matching_state(own, rest)
+        self._waiting = waiting
         self.batches = int(moved.pop("batches"))
         if self._record.build is None:
             return
@@ -324,9 +332,8 @@ class Adapter(nn.Module):
 
     def describe(self) -> str:
         """What adapts, the split, statistics, preprocessing and size, and what a step costs."""
-        model = self.backbone.model
-        own = sum(p.numel() for p in model.parameters())
-        lines = [f"{self.method} around {type(model).__name__} ({own:,} parameters)"]
+        own = sum(p.numel() for p in self.backbone.model.parameters())
+        lines = [f"{self.method} around {type(self.backbone.model).__name__} ({own:,} parameters)"]
         fields = dataclasses.fields(self.config)
         lines += [f"  {field.name}: {getattr(self.config, field.name)!r}" for field in fields]
         lines += self.backbone.describe()
@@ -334,22 +341,15 @@ class Adapter(nn.Module):
             lines.append("adapts: nothing; one forward pass a batch")
             return "\n".join(lines)
         algorithm = self._algorithm_now()
-        scalars = sum(t.numel() for t in algorithm.source.values())
-        state = sum(t.numel() * t.element_size() for t in algorithm.init().values())
-        shown = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
-        lines.append(f"adapts: {scalars:,} scalars in {len(algorithm.source)} tensors ({shown})")
+        adapted, memory = describe_tensors(self.names, algorithm.source, algorithm.init())
+        lines.append(adapted)
         if self._record.describe is not None:
             lines += self._record.describe(self.config, self.backbone)
-        lines += algorithm.describe()
+        lines += algorithm.describe() + self._window.describe()
         if isinstance(algorithm, Chunked):
             size = self.input_size
             lines.append(algorithm.describe_memory(self._last_size if None in size else size))
-        gradients = sum(t.numel() * t.element_size() for t in algorithm.source.values())
-        lines.append(
-            f"state: {state / 1e6:.2f} MB beside the adapted scalars, whose gradients take "
-            f"{gradients / 1e6:.2f} MB during a step"
-        )
-        return "\n".join(lines)
+        return "\n".join([*lines, memory])
 
     def export(self) -> nn.Module:
         """An independent module holding the adapted parameters: images in [0, 1] -> logits."""

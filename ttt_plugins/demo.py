@@ -141,8 +141,9 @@ def load_sample(folder: str | Path = SAMPLE, n: int | None = None) -> Sample:
 
 def build_adapters(model: str = MODEL, mgg: str = MGG) -> dict[str, Adapter]:
     """The unadapted model, Tent, SAR and MGG, each with its own defaults."""
-    adapters = {name: wrap(model, name) for name in ("source", "tent", "sar")}
-    return {**adapters, "mgg": from_pretrained(mgg)}
+    adapters = {name: wrap(model, name, window=BATCH_SIZE) for name in ("tent", "sar")}
+    mgg_adapter = from_pretrained(mgg, window=BATCH_SIZE)
+    return {"source": wrap(model, "source"), **adapters, "mgg": mgg_adapter}
 
 
 def build_per_image_adapters(ttt: str = TTT, mt3: str = MT3) -> dict[str, Adapter]:

@@ -9,6 +9,7 @@ for the fields it is given, and ``images``, ``(n, seed) -> (n, C, H, W)`` in [0,
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -135,10 +136,12 @@ def a_rate_of_zero_is_the_plain_model(build: Build, images: Images) -> None:
     probe = build()
     if not hasattr(probe.config, "lr"):
         return
-    net = build(lr=0.0)
+    still = [build(lr=0.0)]
+    if hasattr(probe.config, "window"):
+        still.append(build(lr=0.0, window=4))
     source = get_method("source")
     plain = Adapter(probe.backbone, source, source.config())  # on the backbone's statistics
-    for n in (6, 1, 3):
+    for n, net in itertools.product((6, 1, 3, 3), still):
         x, logits = images(n, n), net(images(n, n))
         # A method that goes image by image rounds as a batch of one does.
         single = torch.cat([plain(image[None]) for image in x])
@@ -235,6 +238,73 @@ def an_error_changes_nothing(build: Build, images: Images) -> None:
     assert all_equal(logits + stream(net, images, [2]), expected)
 
 
+def _has_window(build: Build) -> bool:
+    return hasattr(build().config, "window")
+
+
+def a_full_window_is_one_update(build: Build, images: Images) -> None:
+    """A batch of at least ``window`` images is one update on it; smaller ones gather until then."""
+    if not _has_window(build):
+        return
+    whole = images(8, 0)
+    at_once = build(window=1)
+    logits = at_once(whole)
+    for window in (5, 8):
+        net = build(window=window)
+        assert torch.equal(net(whole), logits), f"{window=}, a batch of 8"
+        assert same_state(net.adaptation_state(), at_once.adaptation_state()), window
+    expected = _moved(at_once)
+    for size in (1, 2, 4):
+        net = build(window=8)
+        fresh = _moved(net)
+        for part in whole.split(size):
+            assert same_state(_moved(net), fresh), f"batches of {size}: an update before the 8th"
+            net(part)
+        assert same_state(_moved(net), expected), f"batches of {size}: another update"
+        assert not any(n.startswith("window.") for n in net.adaptation_state()), size
+
+
+def _moved(net: Adapter) -> dict[str, Tensor]:
+    """What an update changes: parameters and the rule's state."""
+    state = net.adaptation_state()
+    return {n: t for n, t in state.items() if n.startswith(("params.", "rule."))}
+
+
+def smaller_batches_are_predicted_at_once(build: Build, images: Images) -> None:
+    """While a window fills, predictions are those of the parameters as they are."""
+    if not _has_window(build):
+        return
+    net, source = build(window=8), get_method("source")
+    plain = Adapter(net.backbone, source, source.config())  # on the backbone's statistics
+    for seed, n in enumerate((3, 1, 3)):
+        assert torch.equal(net(images(n, seed)), plain(images(n, seed))), n
+    assert net.backwards == 0
+    exported = net.export()
+    net(images(3, 3))
+    assert net.backwards % 8 == 0
+    assert net.backwards > 0
+    with torch.no_grad():
+        before = exported(images(2, 4))
+    assert not torch.equal(net(images(2, 4)), before), "the update does not show"
+
+
+def a_window_stops_and_goes_on(build: Build, images: Images) -> None:
+    """A stream cut anywhere in a window, saved and resumed, is the unbroken one."""
+    if not _has_window(build):
+        return
+    sizes, unbroken = (3, 2, 6, 1, 3, 2), build(window=5)
+    expected = [unbroken(images(n, seed)) for seed, n in enumerate(sizes)]
+    for stop in range(len(sizes)):
+        before, after = build(window=5), build(window=5)
+        logits = [before(images(n, seed)) for seed, n in enumerate(sizes[:stop])]
+        after.load_adaptation_state(dict(sorted(before.adaptation_state().items())))
+        logits += [after(images(n, stop + i)) for i, n in enumerate(sizes[stop:])]
+        assert all_equal(logits, expected), stop
+        assert same_state(after.adaptation_state(), unbroken.adaptation_state()), stop
+    unbroken.reset()
+    assert same_state(unbroken.adaptation_state(), build(window=5).adaptation_state())
+
+
 #: All of them, by name.
 LAWS: dict[str, Callable[[Build, Images], None]] = {
     law.__name__: law
@@ -250,6 +320,9 @@ LAWS: dict[str, Callable[[Build, Images], None]] = {
         the_wrapped_model_is_untouched,
         the_seed_decides,
         an_error_changes_nothing,
+        a_full_window_is_one_update,
+        smaller_batches_are_predicted_at_once,
+        a_window_stops_and_goes_on,
     )
 }
 
@@ -258,7 +331,11 @@ class _Build:
     """``build(**overrides)`` for the laws; ``model`` is the user's."""
 
     def __init__(self, model: nn.Module, method: Any, options: dict[str, Any]):
-        self.model, self.method, self.options = model, method, options
+        self.model, self.method = model, method
+        # Most laws are about updates on every batch, and their batches are small.
+        self.options: dict[str, Any] = options
+        if hasattr(get_method(method).config, "window"):
+            self.options = {"window": 1, **options}
 
     def __call__(self, **overrides: Any) -> Adapter:
         with warnings.catch_warnings():
@@ -282,7 +359,9 @@ def check_method(
         model: the classifier; unless given, three small ones, on BatchNorm, GroupNorm, LayerNorm.
         tensors: what the method learned beforehand, or a function of the model that makes it.
         input_size: (C, H, W) of the images that ``model`` takes.
-        **options: as for `ttt_plugins.wrap`: fields of the config, seed, mean, std, normalize.
+        **options: as for `ttt_plugins.wrap`: fields of the config, seed, mean, std, normalize. A
+            method whose config has a field ``window`` is held to updates on every batch and to
+            those on windows.
 
     Returns:
         what held, ``"<law> on <network>"``.

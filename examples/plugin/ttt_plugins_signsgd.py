@@ -16,13 +16,14 @@ class SignSGD:
     Attributes:
         lr: what a scalar moves by in a step.
         momentum: share of the past in the direction, in [0, 1].
-        statistics, prior, params: as in Tent.
+        statistics, prior, window, params: as in Tent.
     """
 
     lr: float = 1e-4
     momentum: float = 0.9
     statistics: str = "batch"
     prior: float = 16.0
+    window: int = 64
     params: str | tuple[str, ...] = "norm"
 
 
@@ -37,8 +38,7 @@ class SignRule:
         return {name: p.new_zeros(p.shape) for name, p in params.items()}
 
     def step(self, params, state, first, situation):
-        share = self.config.momentum
-        state = {n: share * state[n] + (1 - share) * g for n, g in first.grads.items()}
+        state = {n: g.lerp(state[n], self.config.momentum) for n, g in first.grads.items()}
         return {n: p - self.config.lr * state[n].sign() for n, p in params.items()}, state
 
 

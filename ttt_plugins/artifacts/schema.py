@@ -195,7 +195,13 @@ def _short(value: Any) -> str:
 # -- fields of a method ----------------------------------------------------------------------
 
 #: The largest value of fields that cost time or memory; a user's override may be larger.
-_FIELD_LIMITS = {"copies": 1 << 10, "steps": 1 << 10, "chunk_size": 1 << 12, "rank": 1 << 12}
+_FIELD_LIMITS = {
+    "copies": 1 << 10,
+    "steps": 1 << 10,
+    "chunk_size": 1 << 12,
+    "rank": 1 << 12,
+    "window": 1 << 12,
+}
 _MAX_INTEGER, _MAX_NUMBER = 10**6, 1e9
 #: The most views that may take a gradient step for one image: 200 times what the papers need.
 _MAX_VIEWS = 1 << 16

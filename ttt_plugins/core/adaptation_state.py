@@ -1,6 +1,8 @@
-"""What a stream's saved state has to be to be resumed."""
+"""What a stream's state holds, and what a saved one has to be to be resumed."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch import Tensor
 from ..errors import InputError
 from .algorithm import Tensors
 
-__all__ = ["matching_state"]
+__all__ = ["describe_tensors", "matching_state"]
 
 
 def matching_state(expected: Tensors, state: object) -> Tensors:
@@ -43,3 +45,23 @@ def matching_state(expected: Tensors, state: object) -> Tensors:
         # In the adapter's order: a rule's flat tensors follow the order of the parameters, and a
         # file may have sorted the names.
         return {n: state[n].detach().clone().to(own.device) for n, own in expected.items()}
+
+
+def describe_tensors(names: Sequence[str], source: Tensors, state: Tensors) -> tuple[str, str]:
+    """Two lines: which scalars adapt, and the memory that the state beside them takes.
+
+    Args:
+        names: the parameters that adapt.
+        source: the tensors that adapt.
+        state: the rule's state.
+    """
+    scalars = sum(t.numel() for t in source.values())
+    bytes_beside, gradients = (
+        sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in (state, source)
+    )
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"adapts: {scalars:,} scalars in {len(source)} tensors ({shown})",
+        f"state: {bytes_beside / 1e6:.2f} MB beside the adapted scalars, whose gradients take "
+        f"{gradients / 1e6:.2f} MB during a step",
+    )

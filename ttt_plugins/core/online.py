@@ -119,7 +119,7 @@ class Online:
         """Lines on what a step costs."""
         passes = self.rule.passes
         return [
-            f"step: one update a batch, {passes} forward and {passes} backward "
+            f"step: one update a batch or window, {passes} forward and {passes} backward "
             f"pass{'es' if passes > 1 else ''}; logits from before the update",
             f"objective: {self.objective.name}",
         ]

@@ -27,8 +27,8 @@ def register_update_rule(
     Args:
         name: of the method, letters, digits and underscores.
         config: frozen dataclass of what the rule needs, each field with a default. Its fields
-            ``params``, ``statistics`` and ``prior`` mean what they mean in `Tent`, where it has
-            them.
+            ``params``, ``statistics``, ``prior`` and ``window`` mean what they mean in `Tent`,
+            where it has them; without ``window`` there is an update on every batch.
         make: ``config -> rule``, a pair of pure functions as in `ttt_plugins.core.updates`.
         citation: reference of the rule's paper.
 

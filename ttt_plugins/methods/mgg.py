@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.backbone import Backbone
 from ..backbones.norms import channels
-from ..backbones.statistics import Feature, StatisticsFields, feature_statistics, feature_sums
+from ..backbones.statistics import Feature, feature_statistics, feature_sums
 from ..core import gradient_memory
 from ..core.algorithm import Tensors
 from ..core.inputs import check_images, check_pixels
@@ -50,6 +50,7 @@ from ..core.online import Loss, Objective, Online
 from ..core.pictures import image_batches, is_source
 from ..core.registry import SOURCE_STATISTICS, Method, register
 from ..core.updates import SGD, Adam, GradientMemory, UpdateRule
+from ..core.window import OnlineFields
 from ..data.images import batch_images
 from ..errors import ArtifactError, InputError
 from ..utils.checks import check_choice, check_number
@@ -58,7 +59,7 @@ __all__ = ["MGG"]
 
 
 @dataclass(frozen=True)
-class MGG(StatisticsFields):
+class MGG(OnlineFields):
     """A learned optimizer with a gradient memory layer on the norm layers' affine parameters.
 
     Attributes:
@@ -71,6 +72,8 @@ class MGG(StatisticsFields):
             paper: 0.4; 0.2 on ImageNet-R). Without source statistics the term is left out.
         statistics: BatchNorm statistics, ``"batch"``, ``"source"`` or ``"mix"``.
         prior: number of images that the source statistics count for in ``"mix"``.
+        window: images per update; smaller batches are predicted at once and gather until there
+            are as many (`ttt_plugins.core.window`). The paper: 64.
         params: what adapts unless `wrap` is told otherwise.
         rule: what turns a gradient into an update: ``"memory"``, the learned optimizer, or
             ``"adam"`` or ``"sgd"`` with step size ``lr`` and their usual momenta. The hand-made

@@ -30,19 +30,20 @@ from torch import Tensor
 
 from ..backbones.backbone import Backbone
 from ..backbones.norms import late_norms
-from ..backbones.statistics import Feature, StatisticsFields
+from ..backbones.statistics import Feature
 from ..core.algorithm import Tensors
 from ..core.objectives import entropy, reliable
 from ..core.online import Loss, Objective, Online
 from ..core.registry import Method, register
 from ..core.updates import Evaluation, SharpnessAware
+from ..core.window import OnlineFields
 from ..utils.checks import check_choice, check_number
 
 __all__ = ["SAR"]
 
 
 @dataclass(frozen=True)
-class SAR(StatisticsFields):
+class SAR(OnlineFields):
     """Sharpness-aware entropy minimisation over reliable samples.
 
     Attributes:
@@ -57,6 +58,8 @@ class SAR(StatisticsFields):
             ``params="norm"`` only.
         statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"`` or ``"mix"``.
         prior: number of images that the source statistics count for in ``"mix"``.
+        window: images per update; smaller batches are predicted at once and gather until there
+            are as many (`ttt_plugins.core.window`). The paper: 64.
         params: what adapts unless `wrap` is told otherwise.
     """
 

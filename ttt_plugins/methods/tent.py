@@ -20,19 +20,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..backbones.backbone import Backbone
-from ..backbones.statistics import StatisticsFields
 from ..core.algorithm import Tensors
 from ..core.objectives import entropy
 from ..core.online import Loss, Objective, Online
 from ..core.registry import Method, register
 from ..core.updates import SGD, Adam
+from ..core.window import OnlineFields
 from ..utils.checks import check_choice, check_number
 
 __all__ = ["Tent"]
 
 
 @dataclass(frozen=True)
-class Tent(StatisticsFields):
+class Tent(OnlineFields):
     """Entropy minimisation over the norm layers' affine parameters.
 
     Attributes:
@@ -42,6 +42,8 @@ class Tent(StatisticsFields):
         momentum: of SGD, in [0, 1].
         statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"`` or ``"mix"``.
         prior: number of images that the source statistics count for in ``"mix"``.
+        window: images per update; smaller batches are predicted at once and gather until there
+            are as many (`ttt_plugins.core.window`).
         params: what adapts unless `wrap` is told otherwise.
     """
 
