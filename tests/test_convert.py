@@ -111,7 +111,7 @@ def test_mgg_files_that_are_something_else(released, tmp_path, capsys):
     torch.save({"model_state_dict": Path("code")}, file)
     capsys.readouterr()
     assert main(["convert", "mgg", str(file), "--out", str(out)]) == 2
-    assert "more than tensors" in (said := capsys.readouterr().err)
+    assert "objects other than tensors" in (said := capsys.readouterr().err)
     assert "weights_only" not in said  # no advice to load it all the same
     torch.save(released, file)
     for content in ((torch.ones(3),), (torch.ones(3), torch.ones(4)), ("a", "b"), {"a": 1}):

@@ -1,1 +1,1 @@
-"""Training of everything that adapters are made of."""
+"""Training of source classifiers, self-supervised heads, meta-models and learned optimizers."""

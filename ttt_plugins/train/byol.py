@@ -1,8 +1,8 @@
 """Joint training of a classifier with BYOL's loss, from which MT3's meta-training can start.
 
-The mean of the cross-entropy of labelled images plus a weight times BYOL's loss on two views of
-them, over network, projector and predictor at once: first order, no inner step. Heads, views and
-batch augmentation are those of MT3's tasks (arXiv 2103.16201, the baseline "JT").
+The loss is the mean cross-entropy of labelled images plus a weight times BYOL's loss on two views
+of each. Network, projector and predictor are trained together, without an inner step. Heads, views
+and batch augmentation are those of MT3's tasks (arXiv 2103.16201, the baseline "JT").
 
 Deviations from the released code:
 1. The targets of BYOL's loss are the same network's projections under a stopped gradient, as in
@@ -43,25 +43,25 @@ class ByolRecipe:
     The defaults are the authors', except ``task_images``: theirs is the whole batch.
 
     Attributes:
-        arch: name of a timm architecture.
-        model_args: keyword arguments of its constructor; by default those of MT3's network for
+        arch: name of the timm architecture.
+        model_args: keyword arguments for its constructor; by default those of MT3's network for
             ttt_resnet26, and none for any other architecture.
         init: artifact of the same architecture whose weights and preprocessing training starts
-            from; fresh weights by default.
+            from; by default the weights are initialised at random.
         epochs: number of passes over the training images.
-        batch_size: number of images in a step.
-        task_images: number of images that share one draw of the batch augmentation; it divides
-            ``batch_size``.
+        batch_size: number of images in each step.
+        task_images: number of images that share one draw of the batch augmentation; it must
+            divide ``batch_size``.
         lr: peak learning rate of SGD with momentum 0.9.
         schedule: ``"constant"``, ``"cosine"`` (after a warm-up of a twentieth), ``"step"``,
             ``"one-cycle"`` (up for 30 % of training, then down to 0) or ``"constant-then-decay"``
             (down to 0 in the last quarter).
         weight_decay: weight decay coefficient of all parameters.
         self_supervised: weight of BYOL's loss.
-        views: share of each batch's images of which views are drawn for BYOL's loss, in (0, 1];
-            one half makes a step a third cheaper.
-        ema: decay of the weights' moving average per step, in [0, 1]; 0 takes no average.
-        seed: seed of initialisation, order and augmentation.
+        views: fraction of each batch's images from which views are drawn for BYOL's loss, in
+            (0, 1]; one half makes a step a third cheaper.
+        ema: decay of the weights' moving average per step, in [0, 1]; 0 disables the average.
+        seed: seed for initialisation, image order and augmentation.
     """
 
     arch: str = "ttt_resnet26"
@@ -114,7 +114,7 @@ class ByolModel(nn.Module):
         self.load_state_dict(tensors, strict=False)
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """Projector and predictor under the names that MT3 has for them."""
+        """Tensors of projector and predictor under the names that MT3 uses for them."""
         return {n: t for n, t in self.named_parameters() if not n.startswith("model.")}
 
     def byol_loss(self, x1: Tensor, x2: Tensor) -> Tensor:
@@ -197,28 +197,29 @@ def train_byol(
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[nn.Module, dict[str, Tensor], dict]:
-    """Train a timm model, projector and predictor together.
+    """Train a timm model, its projector and its predictor together.
 
-    After every epoch ``out/checkpoint.pt`` holds all that is needed to resume.
+    After every epoch ``out/checkpoint.pt`` holds everything that is needed to resume.
 
     Args:
-        recipe: how to train, and what.
-        train: images to train on.
-        test: images whose accuracy the log holds for every epoch.
-        out: folder of the checkpoint.
-        config: of the adapter to make of it; checked against the model before anything is trained.
-        gap: measures what the adapter's step brings after every epoch, for the log.
-        device: where to train.
-        resume: resume from the checkpoint, if there is one; the run ends as an unbroken one would.
+        recipe: the architecture and how it is trained.
+        train: labelled images to train on.
+        test: labelled images; the log holds the accuracy on them after every epoch.
+        out: folder for the checkpoint; created if it is missing.
+        config: config of the adapter that will use the model; checked before training starts.
+        gap: measures the accuracy before and after the adapter's step, for the log of every epoch.
+        device: device to train on.
+        resume: whether to resume from the checkpoint, if there is one; the result is the same as
+            that of an uninterrupted run.
         progress: whether to show progress bars and print the log.
 
     Returns:
-        the model (eval mode), the heads' tensors, and the log.
+        the model in eval mode, the tensors of the heads, and the log.
 
     Raises:
         InputError: an unknown architecture, images that are not square or that it does not take,
-            too few of them, a config that selects nothing, or another recipe's checkpoint.
-        DataError: the disk refuses a checkpoint.
+            too few of them, a config that selects nothing, or a checkpoint of another recipe.
+        DataError: a checkpoint cannot be written.
     """
     if train.images.shape[2] != train.images.shape[3]:
         raise InputError(f"MT3's views need square images, got {tuple(train.images.shape[2:])}")

@@ -1,4 +1,4 @@
-"""What a training starts from, and what is checked before it begins."""
+"""The model that training starts from, and the checks that run before it starts."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ __all__ = [
 
 
 def read_start(name: str) -> Artifact:
-    """Read the artifact whose model a training starts from.
+    """Read the artifact whose model training starts from.
 
     Raises:
-        InputError: it carries none.
+        InputError: the artifact carries no model.
     """
     artifact = read_named(name)
     if artifact.weights is None:
@@ -51,26 +51,26 @@ def read_start(name: str) -> Artifact:
 def create_model(
     arch: str, classes: int, arguments: Mapping, start: Artifact | None = None
 ) -> nn.Module:
-    """A timm model, drawn from torch's global generator or with an artifact's weights.
+    """Create a timm model, initialised from torch's global generator or an artifact's weights.
 
-    The preprocessing comes with the weights, which were trained behind it.
+    An artifact's preprocessing is taken over together with the weights that were trained with it.
 
     Raises:
-        InputError: timm cannot create it, or the weights are another architecture's.
+        InputError: timm cannot create the model, or the weights belong to another architecture.
     """
     settings = None if start is None else pretrained_settings(start.config)
     try:
         model = timm.create_model(
             arch, num_classes=classes, pretrained_cfg_overlay=settings, **arguments
         )
-    except Exception as error:  # whatever a constructor does with arguments that it cannot take
+    except Exception as error:  # a constructor may raise anything for unsuitable arguments
         reason = str(error) or type(error).__name__
         raise InputError(f"timm could not create {arch!r} with {arguments} ({reason})") from error
     if start is not None and start.weights is not None:
         try:
             model.load_state_dict(start.weights)
         except RuntimeError as error:
-            # A line on top, then one for every tensor: the first of them says enough.
+            # A title line, then one line per tensor: the first of those is enough.
             reason = "".join(str(error).splitlines()[1:2]).strip() or error
             raise InputError(f"the weights to start from do not fit {arch}: {reason}") from error
     return model
@@ -79,30 +79,31 @@ def create_model(
 def check_outcome(
     config: Any, model: nn.Module, arch: str, arguments: Mapping, images: Tensor
 ) -> None:
-    """Find what would keep a model from being trained, or its adapter from being made or loaded.
+    """Check that a model can be trained, and that its adapter can be created, saved and loaded.
 
     Args:
-        config: the method's.
-        model: the model to train, made by timm of ``arch`` and ``arguments``; it stays as it is.
-        arch: a timm architecture.
-        arguments: of its constructor.
-        images: uint8 images to train on; one of them passes through the model.
+        config: the method's config.
+        model: the model to train, created by timm from ``arch`` and ``arguments``; it is not
+            changed.
+        arch: name of the timm architecture.
+        arguments: keyword arguments for its constructor.
+        images: uint8 images (N, C, H, W) to train on; one of them is passed through the model.
 
     Raises:
-        InputError: the config's ``params`` select nothing in the model, or the model takes no such
-            images.
-        ArtifactError: an artifact may not hold such fields or arguments.
+        InputError: the config's ``params`` select nothing in the model, or the model does not
+            accept the images.
+        ArtifactError: an artifact cannot hold these fields or arguments.
     """
     record = get_method(config)
     backbone = Backbone(model, statistics=NormStatistics.of(config))
-    Adapter(backbone, record, config)  # chooses what adapts
+    Adapter(backbone, record, config)  # selects the parameters that adapt
     try:
-        # Unadapted, because the method's heads are yet to be trained.
+        # Without adaptation, because the method's heads have not been trained yet.
         Adapter(backbone, get_method("source"), Source())(to_float(images[:1]).to(backbone.device))
     except InputError as error:
         raise InputError(
-            f"{error}; train on images that {arch} takes, or give it model_args that fit these "
-            "(many architectures take img_size)"
+            f"{error}; train on images that {arch} accepts, or give it model_args that fit these "
+            "images (many architectures take img_size)"
         ) from error
     described = {"source": OWN_WEIGHTS, "name": arch}
     written = common_config(record.name, config, described)
@@ -111,10 +112,10 @@ def check_outcome(
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """How many whole batches there are.
+    """Number of whole batches in an epoch.
 
     Raises:
-        InputError: none.
+        InputError: the images do not fill one batch.
     """
     if images < batch_size:
         raise InputError(f"{images} images do not fill one batch of {batch_size}")
@@ -122,7 +123,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 class Normalise(nn.Module):
-    """Images in [0, 1] -> ``(image - mean) / std`` by channel, as a timm model's settings say."""
+    """Images in [0, 1] -> ``(image - mean) / std`` per channel, with a timm model's settings."""
 
     mean: Tensor
     std: Tensor
@@ -134,5 +135,5 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(settings["std"])[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W), any floating-point type."""
+        """Normalise images (N, C, H, W) of any floating-point type."""
         return (x - self.mean) / self.std

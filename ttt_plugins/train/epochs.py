@@ -1,7 +1,7 @@
-"""The loop over epochs that every training runs: resume, draw, log, save, show progress.
+"""The loop over epochs that every kind of training shares: resuming, logging, saving, progress.
 
-A `Training` says what one epoch does and what has to be saved for another process to resume after
-it; `train_epochs` does the rest.
+A `Training` defines what one epoch does and what must be saved so that another process can resume
+after it; `train_epochs` does the rest.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ __all__ = [
 
 
 class Recipe(Protocol):
-    """What the loop reads of a training's recipe, which is a frozen dataclass."""
+    """The fields of a recipe, a frozen dataclass, that the loop reads."""
 
     @property
     def epochs(self) -> int:
-        """How many epochs there are."""
+        """Number of epochs."""
         ...
 
     @property
     def seed(self) -> int:
-        """Of everything that an epoch draws."""
+        """Seed for everything that an epoch draws."""
         ...
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of a training.
+    """One epoch.
 
     Attributes:
-        number: counts from 0.
-        generator: for everything that the epoch draws, so that a resumed run draws what an
-            unbroken one would have drawn.
-        title: shown before the progress bar.
-        progress: whether there is a bar.
+        number: number of the epoch, from 0.
+        generator: random generator for everything that the epoch draws, so that a resumed run
+            draws the same as an uninterrupted one.
+        title: text shown before the progress bar.
+        progress: whether to show a progress bar.
     """
 
     number: int
@@ -70,9 +70,9 @@ class Epoch:
         return tqdm(batches, self.title, disable=not self.progress, leave=False)
 
     def rows(self, images: int, batch_size: int, steps: int) -> tqdm:
-        """Draw row numbers for ``steps`` batches, with a progress bar.
+        """Draw row indices for ``steps`` batches, with a progress bar.
 
-        All ``images`` are seen once, in random order, before any is seen again.
+        All ``images`` are drawn once, in random order, before any is drawn again.
         """
         device, count = self.generator.device, steps * batch_size
         orders = [
@@ -83,13 +83,13 @@ class Epoch:
 
 
 class Training(ABC):
-    """What `train_epochs` runs.
+    """Base class for what `train_epochs` runs.
 
     Attributes:
-        recipe: a frozen dataclass; a checkpoint made by another one is refused.
-        parts: everything with a ``state_dict`` that a checkpoint holds, by its name there.
-        device: where the training's tensors are.
-        title: what the progress bar calls an epoch.
+        recipe: a frozen dataclass; a checkpoint made by a different recipe is refused.
+        parts: objects with a ``state_dict`` that a checkpoint holds, by their names in it.
+        device: device that holds the tensors.
+        title: word for an epoch in the progress bar.
     """
 
     title = "epoch"
@@ -99,7 +99,7 @@ class Training(ABC):
         self.parts: dict[str, Any] = {}
 
     def generator(self, epoch: int) -> torch.Generator:
-        """For everything that an epoch draws."""
+        """Random generator for everything that an epoch draws."""
         return epoch_generator(self.recipe.seed, epoch, self.device)
 
     @abstractmethod
@@ -107,33 +107,33 @@ class Training(ABC):
         """Train for one epoch and return its entry in the log.
 
         Raises:
-            InputError: training diverged; the last good checkpoint stays.
+            InputError: training diverged; the last good checkpoint is kept.
         """
 
     def made_by(self) -> dict[str, Any]:
-        """What a checkpoint must have been made by for this training to resume from it."""
+        """The settings that a checkpoint must share with this training to be resumed from."""
         return {"recipe": asdict(self.recipe)}  # pyright: ignore[reportArgumentType]
 
     def state(self) -> dict[str, Any]:
-        """Everything that changes from epoch to epoch, as tensors and plain values."""
+        """Everything that changes from epoch to epoch, as tensors and Python values."""
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Take over a `state` that was saved."""
+        """Restore a saved `state`."""
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
 
 
 class Processes(Protocol):
-    """The processes that share a training; see `workers.Workers`."""
+    """Processes that train one model together; see `workers.Workers`."""
 
     @property
     def first(self) -> bool:
-        """Whether this one saves and prints for all."""
+        """Whether this process is the one that saves and prints."""
         ...
 
     def agree(self, epoch: int, checkpoint: Path) -> None:
-        """Make sure that all of them resume after the same epoch."""
+        """Make sure that all processes resume after the same epoch."""
         ...
 
 
@@ -145,19 +145,19 @@ def train_epochs(
     progress: bool,
     processes: Processes | None = None,
 ) -> list[dict[str, Any]]:
-    """Run a training to its end and return its log, an entry for every epoch.
+    """Run all epochs of a training and return its log, with one entry per epoch.
 
     Args:
-        training: what to run.
-        checkpoint: the file that holds all that is needed to resume; replaced after every epoch.
-        resume: resume after the checkpoint's epoch, if there is a checkpoint; the run ends as an
-            unbroken one would.
+        training: the training to run.
+        checkpoint: file that holds everything needed to resume; replaced after every epoch.
+        resume: whether to resume after the checkpoint's epoch, if there is a checkpoint; the
+            result is the same as that of an uninterrupted run.
         progress: whether to show progress bars and print the log's entries.
-        processes: those that share the training, if several do.
+        processes: the processes that train together, None for a single process.
 
     Raises:
         InputError: training diverged, or the checkpoint was made by another recipe.
-        DataError: the disk refuses a checkpoint.
+        DataError: a checkpoint cannot be written.
     """
     recipe, log, done = training.recipe, [], 0
     if resume and (saved := load_checkpoint(checkpoint, training)):
@@ -183,19 +183,19 @@ def train_epochs(
 
 
 def epoch_generator(seed: int, epoch: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """For everything that an epoch draws, whether the run was resumed or not."""
+    """Random generator for an epoch, the same whether or not the run was resumed."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
 
 
 def check_convergence(sums: Tensor, epoch: int, remedy: str) -> None:
     """Raise `InputError` if an epoch's sums (of losses, say) are not all finite.
 
-    To be called before the epoch's checkpoint is written, so that the last good one stays.
+    Call this before the epoch's checkpoint is written, so that the last good one is kept.
 
     Args:
-        sums: of any shape.
-        epoch: counts from 0.
-        remedy: what to resume with.
+        sums: tensor of any shape.
+        epoch: number of the epoch, from 0.
+        remedy: what to change before resuming, for the message.
     """
     if not torch.isfinite(sums).all():
         raise InputError(
@@ -208,18 +208,18 @@ def check_convergence(sums: Tensor, epoch: int, remedy: str) -> None:
 
 
 def checkpoint_file(folder: str | Path) -> Path:
-    """``checkpoint.pt`` in a training's folder; neither has to exist yet.
+    """Path of ``checkpoint.pt`` in a training folder; neither has to exist yet.
 
     Raises:
-        InputError: something else is in the place of either.
+        InputError: the folder's path is not a folder, or the checkpoint's is not a file.
         DataError: the folder cannot be written to.
     """
     file = Path(folder) / "checkpoint.pt"
     try:
         if file.parent.exists() and not file.parent.is_dir():
             raise InputError(
-                f"{folder} is to hold the training's checkpoints and is no folder; move it away or "
-                "train into another folder"
+                f"{folder} must hold the training's checkpoints, but it is no folder; move it away "
+                "or train into another folder"
             )
         if file.exists() and not file.is_file():
             raise InputError(f"{file} is no file; move it away or train into another folder")
@@ -238,52 +238,54 @@ def checkpoint_file(folder: str | Path) -> Path:
 
 
 def _make_folder(checkpoint: Path) -> None:
-    """Make a checkpoint's folder, once there is nothing left that could be refused.
+    """Create a checkpoint's folder, after all other checks have passed.
 
     Raises:
-        DataError: the disk refuses.
+        DataError: the folder cannot be created.
     """
     try:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise DataError(f"{checkpoint.parent} cannot be made ({error})") from error
+        raise DataError(f"{checkpoint.parent} cannot be created ({error})") from error
 
 
 def save_checkpoint(file: Path, saved: dict[str, Any]) -> None:
-    """Replace a checkpoint as a whole or not at all.
+    """Replace a checkpoint atomically.
 
     Raises:
-        DataError: the disk refuses.
+        DataError: the file cannot be written; the earlier checkpoint is kept.
     """
     try:
         with replacing(file) as temporary:
             torch.save(saved, temporary)
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"{file} cannot be written ({reason}); the last one stays") from error
+        raise DataError(
+            f"{file} cannot be written ({reason}); the last checkpoint is kept"
+        ) from error
 
 
 def load_checkpoint(file: Path, training: Training) -> dict | None:
-    """The checkpoint that a training resumes from, None if there is none yet.
+    """Load the checkpoint that a training resumes from, None if there is none yet.
 
     Raises:
-        InputError: it is damaged, or was made by another recipe, config or model.
+        InputError: the checkpoint is damaged, or was made by another recipe, config or model.
     """
     if not file.is_file():
         return None
     damage = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's guesses about a file that is no archive
+            warnings.simplefilter("ignore")  # torch guesses about files that are not archives
             saved = torch.load(file, map_location=training.device, weights_only=True)
-    except Exception as error:  # of the archive, the unpickler or the system
+    except Exception as error:  # raised by the archive, the unpickler or the system
         saved, damage = None, error
     if not isinstance(saved, dict):
         raise InputError(
             f"{file} is damaged or no checkpoint of a training; delete it, or leave --resume out, "
             "to start from the beginning"
         ) from damage
-    # A recipe's field that is younger than the checkpoint had no effect other than its default's.
+    # A recipe field added after the checkpoint was written takes its default.
     defaults = asdict(type(training.recipe)())  # pyright: ignore[reportArgumentType]
     for key, expected in training.made_by().items():
         maker = saved.get(key)

@@ -1,4 +1,4 @@
-"""What MT3's step brings on fixed held images, measured while a model trains."""
+"""The gain from MT3's step on fixed validation images, measured while a model trains."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ..wrapping import wrap
 
 __all__ = ["StepGap"]
 
-#: Images that an adapter is shown at once.
+#: Number of images passed to an adapter at once.
 _BATCH = 64
 
 
 class StepGap:
     """Accuracy before and after MT3's step, on the same images every time.
 
-    The images must be corrupted in ways that no test uses, and may not be trained on: checkpoints
-    are chosen by what is measured here.
+    The images must have corruptions that no test uses, and must not be trained on, because these
+    measurements choose the checkpoint.
     """
 
     def __init__(self, extras: Mapping[str, LabelledImages], config: MT3):
-        """Hold the images.
+        """Store the images.
 
         Args:
-            extras: images by the name of their corruption.
-            config: of the adapter whose step is measured.
+            extras: labelled images by the name of their corruption.
+            config: config of the adapter whose step is measured.
         """
         self.held = LabelledImages(
             torch.cat([part.images for part in extras.values()]),
@@ -39,11 +39,12 @@ class StepGap:
         self.config = config
 
     def measure(self, model: nn.Module, head: Mapping[str, Tensor]) -> dict[str, float]:
-        """Shares of right predictions, in [0, 1].
+        """Measure the accuracy, in [0, 1].
 
         Args:
-            model: in eval mode; it is not changed.
-            head: projector and predictor, and factors on the inner rate if there are any.
+            model: the classifier in eval mode; it is not changed.
+            head: tensors of projector and predictor, and factors on the inner rate if there are
+                any.
 
         Returns:
             ``extras_before`` without the step and ``extras_after`` with it.

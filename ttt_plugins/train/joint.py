@@ -1,11 +1,12 @@
 """Training for TTT: a classifier and its rotation head together, or the head alone.
 
-Joint training is the paper's (arXiv 1909.13231, section 2, equation 1): the mean of the main
-cross-entropy and of the rotation's, over trunk, main head and rotation head. The rotation head is
-a twin of the classifier that shares the trunk's parameters and owns a copy of the rest.
+Joint training follows the paper (arXiv 1909.13231, section 2, equation 1): trunk, main head and
+rotation head minimise the mean of the main cross-entropy plus the mean of the rotation's. The
+rotation head is a copy of the classifier that shares the trunk's parameters and has its own copy
+of the rest.
 
-With a frozen trunk only the rotation head learns, on the features of a model that stays as it is;
-this is for users who have a classifier and want to adapt it.
+With a frozen trunk only the rotation head is trained, on the features of an unchanged model; this
+is for users who have a classifier and want to adapt it.
 """
 
 from __future__ import annotations
@@ -38,28 +39,28 @@ __all__ = ["HeadRecipe", "JointRecipe", "fit_rotation_head", "train_joint"]
 
 @dataclass(frozen=True)
 class JointRecipe:
-    """How classifier and rotation head are trained together; defaults are the paper's CIFAR-10.
+    """How classifier and rotation head are trained; the defaults are the paper's for CIFAR-10.
 
     Attributes:
-        arch: name of a timm architecture.
-        model_args: keyword arguments of its constructor.
+        arch: name of the timm architecture.
+        model_args: keyword arguments for its constructor.
         split: where the trunk ends, as in `TTT`.
         init: artifact of the same architecture whose weights and preprocessing training starts
-            from; fresh weights by default.
+            from; by default the weights are initialised at random.
         epochs: number of passes over the training images.
-        batch_size: number of images in a step.
+        batch_size: number of images in each step.
         lr: peak learning rate of SGD with momentum 0.9.
         schedule: ``"step"`` (a tenth from one half of training on, a hundredth from five sixths
             on, as in the paper), ``"cosine"`` (a linear warm-up over a twentieth of training, then
             half a cosine down to 0) or ``"one-cycle"`` (half a cosine up for 30 % of training,
             then half a cosine down to 0).
         weight_decay: weight decay coefficient of all parameters.
-        rotations: ``"all"`` four rotations of each image, the paper's "expand", or one
-            ``"random"`` rotation, which makes a step 2.5 times cheaper.
+        rotations: ``"all"`` for the four rotations of each image, the paper's "expand", or
+            ``"random"`` for one, which makes a step 2.5 times cheaper.
         padding: zero padding before the random crop, in pixels.
-        ema: decay of the weights' moving average per step, in [0, 1]; 0, as in the paper, takes
-            no average.
-        seed: seed of initialisation, order and augmentation.
+        ema: decay of the weights' moving average per step, in [0, 1]; 0, as in the paper,
+            disables the average.
+        seed: seed for initialisation, image order and augmentation.
     """
 
     arch: str = "ttt_resnet26"
@@ -89,7 +90,7 @@ class JointRecipe:
 
 
 class JointModel(nn.Module):
-    """A classifier, its twin (the same trunk, another rest) and the twin's rotation layer."""
+    """A classifier, its twin (shared trunk, separate later layers) and the rotation layer."""
 
     def __init__(self, model: nn.Module, split: int | str):
         super().__init__()
@@ -112,7 +113,7 @@ class JointModel(nn.Module):
         return self.rotation(pooled_features(self.twin, x))
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """The rotation head under the names of `heads`."""
+        """Tensors of the rotation head under the names of `heads`."""
         state = self.twin.state_dict()
         owners = {n.rpartition(".")[0] for n in self.rest}
         rest = {
@@ -142,8 +143,8 @@ class _RotationTraining(NetworkTraining):
         start = read_start(recipe.init) if recipe.init else None
         model = create_model(recipe.arch, classes, recipe.model_args, start)
         check_outcome(config, model, recipe.arch, recipe.model_args, train.images)
-        # Moved before it is twinned: a move gives each module new buffers, and the trunk's are
-        # shared.
+        # The model moves before its twin is made: moving gives every module new buffers, and the
+        # trunk's buffers must stay shared.
         model = model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         joint = JointModel(model, recipe.split).to(device)
         self.normalise = Normalise(model).to(device)
@@ -176,7 +177,7 @@ class _RotationTraining(NetworkTraining):
 
     @torch.inference_mode()
     def _rotation_accuracy(self) -> float:
-        """Share of right rotations over all four of each image, in [0, 1], in eval mode."""
+        """Accuracy in [0, 1] on all four rotations of each image, in eval mode."""
         joint = self.final.eval()
         generator, right = torch.Generator(self.device), 0
         for images in self.test.images.split(250):
@@ -199,27 +200,28 @@ def train_joint(
 ) -> tuple[nn.Module, dict[str, Tensor], dict]:
     """Train a timm model and its rotation head together.
 
-    After every epoch ``out/checkpoint.pt`` holds all that is needed to resume.
+    After every epoch ``out/checkpoint.pt`` holds everything that is needed to resume.
 
     Args:
-        recipe: how to train, and what.
-        train: images to train on.
-        test: images whose accuracy the log holds for every epoch.
-        out: folder of the checkpoint.
-        config: of the adapter to make of it, but for its split, which is the recipe's; checked
-            against the model before anything is trained.
-        device: where to train.
-        resume: resume from the checkpoint, if there is one; the run ends as an unbroken one would.
+        recipe: the architecture and how it is trained.
+        train: labelled images to train on.
+        test: labelled images; the log holds the accuracy on them after every epoch.
+        out: folder for the checkpoint; created if it is missing.
+        config: config of the adapter that will use the model, except for its split, which is the
+            recipe's; checked before training starts.
+        device: device to train on.
+        resume: whether to resume from the checkpoint, if there is one; the result is the same as
+            that of an uninterrupted run.
         progress: whether to show progress bars and print the log.
 
     Returns:
-        the model (eval mode), the rotation head's tensors, and the log.
+        the model in eval mode, the tensors of the rotation head, and the log.
 
     Raises:
         InputError: an unknown architecture, a bad split, images that are not square or that the
             architecture does not take, too few of them, a config that selects nothing, or a
             checkpoint made by another recipe.
-        DataError: the disk refuses a checkpoint.
+        DataError: a checkpoint cannot be written.
     """
     if train.images.shape[2] != train.images.shape[3]:
         raise InputError(f"rotation needs square images, got {tuple(train.images.shape[2:])}")
@@ -240,15 +242,15 @@ def fit_rotation_head(
     progress: bool = True,
     **options,
 ) -> tuple[Adapter, dict]:
-    """Train a rotation head on a model that stays as it is.
+    """Train a rotation head on an unchanged model.
 
     Args:
-        model: what `wrap` takes.
-        images: (N, C, S, S) images, uint8 or floating point in [0, 1], unlabelled.
+        model: the classifier, in any form that `wrap` accepts.
+        images: unlabelled images (N, C, S, S), uint8 or floating point in [0, 1].
         recipe: how the head is trained.
-        config: fields of the adapter to return, but for its split, which is the recipe's.
-        progress: whether to show a bar, and a line an epoch.
-        **options: as for `wrap` (mean, std, device, …).
+        config: config of the adapter to return, except for its split, which is the recipe's.
+        progress: whether to show a progress bar and print a line per epoch.
+        **options: options of `wrap` (mean, std, device, …).
 
     Returns:
         a TTT adapter with the trained head, and the log.
@@ -261,8 +263,8 @@ def fit_rotation_head(
     config = replace(config or TTT(), split=recipe.split)
     plain = wrap(model, "source", **options)
     record, backbone = get_method("ttt"), plain.backbone
-    record.select(config, backbone)  # a config that does not fit the model fails before the work
+    record.select(config, backbone)  # a config that does not fit the model fails before training
     head, log = fit_head(backbone, images, recipe, progress)
-    # On the very module the head is trained on: a name may stand for random weights.
+    # The adapter gets the module that the head was trained on: a name may mean random weights.
     net = Adapter(backbone, record, config, tensors=head, origin=plain.origin, seed=plain.seed)
     return net, {"epochs": log}

@@ -1,15 +1,15 @@
 """Meta-training of MGG's optimizer (arXiv 2412.16901, section 3.3).
 
-A sequence of corrupted batches is adapted to with the very step that adaptation uses
-(`core.online`), the graph of the learned optimizer kept. The parameters that an update leads
-to are judged on the next batch; that batch's gradient, which the next update needs anyway, is
-the derivative of the judgement, so meta-training costs one vector-Jacobian product through 164
-weights more than adaptation does. Network gradients are constants to the optimizer (the released
+The model adapts to a sequence of corrupted batches with the same step that adaptation uses
+(`core.online`), while the graph of the learned optimizer is kept. The parameters after an update
+are evaluated on the next batch. That batch's gradient, which the next update needs anyway, is the
+derivative of the outer loss, so meta-training costs only one vector-Jacobian product through 164
+weights more than adaptation. The optimizer treats network gradients as constants (the released
 code detaches them too).
 
-Beyond the paper, as options: a labelled outer loss, truncation over more than one update, larger
-batches and more sequences, parameters restored at each sequence, several classifiers that share one
-optimizer.
+Options that the paper does not have: a labelled outer loss, truncation over more than one update,
+larger batches and more sequences, parameters restored at each sequence, and several classifiers
+that share one optimizer.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ __all__ = ["MGGRecipe", "stream_accuracy", "train_mgg", "untrained"]
 class MGGRecipe:
     """How an optimizer is meta-trained; the defaults are the paper's, with two exceptions.
 
-    The paper has 128 fixed images; here every epoch draws from all that there are. The paper has no
-    ``grid`` from which the step size is chosen.
+    The paper uses 128 fixed images; here every epoch draws from all images. The paper does not
+    choose the step size from a ``grid``.
 
     Attributes:
         epochs: number of epochs; a checkpoint is written after each.
-        sequences: number of sequences for each classifier in an epoch, each beginning with an
-            empty memory.
+        sequences: number of sequences per classifier in an epoch, each starting with an empty
+            memory.
         length: number of batches in a sequence.
         batch_size: number of images in a batch.
-        alpha: step size while meta-training.
-        meta_lr: Adam's learning rate on the slow weights.
+        alpha: step size during meta-training.
+        meta_lr: Adam's learning rate for the slow weights.
         decay: let ``meta_lr`` fall linearly to 0.
-        labelled: judge by the cross-entropy of the next batch instead of the unlabelled loss.
+        labelled: use the next batch's cross-entropy as outer loss, not the unlabelled loss.
         truncation: number of updates that the meta-gradient passes through.
         restore: start every sequence from the source parameters; the released code starts from
-            where the last sequence ended.
+            the parameters at the end of the previous sequence.
         per_image: draw a corruption for every image rather than one for every sequence.
         clip: largest norm of the slow weights' gradient; 0 for no limit.
-        grid: step sizes that validation tries; the best is kept in the artifact.
-        validate_every: number of epochs from one validation on whole streams to the next;
-            validation chooses the checkpoint.
-        seed: seed of initial weights and order.
+        grid: step sizes that validation tries; the artifact stores the best.
+        validate_every: number of epochs between validations on whole streams; validation chooses
+            the checkpoint.
+        seed: seed for initial weights and image order.
     """
 
     epochs: int = 40
@@ -100,17 +100,17 @@ class MGGRecipe:
 def stream_accuracy(
     net: Adapter, data: LabelledImages, batch_size: int = 64, seed: int = 0
 ) -> float:
-    """Accuracy in [0, 1] of an adapter on one shuffled stream, from a reset."""
+    """Accuracy in [0, 1] of an adapter on one shuffled stream, starting from a reset."""
     net.reset()
     return accuracy(net, data[shuffled(len(data), seed)], batch_size, net.backbone.device)
 
 
 def _batches(recipe: MGGRecipe, data: Mapping[str, LabelledImages], generator):
-    """One sequence: ``length`` + 1 batches, because the last update needs a judge as well."""
+    """One sequence of ``length`` + 1 batches: the last update needs a batch to evaluate it."""
     names = list(data)
     count = (recipe.length + 1) * recipe.batch_size
     rows_there = min(len(part) for part in data.values())
-    # Sequences longer than the data go over it again in another order.
+    # Sequences longer than the data repeat it in another order.
     orders = [
         torch.randperm(rows_there, generator=generator) for _ in range(-(-count // rows_there))
     ]
@@ -122,13 +122,13 @@ def _batches(recipe: MGGRecipe, data: Mapping[str, LabelledImages], generator):
     yield from zip(images.split(recipe.batch_size), labels.split(recipe.batch_size), strict=True)
 
 
-def _judge(
+def _outer_loss(
     algorithm: Online, params: dict[str, Tensor], images: Tensor, labels: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy at ``params`` and its gradient: the labelled outer loss."""
-    judge = Objective("cross-entropy", lambda logits, *_: Loss(F.cross_entropy(logits, labels)))
-    judged = evaluate(algorithm.backbone, judge, params, images)
-    return judged.loss, judged.grads
+    objective = Objective("cross-entropy", lambda logits, *_: Loss(F.cross_entropy(logits, labels)))
+    result = evaluate(algorithm.backbone, objective, params, images)
+    return result.loss, result.grads
 
 
 def run_sequence(
@@ -139,26 +139,26 @@ def run_sequence(
     optimizer: torch.optim.Optimizer,
     recipe: MGGRecipe,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Adapt along one sequence and train the slow weights on the way.
+    """Adapt to the batches of one sequence and train the slow weights meanwhile.
 
     Returns:
-        the adapted parameters at its end and the outer loss of every update.
+        the adapted parameters at the end and the outer loss of every update.
     """
     backbone = algorithm.backbone
     state, losses = algorithm.init(), []
-    # The window's sum of <parameters after an update, gradient of their judgement>.
+    # The window's sum of <parameters after an update, gradient of the outer loss at them>.
     surrogate: Tensor | None = None
     window, updated = 0, False
     for images, labels in batches:
         images = to_float(images.to(backbone.device)).to(backbone.dtype)
         first = evaluate(backbone, algorithm.objective, params, images)
         if not first.finite:
-            # Nothing after this is worth learning from; the next sequence starts from the source.
+            # The rest of the sequence is useless; the next one starts from the source.
             return dict(algorithm.source), losses
         if updated:
             loss, grads = first.loss, first.grads
             if recipe.labelled:
-                loss, grads = _judge(algorithm, params, images, labels.to(backbone.device))
+                loss, grads = _outer_loss(algorithm, params, images, labels.to(backbone.device))
             losses.append(loss.item())
             judgement = torch.stack([(params[n] * grads[n]).sum() for n in params]).sum()
             surrogate = judgement if surrogate is None else surrogate + judgement
@@ -185,18 +185,18 @@ def _descend(surrogate: Tensor, slow: dict[str, Tensor], optimizer, clip: float)
 
 
 def untrained(model: str | nn.Module, *, seed: int = 0, **options) -> Adapter:
-    """An MGG adapter with a random optimizer, to meta-train; ``options`` as for `wrap`."""
+    """An MGG adapter with an untrained, random optimizer; ``options`` are those of `wrap`."""
     slow = gradient_memory.init_slow(torch.Generator().manual_seed(seed))
     return wrap(model, "mgg", tensors=_named(slow), **options)
 
 
 def _named(slow: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Slow weights under the names they have in an artifact."""
+    """Slow weights under their names in an artifact."""
     return {f"memory.{name}": tensor for name, tensor in slow.items()}
 
 
 class _OptimizerTraining(Training):
-    """Meta-training of an optimizer on the adapters' classifiers, which take turns."""
+    """Meta-training of an optimizer on the adapters' classifiers in turn."""
 
     recipe: MGGRecipe
     title = "meta-epoch"
@@ -217,9 +217,7 @@ class _OptimizerTraining(Training):
         self.best: dict[str, Any] | None = None
 
     def generator(self, epoch: int) -> torch.Generator:
-        return epoch_generator(
-            self.recipe.seed, epoch + 1
-        )  # draws on the CPU, where the images are
+        return epoch_generator(self.recipe.seed, epoch + 1)  # on the CPU, where the images are
 
     def made_by(self) -> dict[str, Any]:
         made_by = {
@@ -267,7 +265,7 @@ class _OptimizerTraining(Training):
         return entry
 
     def adapter(self, net: Adapter, lr: float, weights: Mapping[str, Tensor]) -> Adapter:
-        """An adapter like ``net`` with another step size and optimizer."""
+        """An adapter like ``net`` with a different step size and optimizer."""
         return net.with_tensors(replace(net.config, lr=lr), _named(weights))
 
     def _validate(self, epoch: int) -> dict[str, Any]:
@@ -299,20 +297,23 @@ def train_mgg(
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[Adapter, dict]:
-    """Meta-train an optimizer on ``data``: corrupted images by corruption, rows aligned.
+    """Meta-train an optimizer on corrupted images.
 
-    After every epoch ``out/checkpoint.pt`` holds all that is needed to resume. Labels are used for
-    the choice of checkpoint and step size, and by the outer loss only if ``recipe.labelled``.
+    After every epoch ``out/checkpoint.pt`` holds everything that is needed to resume. Labels are
+    used to choose the checkpoint and the step size, and by the outer loss only if
+    ``recipe.labelled``.
 
     Args:
-        recipe: how to train.
-        net: an MGG adapter around the classifier to train on, such as `untrained` makes; with
-            its config (but for the step size) and its source statistics. Its own optimizer is
-            not used, and it is not changed. Several, on one device, share the optimizer: they
-            take turns sequence by sequence, and validation is their average.
-        data: images by the name of their corruption; the same rows in the same order.
-        out: folder of the checkpoint.
-        resume: resume from the checkpoint, if there is one; the run ends as an unbroken one would.
+        recipe: how the optimizer is trained.
+        net: an MGG adapter around the classifier to train on, such as `untrained` returns. Its
+            config (except for the step size) and its source statistics are used, its own
+            optimizer is not, and it is not changed. Several adapters on one device share the
+            optimizer: they take turns sequence by sequence, and validation averages over them.
+        data: labelled images by the name of their corruption; row i of each must come from the
+            same clean image.
+        out: folder for the checkpoint; created if it is missing.
+        resume: whether to resume from the checkpoint, if there is one; the result is the same as
+            that of an uninterrupted run.
         progress: whether to show progress bars and print the log.
 
     Returns:
@@ -321,7 +322,7 @@ def train_mgg(
     Raises:
         InputError: no adapter, no data, too few images for one batch, or another recipe's
             checkpoint.
-        DataError: the disk refuses a checkpoint.
+        DataError: a checkpoint cannot be written.
     """
     checkpoint = checkpoint_file(out)
     if not data or min(len(part) for part in data.values()) < recipe.batch_size:

@@ -1,13 +1,13 @@
 """Meta-training of MT3 (arXiv 2103.16201, algorithm 1).
 
-A meta-batch holds a few tasks, a task a few labelled images; `mt3_step` differentiates them.
+A meta-batch holds a few tasks, and a task a few labelled images; `mt3_step` computes the gradient.
 
-Started by torchrun, several processes share the tasks of a meta-batch and add up their gradients:
-the same meta-step as one process takes, up to the order of the sums.
+Under torchrun, several processes share the tasks of a meta-batch and sum their gradients: this is
+the same meta-step as in one process, up to the order of summation.
 
 Deviations from the released trainer:
-1. Fresh weights are He's in convolutions and PyTorch's default in linear layers (released: Keras's,
-   Glorot's).
+1. Random weights are He's in convolutions and PyTorch's default in linear layers (released: Keras's
+   default, Glorot's).
 2. Where the resolution halves, convolutions pad all sides (``pad_end`` of the network pads as
    TensorFlow does).
 """
@@ -38,12 +38,12 @@ from .workers import Workers
 
 __all__ = ["MT3Recipe", "train_mt3"]
 
-#: Meta-steps between two updates of the means that the progress bar shows.
+#: Number of meta-steps between updates of the means in the progress bar.
 _SHOW_EVERY = 20
 
 
 def _means(totals: Tensor, tasks: int, task_images: int) -> dict[str, float]:
-    """Log entries of the sums over ``tasks`` tasks."""
+    """Log entries from the sums over ``tasks`` tasks."""
     outer, inner, judged, after, before = totals.tolist()
     images = tasks * task_images
     return {
@@ -56,7 +56,7 @@ def _means(totals: Tensor, tasks: int, task_images: int) -> dict[str, float]:
 
 
 def _start(recipe: MT3Recipe, classes: int) -> tuple[nn.Module, str, dict, dict[str, Tensor]]:
-    """The model to start from, its architecture and arguments, and its heads."""
+    """The initial model, its architecture, its constructor's arguments, and its heads."""
     arch, model_args, tensors, start = recipe.arch, recipe.model_args or {}, {}, None
     if recipe.init:
         start = read_start(recipe.init)
@@ -74,13 +74,13 @@ class _MetaTraining(Training):
     """Meta-training of a model with its projector and predictor.
 
     Attributes:
-        model: the network; its own parameters are set to the meta-parameters to measure the step on
-            held images, and when training has ended.
-        arch: its architecture.
-        model_args: keyword arguments of its constructor.
+        model: the network; its own parameters are set to the meta-parameters when the step is
+            measured on validation images, and when training has ended.
+        arch: name of its timm architecture.
+        model_args: keyword arguments for its constructor.
         meta: the meta-parameters, ``"model.<name>"``, ``"projector…"`` and ``"predictor…"``, and
             ``"rate.<name>"`` if factors on the inner rate are learned.
-        best: the meta-parameters with the highest accuracy after the step on the held images.
+        best: the meta-parameters with the highest accuracy after the step on the images of `gap`.
     """
 
     recipe: MT3Recipe
@@ -104,7 +104,7 @@ class _MetaTraining(Training):
         self.backbone = Backbone(model)
         if self.backbone.has_batch_norm and not recipe.init:
             raise InputError(
-                f"{self.arch} has BatchNorm, which stays on its source statistics: start from a "
+                f"{self.arch} has BatchNorm, which keeps its source statistics: start from a "
                 "trained model with --init"
             )
         if not head:
@@ -141,11 +141,11 @@ class _MetaTraining(Training):
                 bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
         check_convergence(totals, epoch.number, "a smaller lr or inner_lr")
         entry = _means(totals, recipe.tasks * self.steps, recipe.task_images)
-        # Every process would measure the same.
-        return entry | self._judge(epoch.number + 1) if self.workers.first else entry
+        # All processes would measure the same, so only the first one does.
+        return entry | self._measure_gap(epoch.number + 1) if self.workers.first else entry
 
-    def _judge(self, epoch: int) -> dict[str, float]:
-        """Measure the step on the held images, if there are any; keep the best meta-parameters."""
+    def _measure_gap(self, epoch: int) -> dict[str, float]:
+        """Measure the step on the images of `gap`, if any, and keep the best meta-parameters."""
         if self.gap is None:
             return {}
         measured = self.gap.measure(*self.network(self.meta))
@@ -155,9 +155,9 @@ class _MetaTraining(Training):
         return measured
 
     def _step(self, rows: Tensor, step: int, generator: torch.Generator) -> Tensor:
-        """One meta-step; the sums over its tasks for the log."""
+        """Take one meta-step and return the sums over its tasks for the log."""
         recipe, workers = self.recipe, self.workers
-        # Every process draws all tasks, so that they draw alike, and takes its share.
+        # Every process draws all tasks, so that the generators agree, and takes its share.
         tasks = draw_tasks(
             self.images[rows],
             self.labels[rows],
@@ -176,7 +176,7 @@ class _MetaTraining(Training):
         return record
 
     def network(self, meta: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-        """The model at some meta-parameters, in eval mode, and all other tensors."""
+        """The model with these meta-parameters, in eval mode, and all other tensors."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(meta[f"model.{name}"])
@@ -197,28 +197,29 @@ def train_mt3(
 ) -> tuple[nn.Module, dict[str, Tensor], dict]:
     """Meta-train a model with its projector and predictor.
 
-    After every epoch ``out/checkpoint.pt`` holds all that is needed to resume.
+    After every epoch ``out/checkpoint.pt`` holds everything that is needed to resume.
 
     Args:
-        recipe: how to train, and what.
-        train: images to train on.
-        out: folder of the checkpoint.
-        config: of the adapter to make of it; checked against the model before anything is trained.
-        gap: measures what the adapter's step brings after every epoch; the epoch with the highest
-            accuracy after the step is the one that is kept.
-        device: where to train.
-        resume: resume from the checkpoint, if there is one; the run ends as an unbroken one would.
+        recipe: the architecture and how it is trained.
+        train: labelled images to train on.
+        out: folder for the checkpoint; created if it is missing.
+        config: config of the adapter that will use the model; checked before training starts.
+        gap: measures the accuracy before and after the adapter's step at the end of every epoch;
+            the epoch with the highest accuracy after the step is kept.
+        device: device to train on.
+        resume: whether to resume from the checkpoint, if there is one; the result is the same as
+            that of an uninterrupted run.
         progress: whether to show progress bars and print the log.
 
     Returns:
-        the model (eval mode), the heads' tensors, and the log; ``log["architecture"]`` and
-        ``log["model_args"]`` say what the model is, and ``log["chosen"]`` which epoch was kept.
+        the model in eval mode, the tensors of the heads, and the log; ``log["architecture"]`` and
+        ``log["model_args"]`` describe the model, and ``log["chosen"]`` is the epoch that was kept.
 
     Raises:
         InputError: an unknown architecture, images that are not square or that it does not take,
             a BatchNorm model without ``init`` (it would have no source statistics), too few
-            images, a config that selects nothing, or another recipe's checkpoint.
-        DataError: the disk refuses a checkpoint.
+            images, a config that selects nothing, or a checkpoint of another recipe.
+        DataError: a checkpoint cannot be written.
     """
     if train.images.shape[2] != train.images.shape[3]:
         raise InputError(f"MT3 needs square images, got {tuple(train.images.shape[2:])}")

@@ -1,9 +1,8 @@
 """One meta-step of MT3: the tasks, their outer loss, and its gradient (arXiv 2103.16201).
 
-Each task takes one BYOL step from the meta-parameters, with the very loss that adaptation uses,
-and is judged by the cross-entropy at the parameters it arrives at. The judgement is differentiated
-through the step, second order, for all tasks at once (``vmap``) or one after the other where that
-is faster (a CPU).
+Each task takes one BYOL step from the meta-parameters, with the same loss that adaptation uses. Its
+outer loss is the cross-entropy at the resulting parameters, differentiated through the step (second
+order), for all tasks at once (``vmap``) or one after the other where that is faster (on a CPU).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ __all__ = ["MT3Recipe", "clip_each", "draw_tasks", "meta_gradient", "task_loss"]
 
 
 def default_model_args(arch: str) -> dict[str, Any]:
-    """Arguments of the paper's network for ``ttt_resnet26``, none for other architectures."""
+    """Constructor arguments of the paper's network for ``ttt_resnet26``, none for others."""
     return dict(MT3_NETWORK) if arch == "ttt_resnet26" else {}
 
 
@@ -42,30 +41,32 @@ class MT3Recipe:
     """How a meta-model is trained; the defaults are the paper's.
 
     Attributes:
-        arch: name of a timm architecture.
-        model_args: keyword arguments of its constructor; by default those of the paper's network
+        arch: name of the timm architecture.
+        model_args: keyword arguments for its constructor; by default those of the paper's network
             for ttt_resnet26 (width 32, groups 16, norm_eps 0.001, conv_bias, activate_shortcut and
             hidden 256), and none for any other architecture.
         init: artifact whose model training starts from (its architecture, arguments and
-            preprocessing replace ``arch`` and ``model_args``); fresh weights unless given. An
-            artifact's own projector, predictor and factors on the inner rate are taken over.
+            preprocessing replace ``arch`` and ``model_args``); by default the weights are
+            initialised at random. An artifact's own projector, predictor and factors on the inner
+            rate are used too.
         epochs: number of epochs.
         tasks: number of tasks in a meta-batch.
         task_images: number of different images in a task.
         steps_per_epoch: number of meta-steps in an epoch; 0 for as many as the images fill.
         inner_lr: step size of the inner steps.
-        inner_steps: number of inner steps, each on views of its own.
+        inner_steps: number of inner steps, each on newly drawn views.
         rate_lr: outer learning rate of a factor on ``inner_lr`` for every tensor (Meta-SGD, arXiv
-            1707.09835); 0 learns none.
+            1707.09835); 0 learns no factors.
         lr: learning rate of the outer SGD with momentum 0.9, at its peak.
-        schedule: of the outer rates: ``"constant"``, ``"cosine"`` (after a warm-up of a fiftieth),
-            or ``"constant-then-decay"`` (half a cosine down to 0 in the last quarter).
+        schedule: schedule of the outer rates: ``"constant"``, ``"cosine"`` (after a warm-up over a
+            fiftieth of training), or ``"constant-then-decay"`` (half a cosine down to 0 in the
+            last quarter).
         self_supervised: weight of L_ss(phi) in the outer loss.
         clip: largest norm of each tensor's gradient, inner and outer; 0 for no limit.
         first_order: treat the inner gradient as a constant.
-        autocast: compute in bfloat16 where the device can.
-        together: number of tasks that run at once; 0 for what the device does best.
-        seed: seed of initialisation, order and augmentation.
+        autocast: compute in bfloat16 where the device supports it.
+        together: number of tasks that run at once; 0 for the number that suits the device.
+        seed: seed for initialisation, image order and augmentation.
     """
 
     arch: str = "ttt_resnet26"
@@ -104,8 +105,8 @@ def clip_each(grads: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
     """Scale each tensor down to at most ``norm``; differentiable at zero too.
 
     Args:
-        grads: by name.
-        norm: the largest Euclidean norm; 0 leaves all as they are.
+        grads: gradients by parameter name.
+        norm: the largest Euclidean norm, at least 0; 0 leaves the gradients as they are.
     """
     if not norm:
         return dict(grads)
@@ -113,7 +114,7 @@ def clip_each(grads: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
     for name, g in grads.items():
         squared = g.square().sum()
         long = squared > norm**2
-        # The root's slope is infinite at zero; a gradient of zeros has no length to differentiate.
+        # The square root's derivative is infinite at zero, so a zero gradient needs care.
         length = torch.where(long, squared, norm**2).sqrt()
         clipped[name] = g * (norm / length)
     return clipped
@@ -133,19 +134,21 @@ def task_loss(
     """The outer loss of one task, algorithm 1, lines 4 to 8.
 
     Args:
-        meta: model and heads, ``"model.<name>"``, ``"projector…"`` and ``"predictor…"``, and
-            factors () on the inner rate, ``"rate.<name>"``, if they are learned.
-        x1: first views (K N, C, S, S) of each of the task's images, N for each of K inner steps.
-        x2: second views, likewise.
-        images: the images to classify (N, C, S, S).
+        meta: tensors of model and heads, ``"model.<name>"``, ``"projector…"`` and
+            ``"predictor…"``, and scalar factors on the inner rate, ``"rate.<name>"``, if they are
+            learned.
+        x1: first views (K N, C, S, S) of the task's images, N for each of K inner steps.
+        x2: second views of the same images, of the same shape.
+        images: images to classify (N, C, S, S).
         labels: their classes (N,).
         backbone: the network.
-        recipe: of the training.
-        transforms: differentiate by ``torch.func``, as ``vmap`` needs it, or by plain autograd.
+        recipe: recipe of the training.
+        transforms: whether to differentiate with ``torch.func``, which ``vmap`` needs, rather
+            than with autograd.
 
     Returns:
-        the loss, and for the log (inner loss before the first step, cross-entropy, images right
-        after the steps, right before them).
+        the loss, and for the log (inner loss before the first step, cross-entropy, number of
+        correct predictions after the steps, and before them).
     """
 
     def inner(params, first, second):
@@ -168,7 +171,7 @@ def task_loss(
     with _precision(x1, recipe):
         logits = _at_least_single(call(backbone, moved, images))
         judged = F.cross_entropy(logits, labels)
-        with torch.no_grad():  # for the log alone: 4 % of the work
+        with torch.no_grad():  # only for the log: 4 % of the work
             before = call(backbone, start, images)
     counts = [(each.argmax(1) == labels).sum().to(judged) for each in (logits, before)]
     record = torch.stack([inner_losses[0], judged.detach(), *counts])
@@ -180,7 +183,7 @@ def task_loss(
 def _inner_rates(
     meta: Mapping[str, Tensor], params: Mapping[str, Tensor], lr: float
 ) -> float | dict[str, Tensor]:
-    """The rate of every tensor in the inner steps; the classifier has no factor and no gradient."""
+    """The inner rate of every tensor; the classifier has no factor and no gradient."""
     if not any(name.startswith(RATE) for name in meta):
         return lr
     return {n: lr * meta.get(RATE + n, p.new_ones(())) for n, p in params.items()}
@@ -205,15 +208,15 @@ def draw_tasks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Augment the images of T tasks.
 
-    One corruption is drawn for a task and put on all views and on the images to classify; those
-    are padded by two pixels and cut at random.
+    One corruption is drawn per task and applied to all views and to the images to classify; the
+    latter are also padded by two pixels and cropped at random.
 
     Args:
-        images: (T * N, C, S, S) uint8.
-        labels: (T * N,).
-        task_images: N, images a task.
-        generator: of everything that is drawn.
-        steps: K, pairs of views of each image.
+        images: uint8 images (T * N, C, S, S).
+        labels: their classes (T * N,).
+        task_images: N, the number of images in a task.
+        generator: random generator for everything that is drawn.
+        steps: K, the number of pairs of views of each image.
 
     Returns:
         first and second views (T, K * N, C, S, S), images to classify (T, N, C, S, S) in [0, 1],
@@ -237,7 +240,7 @@ def meta_gradient(
     backbone: Backbone,
     recipe: MT3Recipe,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Sum over tasks of the outer loss's gradient, and of the log's entries with the loss first."""
+    """Sums over tasks of the outer loss's gradient, and of the loss and the log's numbers."""
 
     def loss(params, *task, transforms=True):
         value, record = task_loss(
@@ -267,6 +270,6 @@ def meta_gradient(
                 grads, aux = {n: g.sum(0) for n, g in grads.items()}, aux.sum(0)
             record = record + aux
             total = grads if total is None else {n: t + grads[n] for n, t in total.items()}
-    if total is None:  # there are more processes than tasks
+    if total is None:  # this process got no task, because there are more processes than tasks
         total = {n: torch.zeros_like(p) for n, p in meta.items()}
     return total, record

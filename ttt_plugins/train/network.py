@@ -1,4 +1,4 @@
-"""Training of a network by gradient descent: the steps of an epoch, whatever the loss."""
+"""Training of a network by gradient descent, for any loss."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ __all__ = ["NetworkTraining"]
 
 
 class NetworkRecipe(Recipe, Protocol):
-    """What `NetworkTraining` reads of a recipe."""
+    """The fields of a recipe that `NetworkTraining` reads."""
 
     @property
     def batch_size(self) -> int:
-        """Images a step."""
+        """Number of images in each step."""
         ...
 
     @property
     def ema(self) -> float:
-        """Decay of the weights' moving average per step, 0 for no average."""
+        """Decay of the weights' moving average per step, in [0, 1]; 0 disables the average."""
         ...
 
 
 class NetworkTraining(Training):
-    """Epochs of gradient descent, and a moving average of the weights.
+    """Epochs of gradient descent, with a moving average of the weights.
 
     Attributes:
-        net: what is trained.
+        net: the module that is trained.
         average: the moving average of its weights and buffers.
-        optimizers: each with the peak of its learning rate.
-        schedules: one for each optimizer.
-        images: (N, C, H, W) to train on, uint8, on the network's device.
-        labels: (N,) int64, there too.
+        optimizers: optimizers whose learning rates are the peaks of their schedules.
+        schedules: learning rate schedules, one per optimizer.
+        images: uint8 training images (N, C, H, W) on the network's device.
+        labels: int64 classes (N,) on the same device.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class NetworkTraining(Training):
         """Set up the average and the schedules.
 
         Args:
-            recipe: of the training.
-            net: on ``device`` already.
-            optimizers: of the parameters of ``net``.
-            schedule: its name and the share of the steps in which it warms up.
-            train: images to train on.
-            device: where to train.
+            recipe: recipe of the training.
+            net: the module to train, already on ``device``.
+            optimizers: optimizers of the parameters of ``net``.
+            schedule: name of the schedule, and the fraction of the steps in which it warms up.
+            train: labelled images to train on.
+            device: device to train on.
         """
         super().__init__(recipe, device)
         self.net: Any = net
@@ -80,32 +80,32 @@ class NetworkTraining(Training):
 
     @property
     def final(self) -> Any:
-        """The network to keep: the average, or the network itself if none is taken."""
+        """The resulting network: the average, or the network itself if there is no average."""
         return self.average.module if self.ema else self.net
 
     def prepare(self, epoch: Epoch) -> None:
-        """Change what changes at the start of an epoch."""
+        """Prepare the network for an epoch; the default does nothing."""
 
     @abstractmethod
     def loss(
         self, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and the numbers (K,) whose means `entry` gets.
+        """The loss of a batch, and the numbers (K,) whose means are passed to `entry`.
 
         Args:
-            images: (B, C, H, W) uint8.
-            labels: (B,) int64.
-            generator: for the augmentation.
+            images: uint8 images (B, C, H, W).
+            labels: int64 classes (B,).
+            generator: random generator for the augmentation.
         """
 
     def accuracy(self, model: nn.Module, normalise: nn.Module, data: LabelledImages) -> float:
-        """Share of right predictions, in [0, 1], in eval mode."""
+        """Accuracy in [0, 1], in eval mode."""
         model.eval()
         return accuracy(lambda x: model(normalise(x)), data, device=self.device)
 
     @abstractmethod
     def entry(self, means: list[float]) -> dict[str, float]:
-        """The log's entry for an epoch, from the means over its steps."""
+        """The log's entry for an epoch, from means over its steps."""
 
     def run(self, epoch: Epoch) -> dict[str, float]:
         """Train for one epoch."""

@@ -1,4 +1,4 @@
-"""Released checkpoints of the papers' authors, turned into our artifacts.
+"""Conversion of the papers' released checkpoints into artifacts.
 
 TTT (arXiv 1909.13231) released PyTorch files of its CIFAR-10 networks with their rotation heads,
 MT3 (arXiv 2103.16201) a TensorFlow checkpoint of its meta-model, and MGG (arXiv 2412.16901) a
@@ -34,8 +34,8 @@ _MGG_PREFIX = "seq_modeling_block."
 #: The model that MGG's optimizer was released for.
 _MGG_MODEL = "vit_base_patch16_224"
 _MGG_FEATURES = 12 * 768
-#: What makes a single number of numpy's, under its names in old and new files: TTT's released
-#: files hold error rates beside their tensors.
+#: The constructor of numpy scalars under its names in old and new files: TTT's released files
+#: hold error rates beside their tensors.
 _NUMBER = np.float64(0).__reduce__()[0]
 _SAFE = [
     *((_NUMBER, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -51,16 +51,16 @@ def _load(file: Path, what: str) -> Any:
     except Exception as error:  # unpickling fails in many ways; none of them runs code
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "weights_only" in str(error):
-            # The rest of PyTorch's text advises a load that may run code from the file.
-            reason = "it is damaged, or holds more than tensors, which are all that is read"
+            # The rest of PyTorch's message advises a way of loading that may run code in the file.
+            reason = "it is damaged, or holds objects other than tensors, which are not loaded"
         raise ArtifactError(f"{file} is not {what}: {reason}") from error
 
 
 def _tensors(part: Any, where: str) -> dict[str, Tensor]:
-    """A state dict, of the network itself where several GPUs trained it.
+    """Check a state dict and remove the prefix that training on several GPUs adds.
 
     Raises:
-        ArtifactError: it is none.
+        ArtifactError: it is not a dict of tensors.
     """
     if (
         not isinstance(part, dict)
@@ -75,20 +75,20 @@ def _tensors(part: Any, where: str) -> dict[str, Tensor]:
 
 
 def convert_ttt(checkpoint: str | Path, out: str | Path, *, groups: int = 8) -> Path:
-    """One of TTT's released CIFAR-10 files as an artifact.
+    """Convert one of TTT's released CIFAR-10 files into an artifact.
 
     Args:
-        checkpoint: a dict with ``net`` and ``head``, state dicts of the classifier and of what its
-            rotation task has for itself.
+        checkpoint: file with a dict of ``net`` and ``head``, the state dicts of the classifier and
+            of the layers that only its rotation task uses.
         out: folder for the artifact.
-        groups: of the group norms, which the file does not say; without effect on a file with
-            BatchNorm.
+        groups: number of groups of the group norms, which the file does not record; it has no
+            effect on a file with BatchNorm.
 
     Returns:
-        the folder.
+        the folder of the artifact.
 
     Raises:
-        ArtifactError: the file holds something else; nothing is written.
+        ArtifactError: the file has other contents; nothing is written.
     """
     saved = _load(Path(checkpoint), "one of TTT's released checkpoints")
     if not isinstance(saved, dict):
@@ -124,8 +124,8 @@ def ttt_state(
     """The network of a released file: its architecture, arguments, and ``state_dict``.
 
     Args:
-        net: the file's ``net``.
-        groups: of the group norms.
+        net: the state dict ``net`` in the file.
+        groups: number of groups of the group norms.
 
     Raises:
         ArtifactError: a tensor is missing, or the network is wider than its first layer.
@@ -136,7 +136,7 @@ def ttt_state(
     width = len(net["conv1.weight"])
     if len(net["layer3.0.conv1.weight"]) != 4 * width:
         raise ArtifactError(
-            "the released network is wider than its first layer, which no network here is"
+            "the released network is wider than its first layer, which is not supported"
         )
     units = sum(bool(re.fullmatch(r"layer1\.\d+\.conv1\.weight", n)) for n in net)
     arguments = {"depth": 6 * units + 2, "width": width, "zeros_last": True}
@@ -148,7 +148,7 @@ def ttt_state(
 
 
 def _ttt_name(name: str) -> str:
-    """A tensor's name in the released network -> its name in ours."""
+    """A tensor's name in the released network -> its name in `ttt_resnet26`."""
     name = re.sub(r"^layer(\d)", lambda m: f"stages.{int(m[1]) - 1}", name)
     if name.startswith("stages."):
         return name.replace(".bn", ".norm")
@@ -158,9 +158,9 @@ def _ttt_name(name: str) -> str:
 
 
 def _ttt_head(head: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int | str]:
-    """The rotation head's tensors under our names, and where the trunk ends.
+    """The rotation head's tensors under this package's names, and where the trunk ends.
 
-    The released head is one linear layer on the pooled features, or a sequence that begins with a
+    The released head is one linear layer on the pooled features, or a sequence that starts with a
     copy of the last stage: stage, norm, ReLU, pooling, flattening, linear layer.
     """
     if set(head) == {"weight", "bias"}:
@@ -186,22 +186,22 @@ def convert_mgg(
     model: str | nn.Module | None = None,
     **options: Any,
 ) -> Path:
-    """MGG's released optimizer as an artifact.
+    """Convert MGG's released optimizer into an artifact.
 
     Args:
-        checkpoint: a dict with the one key ``model_state_dict``.
+        checkpoint: file with a dict whose only key is ``model_state_dict``.
         out: folder for the artifact.
-        statistics: the pair (std, mean), each of twelve times 768 features of ViT-B/16's blocks.
-            Without it the optimizer fits any model.
-        model: the classifier that the statistics were measured on, what `wrap` takes; the artifact
-            fits its weights alone.
-        **options: as for `wrap` (pretrained, mean, std, …).
+        statistics: file with the pair (std, mean), each of the 12 * 768 features of ViT-B/16's
+            blocks. Without it the optimizer fits any model.
+        model: the classifier that the statistics were measured on, in any form that `wrap`
+            accepts; the artifact then fits only its weights.
+        **options: options of `wrap` (pretrained, mean, std, …).
 
     Returns:
-        the folder.
+        the folder of the artifact.
 
     Raises:
-        ArtifactError: a file is not what it should be; nothing is written.
+        ArtifactError: a file has unexpected contents; nothing is written.
         InputError: statistics without their model, or a model without statistics.
     """
     saved = _load(Path(checkpoint), "a checkpoint of MGG's optimizer")
@@ -215,7 +215,7 @@ def convert_mgg(
     }
     if statistics is None:
         if model is not None:
-            raise InputError("a model belongs to source statistics; without them leave it out")
+            raise InputError("a model has no effect without source statistics; leave it out")
         backbone = {"source": "timm", "name": _MGG_MODEL, "pretrained": True, "num_classes": 1000}
         backbone |= {"normalize": True, "mean": [0.5] * 3, "std": [0.5] * 3}
         return save_learned(MGG(), tensors, backbone, out, training=training)
@@ -254,31 +254,31 @@ def _statistics(file: Path) -> dict[str, Tensor]:
 
 
 def convert_mt3(prefix: str | Path, out: str | Path) -> Path:
-    """MT3's released meta-model as an artifact.
+    """Convert MT3's released meta-model into an artifact.
 
     Args:
         prefix: path of the TensorFlow checkpoint without ``.index``.
         out: folder for the artifact.
 
     Returns:
-        the folder.
+        the folder of the artifact.
 
     Raises:
         MissingDependencyError: TensorFlow is not installed.
-        ArtifactError: the checkpoint is another network's; nothing is written.
+        ArtifactError: the checkpoint holds another network; nothing is written.
     """
     return mt3_artifact(_read_tensorflow(str(prefix)), out)
 
 
 def mt3_artifact(variables: Mapping[str, np.ndarray], out: str | Path) -> Path:
-    """MT3's released variables as an artifact; arguments and errors as for `mt3_state`."""
+    """Convert MT3's released variables into an artifact; arguments and errors: see `mt3_state`."""
     state, heads = mt3_state(variables)
     model = timm.create_model("ttt_resnet26", num_classes=10, **_MT3_RELEASED)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ArtifactError(f"the checkpoint holds another network: {error}") from error
-    # The released network takes images in [0, 1] as they are.
+    # The released network takes images in [0, 1] without normalisation.
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.0,) * 3, "std": (1.0,) * 3}
     training = {
         "note": "Converted from the meta-model that the authors of arXiv 2103.16201 released "
@@ -296,14 +296,14 @@ def mt3_artifact(variables: Mapping[str, np.ndarray], out: str | Path) -> Path:
 
 
 def mt3_state(variables: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The released variables as the network's ``state_dict`` and the heads' tensors.
+    """Convert the released variables into the network's ``state_dict`` and the heads' tensors.
 
     Args:
-        variables: by their names in the checkpoint, with or without the suffix that TensorFlow
-            puts on them. The optimizer's and TensorFlow's own are passed over.
+        variables: arrays by their names in the checkpoint, with or without the suffix that
+            TensorFlow appends. Variables of the optimizer and of TensorFlow itself are ignored.
 
     Raises:
-        ArtifactError: one is missing.
+        ArtifactError: a variable is missing.
     """
     plain = {n.removesuffix(_SUFFIX): v for n, v in variables.items()}
     tensors = {}
@@ -317,12 +317,12 @@ def mt3_state(variables: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], d
 
 
 def _kernel(value: np.ndarray) -> np.ndarray:
-    """Height, width, in, out -> out, in, height, width; (in, out) -> (out, in)."""
+    """(height, width, in, out) -> (out, in, height, width); (in, out) -> (out, in)."""
     return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
 
 def _mt3_names() -> dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """Our name -> the name of the released variable, and how to turn it."""
+    """This package's name -> the name of the released variable, and how to transpose it."""
 
     def same(value):
         return value
@@ -361,7 +361,7 @@ def _read_tensorflow(prefix: str) -> dict[str, np.ndarray]:
         wanted = {theirs for theirs, _ in _mt3_names().values()}
         names = [n for n in reader.get_variable_to_shape_map() if n.removesuffix(_SUFFIX) in wanted]
         return {name: reader.get_tensor(name) for name in names}
-    except Exception as error:  # TensorFlow's own, of many kinds
+    except Exception as error:  # TensorFlow raises exceptions of many kinds
         raise ArtifactError(
             f"{prefix} cannot be read as a TensorFlow checkpoint: {error}"
         ) from error

@@ -1,9 +1,9 @@
 """Supervised training of the source classifiers that the adapters start from.
 
-A modern short recipe on 32x32 images: crop, flip, cutout, CutMix, label smoothing, warm-up,
-cosine, an exponential moving average of the weights; for transformers also Muon on the block
-matrices and dropping patches for the first part of training. None of its augmentations is one
-of CIFAR-10-C's fifteen corruptions, so the benchmark stays a test of unseen shifts.
+A short modern recipe for 32x32 images: crop, flip, cutout, CutMix, label smoothing, warm-up,
+cosine schedule, and an exponential moving average of the weights; for transformers also Muon on
+the block matrices and dropped patches in the first part of training. None of the augmentations is
+one of CIFAR-10-C's fifteen corruptions, so the benchmark remains a test of unseen shifts.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ __all__ = ["SourceRecipe", "train_source"]
 
 @dataclass(frozen=True)
 class SourceRecipe:
-    """How a source network is trained; its artifact holds the recipe.
+    """How a source network is trained; its artifact records the recipe.
 
     Attributes:
-        arch: name of a timm architecture.
-        model_args: keyword arguments of its constructor.
+        arch: name of the timm architecture.
+        model_args: keyword arguments for its constructor.
         epochs: number of passes over the training images.
-        batch_size: number of images in a step.
+        batch_size: number of images in each step.
         optimizer: ``"sgd"`` (Nesterov, momentum 0.9), ``"adamw"``, or ``"muon"`` (Muon on the
             matrices of the blocks, AdamW at a tenth of the rate on everything else).
         lr: peak learning rate.
         weight_decay: weight decay coefficient of matrices and kernels; norms and biases have none.
-        warmup: share of the steps in which the rate rises linearly, in [0, 1]; then it falls as
-            half a cosine.
-        label_smoothing: share of each target that is spread over all classes, in [0, 1].
+        warmup: fraction of the steps in which the rate rises linearly, in [0, 1]; then it falls
+            along half a cosine.
+        label_smoothing: fraction of each target that is spread over all classes, in [0, 1].
         padding: zero padding before the random crop, in pixels.
         cutout: side of the erased square in pixels; 0 erases nothing.
-        cutmix: share of the batches that are mixed, with Beta(1, 1), in [0, 1].
-        patch_drop: share of the patches that vision transformers do not see during the first
-            ``patch_drop_until`` of training, in [0, 1).
-        patch_drop_until: share of the epochs in which patches are dropped, in [0, 1].
-        ema: decay of the weights' moving average per step, in [0, 1]; the average is kept. 0
-            takes no average.
-        autocast: compute in bfloat16 where the device can.
+        cutmix: fraction of the batches that are mixed, with Beta(1, 1), in [0, 1].
+        patch_drop: fraction of the patches that is dropped from a vision transformer's input
+            during the first ``patch_drop_until`` of training, in [0, 1).
+        patch_drop_until: fraction of the epochs in which patches are dropped, in [0, 1].
+        ema: decay of the weights' moving average per step, in [0, 1]; the average is the result.
+            0 disables the average.
+        autocast: compute in bfloat16 where the device supports it.
         init: artifact of the same architecture whose weights and preprocessing training starts
-            from; fresh weights by default.
-        seed: seed of initialisation, order and augmentation.
+            from; by default the weights are initialised at random.
+        seed: seed for initialisation, image order and augmentation.
     """
 
     arch: str = "ttt_resnet26"
@@ -87,7 +87,9 @@ class SourceRecipe:
             check_number(self, name, 0, 1)
         check_number(self, "ema", 0, 1)
         if self.patch_drop == 1:
-            raise InputError("SourceRecipe.patch_drop must be below 1, got 1: no patch would stay")
+            raise InputError(
+                "SourceRecipe.patch_drop must be below 1, got 1: no patch would remain"
+            )
         check_choice(self, "optimizer", ("sgd", "adamw", "muon"))
         check_seed(self.seed, "SourceRecipe.seed")
 
@@ -172,7 +174,7 @@ class _SourceTraining(NetworkTraining):
         self.parts |= {f"schedule{i}": s for i, s in enumerate(self.schedules)}
 
     def prepare(self, epoch: Epoch) -> None:
-        torch.manual_seed(epoch.generator.initial_seed())  # patches are dropped by torch's own
+        torch.manual_seed(epoch.generator.initial_seed())  # timm drops patches with this generator
         if self.recipe.patch_drop:
             dropping = epoch.number < self.recipe.patch_drop_until * self.recipe.epochs
             self.net.patch_drop.prob = self.recipe.patch_drop if dropping else 0.0
@@ -202,26 +204,27 @@ def train_source(
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[nn.Module, dict]:
-    """Train a timm model.
+    """Train a timm model with labels.
 
-    After every epoch ``out/checkpoint.pt`` holds all that is needed to resume.
+    After every epoch ``out/checkpoint.pt`` holds everything that is needed to resume.
 
     Args:
-        recipe: how to train, and what.
-        train: images to train on.
-        test: images whose accuracy the log holds for every epoch.
-        out: folder of the checkpoint.
-        device: where to train.
-        resume: resume from the checkpoint, if there is one; the run ends as an unbroken one would.
+        recipe: the architecture and how it is trained.
+        train: labelled images to train on.
+        test: labelled images; the log holds the accuracy on them after every epoch.
+        out: folder for the checkpoint; created if it is missing.
+        device: device to train on.
+        resume: whether to resume from the checkpoint, if there is one; the result is the same as
+            that of an uninterrupted run.
         progress: whether to show progress bars and print the log.
 
     Returns:
         the averaged model in eval mode, and the log.
 
     Raises:
-        InputError: an unknown architecture, images that it does not take, too few of them, or a
+        InputError: an unknown architecture, images that it does not accept, too few of them, or a
             checkpoint made by another recipe.
-        DataError: the disk refuses a checkpoint.
+        DataError: a checkpoint cannot be written.
     """
     checkpoint = checkpoint_file(out)
     training = _SourceTraining(recipe, train, test, torch.device(device))

@@ -1,4 +1,4 @@
-"""The processes that torchrun started, which share every meta-batch of a training."""
+"""The processes started by torchrun, which share every meta-batch of a training."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["Workers"]
 
 
 class Workers:
-    """The processes that share a meta-batch; one, unless torchrun started several.
+    """The processes that share a meta-batch: a single one unless torchrun started several.
 
-    A context manager, which leaves the process group that it entered.
+    A context manager that leaves the process group when it exits.
 
     Attributes:
-        count: how many processes there are.
-        rank: which of them this is, from 0.
+        count: number of processes.
+        rank: rank of this process, from 0.
 
     Raises:
-        DistributedError: what torchrun says in the environment makes no sense.
+        DistributedError: torchrun's environment variables are inconsistent.
     """
 
     def __init__(self, device: torch.device):
@@ -45,14 +45,14 @@ class Workers:
 
     @property
     def first(self) -> bool:
-        """Whether this process saves and prints for all."""
+        """Whether this process is the one that saves and prints."""
         return self.rank == 0
 
     def agree(self, epoch: int, checkpoint: Path) -> None:
         """Make sure that all processes resume after the same epoch.
 
         Raises:
-            InputError: they do not.
+            InputError: their checkpoints are of different epochs.
         """
         if self.count == 1:
             return
@@ -69,7 +69,7 @@ class Workers:
         return tuple(t[self.rank :: self.count] for t in tasks)
 
     def add_up(self, grads: dict[str, Tensor], record: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The sums of gradients and of the log's numbers over all processes."""
+        """Sum gradients and the log's numbers over all processes."""
         if self.count == 1:
             return grads, record
         flat = torch.cat([*(g.reshape(-1) for g in grads.values()), record])
