@@ -1,8 +1,8 @@
 """Tent and SAR against plain loops on a copy of the model, written with torch.optim.
 
-The loops follow arXiv 2006.10726 and 2302.12400, and share nothing with the library: the parameters are
-found by their modules' classes, BatchNorm loses its running statistics, gradients come from
-``backward``.
+The loops follow arXiv 2006.10726 and 2302.12400, and share nothing with the library: the
+parameters are found by their modules' classes, BatchNorm loses its running statistics, gradients
+come from ``backward``.
 """
 
 import copy
