@@ -42,7 +42,7 @@ class OnlineFields(StatisticsFields):
 
     Attributes:
         window: images per update, at least 1. Smaller batches are predicted at once and gather
-            until there are as many; a larger one is one update. The papers: 64.
+            until there are as many; a larger one is one update. The papers: 64 on ImageNet.
 
     Raises:
         InputError: as for `NormStatistics`, or a window that is no positive integer.

@@ -27,6 +27,7 @@ Deviations from the released code, and why:
    (`norms.tapped_modules`).
 5. A deviation is ``sqrt(var + 1e-12)``, whose slope is finite where a feature does not vary.
 6. An update that is not finite is dropped, together with its state (`online.Online`).
+7. Batches of fewer than ``window`` images gather for one update (released: one for every batch).
 """
 
 from __future__ import annotations

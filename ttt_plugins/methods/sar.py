@@ -20,6 +20,7 @@ Deviations from the released code (`updates.SharpnessAware` has two more):
    by structure. The released code leaves them out by name: those in ``layer4``, ``blocks.9`` to
    ``blocks.11``, ``norm.`` and a module called ``norm``. On ResNets with four stages and ViTs with
    12 blocks both rules agree; elsewhere the names leave out fewer.
+2. Batches of fewer than ``window`` images gather for one update (released: one for every batch).
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ A step, in the paper's order
 Equation -> function
     H(y) = - sum_c p(y_c) log p(y_c)      -> `objectives.entropy`
     gradient step on gamma and beta       -> `online.Online`, `updates.Adam`, `updates.SGD`
+
+Deviations from the released code:
+1. Batches of fewer than ``window`` images gather for one update (released: one for every batch).
+2. An update that is not finite is dropped, together with its state (`online.Online`).
 """
 
 from __future__ import annotations
