@@ -4,7 +4,7 @@ They agree with the public functions of Hendrycks & Dietterich (arXiv 1903.12261
 benchmark's extra ones), in their ImageNet and their CIFAR variant: the same parameters; the random
 ones have the same distribution, and the same result for the same noise. scikit-image's and
 OpenCV's operations are written out: Canny's edges and the distances from them make the drops of
-water.
+water. An image on which no drop falls stays as it is (the public function divides zero by zero).
 """
 
 from __future__ import annotations
