@@ -349,7 +349,7 @@ def test_a_data_folder_with_nothing_to_train_on(monkeypatch, refused):
     few = LabelledImages(torch.zeros(EXTRA_ROWS, 3, 32, 32).byte(), torch.zeros(EXTRA_ROWS).long())
     monkeypatch.setattr("ttt_plugins.cli.pictures.read_parquet", lambda _: few)
     for kind in ("source", "ttt", "head", "mt3"):
-        assert f"no images beside the last {EXTRA_ROWS}" in refused(*train(kind, *SHORT[kind]))
+        assert f"no images before the last {EXTRA_ROWS}" in refused(*train(kind, *SHORT[kind]))
 
 
 # -- checkpoints -------------------------------------------------------------------------------

@@ -22,20 +22,20 @@ def add_artifacts(commands) -> None:
     add = commands.add_parser("publish", help="put an artifact on the Hugging Face Hub")
     add.set_defaults(run=_publish)
     add.add_argument("folder", type=Path, metavar="FOLDER")
-    add.add_argument("repository", metavar="ORG/NAME", help="created if there is none")
-    add.add_argument("--private", action="store_true", help="the new repository is private")
+    add.add_argument("repository", metavar="ORG/NAME", help="created if it does not exist")
+    add.add_argument("--private", action="store_true", help="make the new repository private")
     add.add_argument("--results", type=Path, metavar="FILE", help="a benchmark's results.json")
     add.epilog = "Log in with `hf auth login` first, or set HF_TOKEN."
     add = commands.add_parser("info", help="describe an artifact without loading its classifier")
     add.set_defaults(run=_info)
-    add.add_argument("name", metavar="NAME_OR_FOLDER", help="what from_pretrained takes")
+    add.add_argument("name", metavar="NAME_OR_FOLDER", help="artifact, as for from_pretrained")
     add.add_argument("--revision", help="branch, tag or commit on the Hub")
     add = commands.add_parser("card", help="rewrite an artifact's card (README.md)")
     add.set_defaults(run=_card)
     add.add_argument("folder", type=Path, nargs="+", metavar="FOLDER")
     add.add_argument("--results", type=Path, metavar="FILE", help="a benchmark's results.json")
-    add.add_argument("--license", help="the Hub's identifier, such as apache-2.0")
-    add.add_argument("--datasets", nargs="+", metavar="NAME", help="the Hub's identifiers")
+    add.add_argument("--license", help="license identifier of the Hub, such as apache-2.0")
+    add.add_argument("--datasets", nargs="+", metavar="NAME", help="data set identifiers")
     add.add_argument("--note", help="a sentence for the section on limits")
 
 
@@ -60,17 +60,17 @@ def _card(args: argparse.Namespace) -> None:
 
 def add_convert(commands) -> None:
     """Add the command ``convert``."""
-    add = commands.add_parser("convert", help="turn the papers' released weights into artifacts")
+    add = commands.add_parser("convert", help="convert the papers' released weights into artifacts")
     add.set_defaults(run=_convert)
     add.add_argument("kind", choices=("mgg", "mt3", "ttt"))
     add.add_argument(
-        "checkpoint", help="MGG's or TTT's file, or the prefix of MT3's TensorFlow checkpoint"
+        "checkpoint", help="file of MGG or TTT, or the prefix of MT3's TensorFlow checkpoint"
     )
     add.add_argument(
         "--statistics", type=Path, help="MGG: the file of a classifier's source statistics"
     )
     add.add_argument(
-        "--model", help="with --statistics: the classifier they belong to; what wrap takes"
+        "--model", help="with --statistics: the classifier they were measured on, as for wrap"
     )
     add.add_argument("--pretrained", action="store_true", help="with --model: timm's weights")
     add.add_argument("--groups", type=int, help="TTT: groups of the group norms (default: 8)")
@@ -81,11 +81,12 @@ def _convert(args: argparse.Namespace) -> None:
     owners = {"statistics": "mgg", "model": "mgg", "pretrained": "mgg", "groups": "ttt"}
     for flag, kind in owners.items():
         if getattr(args, flag) and args.kind != kind:
-            raise InputError(f"--{flag} belongs to convert {kind}")
+            raise InputError(f"--{flag} can only be used with convert {kind}")
     if args.statistics and not args.model:
         raise InputError(
-            "--statistics needs --model, the classifier that they were measured on: they belong to "
-            "its weights (the released ones: --model vit_base_patch16_224 --pretrained)"
+            "--statistics needs --model, the classifier that they were measured on, because they "
+            "fit only its weights (for the released ones: --model vit_base_patch16_224 "
+            "--pretrained)"
         )
     if args.kind == "mt3":
         folder = convert_mt3(args.checkpoint, args.out)
@@ -101,7 +102,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 def add_list(commands) -> None:
     """Add the command ``list``."""
-    add = commands.add_parser("list", help="name the methods and the bundled artifacts")
+    add = commands.add_parser("list", help="list the methods and the bundled artifacts")
     add.set_defaults(run=_list)
 
 

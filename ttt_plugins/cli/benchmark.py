@@ -29,7 +29,7 @@ from .models import adapter_from_args, add_model_flags
 
 __all__ = ["add_benchmark", "add_compare"]
 
-#: The largest number of threads; with very many the system kills the process in mid-run.
+#: The largest number of threads; with far too many the system kills the process during the run.
 _THREADS = 1024
 
 
@@ -47,16 +47,17 @@ def add_benchmark(commands) -> None:
         type=float,
         default=CONCENTRATION,
         metavar="DELTA",
-        help="of the Dirichlet distribution of --protocol correlated (default: %(default)s)",
+        help="concentration of the Dirichlet distribution for --protocol correlated "
+        "(default: %(default)s)",
     )
     add.add_argument(
         "--seed",
         type=int,
         nargs="+",
-        help="of the images' order in a cell and of the adapter's draws (default: as stored, and "
-        "0); several give means and standard errors",
+        help="seed for the order of the images in a cell and for the adapter's random draws "
+        "(default: stored order, and 0); several seeds give means and standard errors",
     )
-    add.add_argument("--overwrite", action="store_true", help="replace other results in OUT")
+    add.add_argument("--overwrite", action="store_true", help="replace existing results in OUT")
     add.add_argument("--resume", action="store_true", help="resume the unfinished run in OUT")
     _add_execution_flags(add)
 
@@ -65,11 +66,13 @@ def _add_data_flags(add: argparse.ArgumentParser) -> None:
     add.add_argument("--dataset", choices=DATASETS, default="cifar10")
     add.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
     levels = range(1, 6)
-    add.add_argument("--severity", type=int, nargs="+", choices=levels, help="(default: all)")
-    add.add_argument("--corruption", nargs="+", help="(default: the benchmark's)")
-    add.add_argument("--n-examples", type=int, metavar="N", help="images a cell (default: all)")
-    add.add_argument("--labels", type=Path, help="parquet file of the clean test images")
-    add.add_argument("--no-download", action="store_true", help="missing data is an error")
+    add.add_argument(
+        "--severity", type=int, nargs="+", choices=levels, help="severity levels (default: all)"
+    )
+    add.add_argument("--corruption", nargs="+", help="corruptions (default: the benchmark's own)")
+    add.add_argument("--n-examples", type=int, metavar="N", help="images per cell (default: all)")
+    add.add_argument("--labels", type=Path, help="parquet file with the labelled clean test images")
+    add.add_argument("--no-download", action="store_true", help="fail if data is missing")
 
 
 def _add_execution_flags(add: argparse.ArgumentParser) -> None:
@@ -83,9 +86,9 @@ def _add_execution_flags(add: argparse.ArgumentParser) -> None:
         help="compile the model with torch.compile (BACKEND: inductor)",
     )
     add.add_argument(
-        "--threads", type=int, help="of the processor (default: torch's own; 1 under torchrun)"
+        "--threads", type=int, help="CPU threads (default: torch's default; 1 under torchrun)"
     )
-    # Accepted without effect: the system itself says which processes are alive.
+    # Accepted without effect: locks of the system show which processes are alive.
     add.add_argument("--lease", type=float, help=argparse.SUPPRESS)
 
 
@@ -106,7 +109,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     place = place_from_environment()
     if args.device == "cuda" and torch.cuda.is_available():
         args.device = f"cuda:{place.local_rank % torch.cuda.device_count()}"
-    # torchrun starts all processes again when one has died: what they had done is on disk.
+    # torchrun restarts all processes when one has died; finished work is on disk.
     args.resume |= place.restarts > 0
     try:
         _run(args, worker)
@@ -116,7 +119,7 @@ def _benchmark(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace, worker: Worker | None) -> None:
     execution = Execution(args.channels_last, args.autocast, args.compile)
-    # What is downloaded is downloaded once.
+    # Process 0 downloads; the others then find the files.
     with worker.main_process_first() if worker else contextlib.nullcontext(True):
         data = open_dataset(
             args.dataset,
@@ -128,8 +131,8 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
             download=not args.no_download,
         )
     seeds, first = args.seed, args.seed[0] if args.seed else None
-    args.seed = first  # of the adapter
-    # A timm name without --pretrained means random weights: let them be the same ones twice.
+    args.seed = first  # the adapter's seed
+    # A timm name without --pretrained means random weights, which must be the same for both models.
     with worker.main_process_first() if worker else contextlib.nullcontext(True):
         torch.manual_seed(first or 0)
         net = adapter_from_args(args)
@@ -168,7 +171,7 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
 
 
 def _unadapted(net: Adapter, model_dir: Path) -> Adapter:
-    """The model of an adapter, loaded anew and with the same preprocessing."""
+    """The model of an adapter, loaded again with the same preprocessing."""
     normal = net.backbone.normalize
     return wrap(
         net.origin["name"],
@@ -184,15 +187,17 @@ def _unadapted(net: Adapter, model_dir: Path) -> Adapter:
 
 def add_compare(commands) -> None:
     """Add the command ``compare``."""
-    add = commands.add_parser("compare", help="put the results of several benchmarks side by side")
+    add = commands.add_parser("compare", help="compare the results of several benchmarks")
     add.set_defaults(run=_compare)
-    add.add_argument("folders", nargs="+", type=Path, metavar="OUT", help="of a benchmark")
+    add.add_argument(
+        "folders", nargs="+", type=Path, metavar="OUT", help="results folder of a benchmark"
+    )
     add.add_argument(
         "--html",
         type=Path,
         default=Path("comparison.html"),
         metavar="FILE",
-        help="the report, a page with its pictures inside (default: %(default)s)",
+        help="file for the report, an HTML page with its figures (default: %(default)s)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Flags of the command line: made from dataclasses, and what their values may be."""
+"""Command line flags: created from dataclasses, and parsing of their values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROGRAM = "ttt-plugins"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors look like every other error of the command line."""
+    """A parser that reports errors in the same form as the other errors of the command line."""
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """Field -> text of the Attributes section of a dataclass's docstring."""
+    """Field -> its text in the Attributes section of a dataclass's docstring."""
     lines = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2].splitlines()
     texts: dict[str, str] = {}
     names: list[str] = []
@@ -65,15 +65,15 @@ def _number_or_word(text: str) -> int | str:
 
 
 def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> None:
-    """One flag for each field: ``batch_size: int`` becomes ``--batch-size N``.
+    """Add one flag per field: ``batch_size: int`` becomes ``--batch-size N``.
 
-    Its help is the field's entry in the docstring's Attributes section. Booleans become
+    The help is the field's entry in the docstring's Attributes section. Booleans become
     ``--flag`` and ``--no-flag``, tuples take several values, dictionaries take JSON.
 
     Args:
-        parser: where to add them; flags that it has already stay as they are.
+        parser: the parser to add the flags to; flags that it already has are not changed.
         cls: the dataclass.
-        prefix: put before each help text.
+        prefix: text put before each help text.
     """
     help_of = _documented(cls)
     types = typing.get_type_hints(cls)
@@ -85,18 +85,18 @@ def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type, prefix: str 
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         text = help_of.get(field.name, "").rstrip(".").replace("``", "").replace("%", "%%")
-        # What is not typed is left out, and the dataclass's own default stands.
+        # A flag that is not given is left out, so that the dataclass's default applies.
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": prefix + text}
         if default is dataclasses.MISSING:
             options["required"] = True
-        elif default is not None:  # otherwise the text says what stands in for it
+        elif default is not None:  # for None the docstring describes the default
             options["help"] += f" (default: {str(default).replace('%', '%%')})"
         options |= _value_options(types[field.name])
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
 def _value_options(kind: Any) -> dict[str, Any]:
-    """How argparse reads values of a field's type."""
+    """Options with which argparse reads values of a field's type."""
     kinds = [t for t in typing.get_args(kind) if t is not type(None)]
     origin = typing.get_origin(kind)
     if origin in (tuple, list):
@@ -111,14 +111,14 @@ def _value_options(kind: Any) -> dict[str, Any]:
 
 
 def dataclass_from_args(args: argparse.Namespace, cls: type) -> Any:
-    """The dataclass whose flags `add_dataclass_flags` added; untyped ones have their defaults."""
+    """Create the dataclass from the flags of `add_dataclass_flags`; others keep their defaults."""
     names = [f.name for f in dataclasses.fields(cls) if hasattr(args, f.name)]
     values = {name: getattr(args, name) for name in names}
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def add_field_flags(parser: argparse.ArgumentParser) -> None:
-    """Add ``--set KEY=VALUE …``; `fields_from_pairs` reads what it collects."""
+    """Add ``--set KEY=VALUE …``; `fields_from_pairs` converts the collected pairs."""
     parser.add_argument(
         "--set",
         type=_key_value,
@@ -131,21 +131,21 @@ def add_field_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _key_value(text: str) -> tuple[str, Any]:
-    """``KEY=VALUE`` -> its parts; the value is read as JSON, or is a plain word."""
+    """``KEY=VALUE`` -> its parts; the value is read as JSON, or else as a string."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
     try:
         return key, json.loads(value)
     except ValueError:
-        return key, value  # a plain word
+        return key, value  # a string
 
 
 def fields_from_pairs(pairs: Iterable[tuple[str, Any]], config: type) -> dict[str, Any]:
-    """Pairs of key and value as fields of a method's config.
+    """Convert pairs of key and value into fields of a method's config.
 
     Raises:
-        InputError: one is given twice, or the config has no such field.
+        InputError: a field is given twice, or the config has no such field.
     """
     fields = [field.name for field in dataclasses.fields(config)]
     values: dict[str, Any] = {}

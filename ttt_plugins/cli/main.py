@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. A user's mistake is one line and exit code 2."""
+"""The command line. A user's mistake is reported in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: its words; those of the command line by default.
+        argv: the arguments; by default those of the process.
 
     Returns:
-        the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM.
+        the exit code: 0 for success, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     args.command_line = shlex.join([PROGRAM, *argv])
-    advice = "before the command was done"
+    advice = "before the command was finished"
     if hasattr(args, "resume"):
         advice = "to resume, run the same command with --resume"
     with warnings.catch_warnings():
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         except TTTError as error:
             _say("error", error)
             return 2
-        except OSError as error:  # a file or the network, in a way that nothing else foresaw
+        except OSError as error:  # of a file or the network, not handled anywhere else
             _say("error", str(error).strip() or type(error).__name__)
             return 2
         except KeyboardInterrupt:
@@ -80,21 +80,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_demo(commands) -> None:
-    add = commands.add_parser("demo", help="see it work: real images, a table and a picture")
+    add = commands.add_parser("demo", help="compare methods on real images: a table and a figure")
     add.set_defaults(run=_demo)
     add.add_argument("--out", type=Path, default=Path("ttt-plugins-demo"), help="folder")
-    add.add_argument("--images", type=int, metavar="N", help="images a corruption (default: all)")
+    add.add_argument("--images", type=int, metavar="N", help="images per corruption (default: all)")
 
 
 def _demo(args: argparse.Namespace) -> None:
     print(
-        "A small network, trained on clean CIFAR-10 images, meets corrupted ones: as it is\n"
-        "(source), and adapting to them batch by batch, without labels (tent, sar, mgg). Then two\n"
-        "that adapt to every image on its own (ttt, mt3), each beside its own network as it is.\n",
+        "A small network, trained on clean CIFAR-10 images, classifies corrupted ones: without\n"
+        "adaptation (source), and adapting to them batch by batch, without labels (tent, sar,\n"
+        "mgg). Then two methods that adapt to each image separately (ttt, mt3), each compared\n"
+        "with its own network without adaptation.\n",
         flush=True,
     )
     batchwise, per_image = run_demo(args.out, n=args.images)
     print(f"{batchwise.table()}\n")
-    print(f"every image on its own, the first {len(per_image.sample.labels)} of each kind")
+    print(f"adapting to each image separately, first {len(per_image.sample.labels)} of each kind")
     print(per_image.table())
     print(f"\nthe picture is {Path(args.out) / 'demo.png'}")

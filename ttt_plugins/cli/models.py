@@ -1,4 +1,4 @@
-"""MODEL and --method on the command line: flags, and the adapter that they describe."""
+"""Flags for MODEL and --method, and the adapter that they describe."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ __all__ = ["adapter_from_args", "add_model_flags"]
 
 
 def add_model_flags(add: argparse.ArgumentParser) -> None:
-    """Add MODEL and the flags that say how it is loaded and adapts; ``--seed`` is the command's."""
-    add.add_argument("model", metavar="MODEL", help="what wrap or from_pretrained takes")
+    """Add MODEL and the flags for loading and adapting it; each command adds its own ``--seed``."""
+    add.add_argument("model", metavar="MODEL", help="as for wrap or from_pretrained")
     add.add_argument("--method", help="name of a method (default: the artifact's own)")
-    add.add_argument("--device", help="such as cuda (default: cpu)")
+    add.add_argument("--device", help="torch device, such as cuda (default: cpu)")
     add.add_argument("--lr", type=float, help="short for --set lr=LR")
     add_field_flags(add)
-    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    add.add_argument(
+        "--model-dir", type=Path, default=Path("models"), help="RobustBench's model folder"
+    )
     add.add_argument("--pretrained", action="store_true", help="download timm's weights")
 
 
 def adapter_from_args(args: argparse.Namespace) -> Adapter:
-    """The adapter of MODEL and --method: an artifact of that method, or a model to wrap."""
+    """Create the adapter of MODEL and --method, from an artifact or by wrapping a model."""
     check_device(args.device)
     common = {"device": args.device, "seed": args.seed}
     pairs = args.set if args.lr is None else [*args.set, ("lr", args.lr)]
     artifact = hub.find(args.model)
     stored = None if artifact is None else read_config(artifact.folder, artifact.name)["method"]
     method = stored if args.method is None else args.method
-    # Only fields of the config: whatever else wrap takes has a flag of its own.
+    # Only fields of the config: all other arguments of wrap have their own flags.
     fields = {} if method is None else fields_from_pairs(pairs, get_method(method).config)
     if method == stored:
         return from_pretrained(args.model, **common, **fields)

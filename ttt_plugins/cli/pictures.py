@@ -1,4 +1,4 @@
-"""Sources of pictures on the command line: flags, and images gathered for a training."""
+"""Flags for sources of pictures, and reading of the images that training uses."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ __all__ = [
     "training_images",
 ]
 
-#: Of this machine's memory, for the pictures of a training.
+#: Largest fraction of this machine's memory that the pictures for training may take.
 _SHARE_OF_MEMORY = 0.5
-#: The severity that MGG is meta-trained at.
+#: Severity of the corruptions that MGG is meta-trained on.
 _SEVERITY = 5
 
 
 def add_source_flags(add: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a source of pictures is read."""
+    """Add the flags that control how a source of pictures is read."""
     add.add_argument(
         "--image-size", type=int, metavar="S", help="side in pixels (default: the model's own)"
     )
-    add.add_argument("--image-column", help="of parquet or npz (default: found by its name)")
+    add.add_argument("--image-column", help="in parquet or npz (default: found by name)")
     add.add_argument("--label-column", help="likewise")
     add.add_argument("--stream", action="store_true", help="do not download hf:// data sets first")
-    add.add_argument("--workers", type=int, metavar="N", help="processes that decode pictures")
-    add.add_argument("--skip-damaged", action="store_true", help="leave damaged pictures out")
+    add.add_argument("--workers", type=int, metavar="N", help="number of decoding processes")
+    add.add_argument("--skip-damaged", action="store_true", help="skip damaged pictures")
 
 
 def open_source(args: argparse.Namespace, source: str) -> Any:
-    """A source as the flags describe it."""
+    """Open a source with the options that the flags give."""
     return open_images(
         source,
         image_column=args.image_column,
@@ -73,20 +73,21 @@ def gather_pictures(
     limit: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None, tuple[str, ...] | None]:
-    """The pictures of a source as uint8 pixels (N, 3, S, S), which a training keeps in memory.
+    """Read the pictures of a source as uint8 pixels (N, 3, S, S), kept in memory for training.
 
     Args:
         args: the flags of `add_source_flags`.
-        source: what `open_images` takes.
-        transform: resizes and crops.
-        limit: how many at most; drawn with the seed, but for a stream.
-        seed: of that draw.
+        source: a source of images, in any form that `open_images` accepts.
+        transform: resizes and crops each picture.
+        limit: largest number of pictures, None for all; drawn with the seed, except that a stream
+            gives its first ones.
+        seed: seed for that draw.
 
     Returns:
         The pixels, labels (N,) if there are any, and the names of the classes if there are any.
 
     Raises:
-        InputError: they do not fit into memory.
+        InputError: the pictures do not fit into memory.
         DataError: the source cannot be read.
     """
     opened = open_source(args, source)
@@ -120,7 +121,7 @@ def _check_memory(source: str, size: int) -> None:
     if size > _SHARE_OF_MEMORY * memory:
         raise InputError(
             f"{source}: its pictures would take {size / 1e9:.1f} GB of this machine's "
-            f"{memory / 1e9:.1f} GB, and a training keeps them in memory; give --max-images or a "
+            f"{memory / 1e9:.1f} GB, and training keeps them in memory; give --max-images or a "
             "smaller --image-size"
         )
 
@@ -132,12 +133,13 @@ def corrupted_pictures(
 
     Args:
         args: the flags of `add_source_flags`, and ``images``.
-        net: the adapter to train; its model's own size is used.
-        limit: how many pictures at most.
-        seed: of the choice and of the noise.
+        net: the adapter to train; the pictures get its model's input size.
+        limit: largest number of pictures, None for all.
+        seed: seed for the choice of pictures and for the noise.
 
     Returns:
-        Images by corruption, in the same order, and where their labels come from.
+        Images by corruption, in the same order, and a phrase that says where their labels come
+        from.
     """
     transform = picture_transform(net.backbone, args.image_size)
     clean, labels, classes = gather_pictures(args, args.images, transform, limit=limit, seed=seed)
@@ -162,27 +164,27 @@ def _predictions(net: Adapter, images: Tensor) -> Tensor:
     return torch.cat([net.backbone(part).argmax(1).cpu() for part in parts])
 
 
-# -- images of a training ------------------------------------------------------------------------
+# -- images for training -------------------------------------------------------------------------
 
 
 def training_images(args: argparse.Namespace, recipe: Any) -> LabelledImages:
-    """Those of --images; or of ``train.parquet`` except the last rows, MGG's meta-training's.
+    """The images of --images, or of ``train.parquet`` without the rows for MGG's meta-training.
 
-    MGG's results are compared with those of whatever is trained on that file.
+    MGG is compared with models trained on that file, which must not have seen those rows.
     """
     if args.images is not None:
         return _labelled_pictures(args, recipe, args.images, args.max_images)
     file = args.data_dir / "train.parquet"
     images = read_parquet(file)[:-EXTRA_ROWS]
     if not len(images):
-        raise DataError(f"{file}: no images beside the last {EXTRA_ROWS}, which are held out")
+        raise DataError(f"{file}: no images before the last {EXTRA_ROWS}, which are held out")
     return images
 
 
 def _labelled_pictures(
     args: argparse.Namespace, recipe: Any, source: str, limit: int | None
 ) -> LabelledImages:
-    """Pictures with labels in the size that the recipe's architecture was made for."""
+    """Labelled pictures at the input size of the recipe's architecture."""
     described = SimpleNamespace(pretrained_cfg=None)
     settings = get_pretrained_cfg(recipe.arch) if is_model(recipe.arch) else None
     if settings is not None:
@@ -195,7 +197,7 @@ def _labelled_pictures(
 
 
 def test_images(args: argparse.Namespace, recipe: Any) -> LabelledImages:
-    """Those of --val-images, or of ``test.parquet``."""
+    """The images of --val-images, or of ``test.parquet``."""
     if args.images is not None:
         if args.val_images is None:
             raise InputError("--images needs --val-images, labelled pictures to test on")
@@ -208,7 +210,7 @@ def test_images(args: argparse.Namespace, recipe: Any) -> LabelledImages:
 
 
 def head_images(args: argparse.Namespace, seed: int) -> Tensor:
-    """Unlabelled images for a head, as the classifier that it is for takes them."""
+    """Unlabelled images to train a head on, at its classifier's input size."""
     if args.images is None:
         return training_images(args, None).images
     net = wrap(

@@ -1,4 +1,4 @@
-"""The command ``predict``: the classes of any pictures, in a CSV file."""
+"""The command ``predict``: writes predicted classes of pictures to a CSV file."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from .pictures import add_source_flags, open_source
 __all__ = ["add_predict"]
 
 _COLUMNS = ("file", "class", "name", "score")
-#: Seconds between two checkpoints: an interrupted run repeats at most these.
+#: Seconds between two checkpoints; an interrupted run repeats at most this much work.
 _CHECKPOINT_SECONDS = 30.0
 
 
 def add_predict(commands) -> None:
     """Add the command ``predict``."""
-    add = commands.add_parser("predict", help="write the classes of any pictures to a CSV file")
+    add = commands.add_parser("predict", help="write predicted classes of pictures to a CSV file")
     add.set_defaults(run=_predict)
     add_model_flags(add)
     add.add_argument(
@@ -46,9 +46,9 @@ def add_predict(commands) -> None:
     add_source_flags(add)
     add.add_argument("--out", type=Path, required=True, metavar="FILE", help="the CSV file")
     add.add_argument("--batch-size", type=int, default=64, metavar="B")
-    add.add_argument("--seed", type=int, help="of the adapter's draws (default: 0)")
+    add.add_argument("--seed", type=int, help="seed for the adapter's random draws (default: 0)")
     add.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
-    add.add_argument("--overwrite", action="store_true", help="replace an earlier FILE")
+    add.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
     add.add_argument("--resume", action="store_true", help="resume an interrupted run")
 
 
@@ -83,14 +83,14 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> str:
-    """What a resumed run must have in common with the interrupted one."""
+    """The settings that a resumed run must share with the interrupted one."""
     names = ("model", "method", "set", "lr", "pretrained", "images", "image_size", "image_column")
     names += ("batch_size", "seed", "limit", "skip_damaged")
     return json.dumps({name: getattr(args, name) for name in names}, sort_keys=True)
 
 
 def _write(net: Adapter, loader: ImageLoader, run: _Run) -> tuple[int, int]:
-    """Predict and write every batch; counts right and all labelled pictures."""
+    """Predict and write every batch; return the numbers of correct and of labelled pictures."""
     right = labelled = 0
     source = loader.source
     try:
@@ -130,11 +130,11 @@ def _write_rows(
 
 
 class _Run:
-    """Predictions that are being written, and what is needed to resume them.
+    """The output file of a run, and the files needed to resume it.
 
-    Rows go to ``FILE.part``, which takes the place of FILE at the end. Now and then the adapter's
-    state is written to ``FILE.state`` with the length of the rows that belong to it; a resumed run
-    cuts off what was written later.
+    Rows are written to ``FILE.part``, which is renamed to FILE at the end. At intervals the
+    adapter's state is written to ``FILE.state`` together with the length of the rows written so
+    far; a resumed run truncates the rows to that length.
     """
 
     def __init__(self, out: Path, settings: str):
@@ -144,10 +144,10 @@ class _Run:
         self._saved = time.monotonic()
 
     def finished(self, resume: bool, overwrite: bool) -> bool:
-        """Whether a resumed run has nothing left to do.
+        """Whether the run to resume is already complete.
 
         Raises:
-            InputError: FILE is there already.
+            InputError: FILE already exists.
             DataError: its folder is missing.
         """
         if not self._out.parent.is_dir():
@@ -156,13 +156,13 @@ class _Run:
             return False
         if resume and not self.rows.exists():
             return True
-        raise InputError(f"{self._out} is there already: give --overwrite, or another name")
+        raise InputError(f"{self._out} already exists: give --overwrite, or another name")
 
     def begin(self, net: Adapter, resume: bool) -> int:
-        """Prepare the rows and the adapter; returns how many pictures are done.
+        """Prepare the rows and the adapter; return the number of pictures already done.
 
         Raises:
-            InputError: the interrupted run was another one, or its state is damaged.
+            InputError: the interrupted run had other settings, or its state is damaged.
         """
         if resume and self._state.exists() and self.rows.exists():
             facts, state = self._read()
@@ -181,17 +181,17 @@ class _Run:
                 state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{self._state} is damaged ({error}); delete it to begin again"
+                f"{self._state} is damaged ({error}); delete it to start over"
             ) from error
         if facts.get("settings") != self._settings:
             raise InputError(
                 f"{self._state} belongs to a run with other settings: {facts.get('settings')}; "
-                f"leave --resume out to begin again, or give the same"
+                f"leave --resume out to start over, or give the same settings"
             )
         return facts, state
 
     def checkpoint(self, net: Adapter, rows: TextIO, pictures: int) -> None:
-        """Write the adapter's state, if the last time is long enough ago."""
+        """Write the adapter's state if enough time has passed since the last time."""
         if time.monotonic() - self._saved < _CHECKPOINT_SECONDS:
             return
         rows.flush()
@@ -203,6 +203,6 @@ class _Run:
         self._saved = time.monotonic()
 
     def end(self) -> None:
-        """Put the finished rows in the place of FILE."""
+        """Rename the finished rows to FILE."""
         os.replace(self.rows, self._out)
         self._state.unlink(missing_ok=True)

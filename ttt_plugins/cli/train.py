@@ -1,4 +1,4 @@
-"""The command ``train``: what adapters are made of."""
+"""The command ``train``: classifiers, self-supervised heads, meta-models and optimizers."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ __all__ = ["add_train"]
 
 
 def add_train(commands) -> None:
-    """Add the command ``train`` with its kinds."""
-    add = commands.add_parser("train", help="train what adapters are made of")
+    """Add the command ``train`` with its subcommands."""
+    add = commands.add_parser("train", help="train a classifier, head, meta-model or optimizer")
     kinds = add.add_subparsers(required=True, metavar="source|ttt|mt3|mgg")
     _add_source(kinds)
     _add_ttt(kinds)
@@ -53,34 +53,34 @@ def add_train(commands) -> None:
 
 
 def _add_common(add: argparse.ArgumentParser, folder: str, *recipes: type) -> None:
-    """Add the flags that every kind of training has, and those of the recipes."""
+    """Add the flags that all kinds of training share, and those of the recipes."""
     data = add.add_mutually_exclusive_group(required=True)
     data.add_argument("--data-dir", type=Path, help=folder)
     data.add_argument(
         "--images",
         metavar="SOURCE",
-        help="pictures of any source instead: class folders, parquet, npz, hf://datasets/ORG/NAME",
+        help="pictures from another source: class folders, parquet, npz, hf://datasets/ORG/NAME",
     )
     add.add_argument(
-        "--max-images", type=int, metavar="N", help="with --images: N of them, drawn with the seed"
+        "--max-images", type=int, metavar="N", help="with --images: how many, drawn with the seed"
     )
     add_source_flags(add)
     add.add_argument("--out", type=Path, required=True, help="folder for the artifact")
     add.add_argument("--device", default="cpu")
     add.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
-    add.add_argument("--note", default="", help="a sentence for the card")
+    add.add_argument("--note", default="", help="a sentence for the artifact's card")
     for recipe in recipes:
         add_dataclass_flags(add, recipe)
 
 
 def _add_val_images(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--val-images", metavar="SOURCE", help="with --images: to test on")
+    add.add_argument("--val-images", metavar="SOURCE", help="with --images: labelled test pictures")
 
 
 def _work_folder(args: argparse.Namespace) -> Path:
-    """Where a training's checkpoints go: beside the artifact, which is written in one piece.
+    """The folder for checkpoints, beside the artifact, which is written all at once.
 
-    Both places are checked before anything is read or trained.
+    Both folders are checked before anything is read or trained.
     """
     check_target(args.out)
     work = args.out.with_name(f"{args.out.name}-training")
@@ -89,16 +89,16 @@ def _work_folder(args: argparse.Namespace) -> Path:
 
 
 def _recipe(args: argparse.Namespace, cls: type, other: type, reason: str) -> Any:
-    """The recipe that the flags describe; typed flags that only the other one has are mistakes."""
+    """The recipe that the flags describe; a given flag that only ``other`` has is an error."""
     known = {f.name for f in dataclasses.fields(cls)}
     for name in sorted({f.name for f in dataclasses.fields(other)} - known):
         if hasattr(args, name):
-            raise InputError(f"--{name.replace('_', '-')} has no meaning {reason}")
+            raise InputError(f"--{name.replace('_', '-')} has no effect {reason}; leave it out")
     return dataclass_from_args(args, cls)
 
 
 def _record(args: argparse.Namespace, recipe: Any, device: str, **facts: Any) -> dict[str, Any]:
-    """What every trained artifact's config.json says of its making."""
+    """The facts about training that every trained artifact's config.json records."""
     return {
         "command": args.command_line,
         "note": args.note,
@@ -142,8 +142,10 @@ def _add_ttt(kinds) -> None:
         "10 epochs of Adam at 1e-3)",
     )
     add.add_argument("--pretrained", action="store_true", help="with --model: timm's weights")
-    add.add_argument("--model", help="with --freeze-trunk: the classifier; what wrap takes")
-    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    add.add_argument("--model", help="with --freeze-trunk: the classifier, as for wrap")
+    add.add_argument(
+        "--model-dir", type=Path, default=Path("models"), help="RobustBench's model folder"
+    )
     add_field_flags(add)
     _add_common(add, "folder with train.parquet and test.parquet", JointRecipe)
     _add_val_images(add)
@@ -153,13 +155,13 @@ def _train_ttt(args: argparse.Namespace) -> None:
     check_target(args.out)
     check_device(args.device)
     if "split" in dict(args.set):
-        raise InputError("the split belongs to training: use --split")
+        raise InputError("the split is set in training: give --split instead of --set split=")
     config = configure(TTT(), fields_from_pairs(args.set, TTT))
     if args.freeze_trunk:
         _train_head(args, config)
         return
     if args.model:
-        raise InputError("--model belongs to --freeze-trunk; joint training takes --arch or --init")
+        raise InputError("--model needs --freeze-trunk; joint training takes --arch or --init")
     work = _work_folder(args)
     recipe = dataclass_from_args(args, JointRecipe)
     config = dataclasses.replace(config, split=recipe.split)
@@ -183,7 +185,7 @@ def _train_head(args: argparse.Namespace, config: TTT) -> None:
     recipe = _recipe(args, HeadRecipe, JointRecipe, "with --freeze-trunk")
     check_seed(recipe.seed, "--seed")
     if not args.model:
-        raise InputError("--freeze-trunk needs --model, the classifier that stays as it is")
+        raise InputError("--freeze-trunk needs --model, the classifier that is not changed")
     if args.resume:
         raise InputError("--freeze-trunk writes no checkpoint to resume from")
     refuse_random(args.model, args.pretrained)
@@ -212,13 +214,13 @@ def _add_mt3(kinds) -> None:
         "--joint",
         action="store_true",
         help="train classifier, projector and predictor jointly with BYOL's loss and no inner "
-        "step (by default 200 epochs of SGD at 0.1); --init takes the result",
+        "step (by default 200 epochs of SGD at 0.1); meta-training can start from it with --init",
     )
     add.add_argument(
         "--extras",
         type=Path,
         metavar="DIR",
-        help="folder of the four extra corruptions, <corruption>.npz: after every epoch the step "
+        help="folder of the four extra corruptions, <corruption>.npz: after every epoch accuracy "
         "is measured on some of their images, and the best meta-model is kept",
     )
     add.add_argument(
@@ -226,7 +228,7 @@ def _add_mt3(kinds) -> None:
         type=int,
         default=64,
         metavar="N",
-        help="with --extras: images of each corruption (default: %(default)s)",
+        help="with --extras: number of images of each corruption (default: %(default)s)",
     )
     add_field_flags(add)
     _add_common(add, "folder with train.parquet, and test.parquet with --joint", MT3Recipe)
@@ -245,7 +247,7 @@ def _train_mt3(args: argparse.Namespace) -> None:
         device = f"cuda:{place.local_rank}"
     check_device(device)
     if recipe.init and (hasattr(args, "arch") or hasattr(args, "model_args")):
-        raise InputError("--init brings its own architecture; leave --arch and --model-args out")
+        raise InputError("--init has its own architecture; leave --arch and --model-args out")
     resume = args.resume or place.restarts > 0
     fields = fields_from_pairs(args.set, MT3)
     config = configure(MT3(lr=recipe.inner_lr, steps=recipe.inner_steps), fields)
@@ -256,7 +258,7 @@ def _train_mt3(args: argparse.Namespace) -> None:
     )
     if place.rank:
         return
-    # With --init the recipe's own architecture is not the one that was trained.
+    # With --init the trained architecture is the artifact's, not the recipe's.
     recipe = dataclasses.replace(recipe, arch=log["architecture"], model_args=log["model_args"])
     save_with_model(
         model,
@@ -293,7 +295,7 @@ def _train_byol(args: argparse.Namespace, work: Path) -> None:
 
 
 def _gap(args: argparse.Namespace, config: MT3) -> StepGap | None:
-    """What measures the step on the extra corruptions, if their folder is given."""
+    """The measurement of the step on the extra corruptions, if their folder is given."""
     if args.extras is None:
         return None
     if args.extras_images < 1:
@@ -306,26 +308,28 @@ def _gap(args: argparse.Namespace, config: MT3) -> StepGap | None:
 
 
 def _add_mgg(kinds) -> None:
-    add = kinds.add_parser("mgg", help="MGG's optimizer, on corrupted images")
+    add = kinds.add_parser("mgg", help="MGG's optimizer, meta-trained on corrupted images")
     add.set_defaults(run=_train_mgg)
     add.add_argument(
         "--model",
         required=True,
         nargs="+",
-        help="the classifier, what wrap takes; several make one optimizer that fits any",
+        help="the classifier, as for wrap; several give one optimizer that fits any classifier",
     )
-    add.add_argument("--model-dir", type=Path, default=Path("models"), help="RobustBench's models")
+    add.add_argument(
+        "--model-dir", type=Path, default=Path("models"), help="RobustBench's model folder"
+    )
     add.add_argument(
         "--entropy-alone",
         action="store_true",
-        help="train on every classifier without source statistics too",
+        help="also train on every classifier without source statistics",
     )
     add.add_argument(
         "--statistics-images",
         type=int,
         default=4096,
         metavar="N",
-        help="clean training images that source statistics are measured on (default: %(default)s)",
+        help="number of clean images to measure source statistics on (default: %(default)s)",
     )
     add_field_flags(add)
     _add_common(add, "folder that holds cifar10 and cifar10c", MGGRecipe)
@@ -337,10 +341,10 @@ def _train_mgg(args: argparse.Namespace) -> None:
     fields = fields_from_pairs(args.set, MGG)
     if "lr" in fields:
         raise InputError(
-            f"--set lr: the step size is chosen among those of --grid; for this one only, give "
+            f"--set lr: the step size is chosen from those of --grid; to use only this one, give "
             f"--grid {fields['lr']}"
         )
-    configure(MGG(), fields)  # a bad value is found before anything is read
+    configure(MGG(), fields)  # refuses a bad value before anything is read
     if args.statistics_images < 1:
         raise InputError(f"--statistics-images must be at least 1, got {args.statistics_images}")
     check_device(args.device)
@@ -358,9 +362,9 @@ def _train_mgg(args: argparse.Namespace) -> None:
         args.device,
         corruptions=list(data),
         images=min(len(part) for part in data.values()),
-        labels="used by the outer loss and to choose checkpoint and step size"
+        labels="used by the outer loss and to choose the checkpoint and the step size"
         if recipe.labelled
-        else "used to choose checkpoint and step size only",
+        else "used only to choose the checkpoint and the step size",
         labels_from=labels_from,
         statistics_images=measured,
         **log,
@@ -368,7 +372,7 @@ def _train_mgg(args: argparse.Namespace) -> None:
     if len(args.model) == 1:
         trained.save_pretrained(args.out, training=record)
     else:
-        # It belongs to none of them: the optimizer alone, which fits any classifier.
+        # Only the optimizer is saved, without a classifier, because it fits any.
         slow = {n: t for n, t in trained.learned_tensors().items() if n.startswith("memory.")}
         record["classifiers"] = [str(model) for model in args.model]
         save_learned(trained.config, slow, {"source": "module"}, args.out, training=record)
@@ -376,12 +380,12 @@ def _train_mgg(args: argparse.Namespace) -> None:
 
 
 def _untrained_adapters(args: argparse.Namespace, fields: dict[str, Any]) -> tuple[list, int]:
-    """Adapters to train an optimizer on, and how many images their statistics come from."""
+    """Adapters to train an optimizer on, and the number of images behind their statistics."""
     nets, measured = [], 0
     for model in args.model:
         net = untrained(model, device=args.device, model_dir=args.model_dir, **fields)
         if not net.backbone.has_batch_norm:
-            # BatchNorm models carry their source statistics; for others clean images are measured.
+            # BatchNorm models carry their source statistics; others are measured on clean images.
             if args.entropy_alone:
                 nets.append(net.with_tensors(net.config))
             images = statistics_images(args, net)
