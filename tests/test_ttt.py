@@ -836,3 +836,32 @@ def test_command_line_mistakes(tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1
+
+
+class FlattensByView(nn.Module):
+    """Features of 4 x 4 positions, flattened by ``view``, which other memory layouts refuse."""
+
+    num_classes = 10
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.GroupNorm(2, 8), nn.ReLU()
+        )
+        self.classifier = nn.Linear(8 * 4 * 4, 10)
+
+    def forward(self, x):
+        x = self.features(x)
+        return self.classifier(x.view(x.shape[0], -1))
+
+
+def test_a_model_that_flattens_by_view_adapts(images, recwarn):
+    model = FlattensByView().eval()
+    config = tp.TTT(steps=2, copies=4, split="features", lr=0.1)
+    options = {"mean": 0.5, "std": 0.25, "head": "train", "data": images(128, size=16)}
+    net = tp.wrap(model, config, **options)
+    batch = images(3, size=16)
+    alone = torch.cat([net(image) for image in batch.split(1)])
+    assert torch.equal(net(batch), alone)
+    assert not torch.equal(alone, tp.wrap(model, "source", mean=0.5, std=0.25)(batch))
+    assert not [w for w in recwarn if "layout" in str(w.message) or "view" in str(w.message)]

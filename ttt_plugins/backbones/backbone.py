@@ -108,8 +108,7 @@ class Backbone(nn.Module):
         self._caches = caches(self.model)
         prepare(self.model)
         self._hook(statistics)
-        #: (C, H, W) of the last images an adapter got, for models that name no size.
-        self.last_size: tuple[int, ...] | None = None
+        self._takes_channels_last: bool | None = None  # not known yet
         self.lock = threading.RLock()
 
     def _hook(self, statistics: NormStatistics) -> None:
@@ -212,6 +211,26 @@ class Backbone(nn.Module):
                 f"{logits.shape[1]} logits"
             )
         return logits[:, torch.tensor(self.classes, device=logits.device)]
+
+    def faster_channels_last(self, images: Tensor) -> bool:
+        """Whether convolutions are faster with channels last, and the model takes that layout.
+
+        They are on a CPU. A model that flattens its features by ``view`` cannot take it, which is
+        found out once, on one of the images.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+        """
+        if images.device.type != "cpu":
+            return False
+        if self._takes_channels_last is None:
+            try:
+                with torch.no_grad():
+                    self(images[:1].contiguous(memory_format=torch.channels_last))
+                self._takes_channels_last = True
+            except RuntimeError:
+                self._takes_channels_last = False
+        return self._takes_channels_last
 
     def describe(self) -> list[str]:
         """Lines on preprocessing, input size, classes, and which statistics the norms use."""

@@ -295,7 +295,9 @@ class PerImage:
         """The steps of a single image (1, C, H, W); whether all were finite; the last loss."""
         fine = torch.ones((), dtype=torch.bool, device=images.device)
         for number in range(self.steps):
-            views = [_channels_last(v[0]) for v in self._draw(images, keys, number)]
+            views = [v[0] for v in self._draw(images, keys, number)]
+            if self.backbone.faster_channels_last(images):
+                views = [_channels_last(v) for v in views]
             loss, grads = loss_and_gradient(
                 lambda p, views=views: self.task.loss(p, *views), params
             )
@@ -336,7 +338,5 @@ class PerImage:
 
 
 def _channels_last(views: Tensor) -> Tensor:
-    """The memory layout in which convolutions run faster on a CPU."""
-    if views.ndim == 4 and views.device.type == "cpu":
-        return views.contiguous(memory_format=torch.channels_last)
-    return views
+    """Images (K, C, H, W) in another memory layout; other tensors as they are."""
+    return views.contiguous(memory_format=torch.channels_last) if views.ndim == 4 else views
