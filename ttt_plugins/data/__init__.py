@@ -1,1 +1,1 @@
-"""Where images come from: sources of any kind, loading, corruptions, sets of labels."""
+"""Sources of images, their loading, corruptions, and sets of labels."""

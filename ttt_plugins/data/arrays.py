@@ -25,7 +25,7 @@ __all__ = ["ArraySource", "DatasetSource", "LoaderStream", "open_array_file"]
 
 
 class _MappedFile:
-    """An npy file, mapped into memory by each process that reads it and never loaded whole."""
+    """An npy file that each process memory-maps, so that it is never loaded as a whole."""
 
     def __init__(self, path: Path, name: str):
         self.path, self.name = path, name
@@ -40,20 +40,20 @@ class _MappedFile:
             raise DataError(f"{self.name}: not a readable npy file ({error})") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "name": self.name}  # a map would be sent as all that it maps
+        return {"path": self.path, "name": self.name}  # a pickled memory map contains all its data
 
 
 class ArraySource(ImageSource):
     """Images of one array or tensor.
 
     Args:
-        images: (N, H, W, 3), (N, 3, H, W) or (N, H, W) for greyscale; uint8, or floats in [0, 1],
-            which are taken as they are.
-        labels: (N,) integers, or None.
-        location: what to call the array in messages.
+        images: images of shape (N, H, W, 3), (N, 3, H, W) or, for greyscale, (N, H, W); uint8, or
+            floats in [0, 1], which are not transformed.
+        labels: integer classes (N,), or None.
+        location: name of the array in messages.
 
     Raises:
-        DataError: another shape or type, or another number of labels.
+        DataError: the shape or type is unsupported, or the number of labels differs.
     """
 
     def __init__(self, images: Tensor | np.ndarray | _MappedFile, labels: Any, location: str):
@@ -80,20 +80,20 @@ class ArraySource(ImageSource):
 
     @property
     def decodes(self) -> bool:
-        """False: the pixels are there."""
+        """False: the pixels are already decoded."""
         return False
 
     def __len__(self) -> int:
         return len(self._array)
 
     def read(self, row: int) -> Sample:
-        """One image of the array; its name is its row."""
+        """Read one image of the array; its name is its row."""
         pixels = _to_tensor(self._array[row], self._channels_last)
         return Sample(pixels, int(self._labels[row]) if self.labelled else None, str(row))
 
 
 def _to_tensor(pixels: Any, channels_last: bool | None = None) -> Tensor:
-    """An image (C, H, W) from an array or tensor; which axis has the channels is looked at."""
+    """An image (C, H, W) from an array or tensor; None infers the axis of the channels."""
     if not isinstance(pixels, Tensor):
         pixels = torch.from_numpy(np.array(pixels))  # a copy: a mapped file is read-only
     if pixels.ndim == 2:
@@ -106,15 +106,15 @@ def _to_tensor(pixels: Any, channels_last: bool | None = None) -> Tensor:
 def open_array_file(
     path: str | Path, image_key: str | None = None, label_key: str | None = None
 ) -> ArraySource:
-    """A source from an ``.npy`` file of images, or an ``.npz`` file of images and labels.
+    """Open an ``.npy`` file of images, or an ``.npz`` file of images and labels.
 
-    An array in an npz file can be read from its beginning only; the images are unpacked into a
-    temporary file, in pieces, which is deleted with the source.
+    An array in an npz file can only be read from its beginning, so the images are extracted, in
+    pieces, to a temporary file that is deleted with the source.
 
     Args:
         path: the file.
-        image_key: the array of images in an npz file, found by its name unless given.
-        label_key: the array of labels, likewise.
+        image_key: name of the array of images in an npz file; found by its name unless given.
+        label_key: name of the array of labels in an npz file; found by its name unless given.
 
     Raises:
         DataError: the file is missing or damaged, or has no such array.
@@ -161,19 +161,19 @@ def _unpacked(archive: zipfile.ZipFile, member: str, name: str) -> _MappedFile:
 
 
 def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # and not in a worker process that was forked from it
+    if os.getpid() == owner:  # not in a worker process forked from the owner
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class DatasetSource(ImageSource):
     """A map-style torch data set of images, or of tuples that begin with an image and a label.
 
-    An image is a picture, uint8 pixels (as an array or a tensor), or floats in [0, 1], which are
-    taken as they are. Rows of columns, as the Hub's `datasets` has them, are taken too.
+    An image is a PIL picture, uint8 pixels (as an array or a tensor), or floats in [0, 1], which
+    are not transformed. Rows that are dicts, as in the Hub's `datasets`, are accepted too.
 
     Args:
         dataset: the data set.
-        columns: where a row that is a dict has its image and its label, found unless given.
+        columns: keys of image and label in rows that are dicts; found by name where None.
     """
 
     def __init__(self, dataset: Any, columns: Columns = (None, None)):
@@ -188,19 +188,20 @@ class DatasetSource(ImageSource):
         return len(self._dataset)
 
     def read(self, row: int) -> Sample:
-        """One item; its name is its row."""
+        """Read one item; its name is its row."""
         return _sample(self._dataset[row], str(row), self.location, self._columns)
 
 
 class LoaderStream(ImageStream):
-    """A loader, or anything else that can be iterated over.
+    """A loader, or any other iterable.
 
     It yields batches of images (B, C, H, W), or tuples that begin with images and labels; each
-    batch is taken apart. Single images, and rows as `DatasetSource` has them, are taken too.
+    batch is split into single images. Single images, and the rows that `DatasetSource` accepts,
+    are accepted too.
 
     Args:
         loader: the loader.
-        columns: where a row that is a dict has its image and its label, found unless given.
+        columns: keys of image and label in rows that are dicts; found by name where None.
     """
 
     def __init__(self, loader: Iterable, columns: Columns = (None, None)):
@@ -225,7 +226,7 @@ def _taken_apart(item: Any) -> Iterable[Any]:
 
 
 def _sample(item: Any, name: str, location: str, columns: Columns) -> Sample:
-    """A sample from an image, a tuple that begins with image and label, or a row of columns."""
+    """A sample from an image, a tuple that begins with image and label, or a dict of columns."""
     if isinstance(item, Mapping):
         places = [
             given or next((key for key in usual if key in item), None)
@@ -234,7 +235,7 @@ def _sample(item: Any, name: str, location: str, columns: Columns) -> Sample:
         item = tuple(item.get(key) for key in places)
     parts = tuple(item) if isinstance(item, (tuple, list)) else (item,)
     image, label = parts[0] if parts else None, parts[1] if len(parts) > 1 else None
-    if isinstance(image, Mapping):  # an encoded picture as `datasets` has it
+    if isinstance(image, Mapping):  # an encoded picture as `datasets` stores it
         name, image = image.get("path") or name, image.get("bytes")
     if isinstance(image, Image.Image):
         image = image.convert("RGB")

@@ -1,11 +1,11 @@
-"""Facts on CIFAR-10."""
+"""Facts about CIFAR-10."""
 
 from __future__ import annotations
 
 __all__ = ["CIFAR10_CLASSES", "EXTRA_ROWS"]
 
 
-#: In CIFAR-10's own order.
+#: Names of the classes in CIFAR-10's own order.
 CIFAR10_CLASSES = (
     "airplane",
     "automobile",
@@ -20,6 +20,6 @@ CIFAR10_CLASSES = (
 )
 
 
-#: The last rows of the training file carry the four extra corruptions that MGG is meta-trained
-#: on; no other training may see them.
+#: Number of last rows of the training file from which the four extra corruptions for MGG's
+#: meta-training are made; nothing else may be trained on them.
 EXTRA_ROWS = 1024

@@ -1,10 +1,10 @@
 """The four corruptions that MGG is meta-trained on, as batched tensor operations on any device.
 
-They agree with the public functions of Hendrycks & Dietterich (arXiv 1903.12261; the four are the
-benchmark's extra ones), in their ImageNet and their CIFAR variant: the same parameters; the random
-ones have the same distribution, and the same result for the same noise. scikit-image's and
-OpenCV's operations are written out: Canny's edges and the distances from them make the drops of
-water. An image on which no drop falls stays as it is (the public function divides zero by zero).
+They reproduce the benchmark's four extra corruptions as published by Hendrycks & Dietterich (arXiv
+1903.12261), in the ImageNet and the CIFAR variant: the parameters are the same, the random ones
+have the same distribution, and the same noise gives the same result. Operations of scikit-image and
+OpenCV are implemented here, such as Canny's edges and the distance transform for drops of water.
+An image on which no drop falls is unchanged (the published function divides zero by zero there).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..errors import InputError
 
 __all__ = ["TENSOR_CORRUPTIONS", "VARIANTS", "corrupt"]
 
-#: The parameters at severities 1 to 5, by variant and corruption. Of noise: standard deviation.
-#: Of blur: standard deviation in pixels. Of saturation: factor and shift. Of spatter: mean and
+#: The parameters at severities 1 to 5, by variant and corruption. For noise: standard deviation.
+#: For blur: standard deviation in pixels. For saturation: factor and shift. For spatter: mean and
 #: standard deviation of the liquid layer, standard deviation of its blur in pixels, threshold,
 #: strength of water or blur of mud in pixels, and whether it is mud.
 _PARAMETERS = {
@@ -52,7 +52,7 @@ _PARAMETERS = {
 VARIANTS = tuple(_PARAMETERS)
 TENSOR_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 
-#: Images of at most this side are corrupted as CIFAR's unless a variant is given.
+#: Images up to this side, in pixels, are corrupted as CIFAR's unless a variant is given.
 _SMALL = 64
 
 
@@ -65,23 +65,25 @@ def corrupt(
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Corrupt a batch of images on the device where it is.
+    """Corrupt a batch of images on its device.
 
     Args:
-        images: (B, 3, H, W), uint8 or floats in [0, 1].
+        images: images (B, 3, H, W), uint8 or floats in [0, 1].
         name: one of `TENSOR_CORRUPTIONS`.
-        severity: 1 to 5.
-        variant: ``"imagenet"`` or ``"cifar"``, whose parameters are milder; by the size of the
-            images unless given (CIFAR's up to 64 pixels).
-        generator: of the noise, torch's global one for its device unless given.
+        severity: strength of the corruption, an integer from 1 to 5.
+        variant: ``"imagenet"`` or ``"cifar"``, whose parameters are milder; unless given it is
+            chosen by the size of the images (CIFAR's up to 64 pixels).
+        generator: random generator for the noise; by default torch's global one for its device.
         noise: standard normal noise to use instead: (B, 3, H, W) for speckle noise, (B, H, W)
             for spatter.
 
     Returns:
-        (B, 3, H, W): uint8, cut off as the public functions do, or floats, as the images are.
+        corrupted images (B, 3, H, W) of the type of ``images``; uint8 values are truncated, as in
+        the published functions.
 
     Raises:
-        InputError: an unknown name or variant, a severity out of range, or no such images.
+        InputError: an unknown name or variant, a severity out of range, or images of an
+            unsupported shape or type.
     """
     parameters = _parameters(images, name, severity, variant)
     x = images.float()
@@ -104,8 +106,8 @@ def corrupt(
         x = _spatter(x, normal((len(x), *x.shape[2:])), *parameters)
     x = x.clamp(0, 1)
     if images.dtype == torch.uint8:
-        # The fraction is cut off. The public functions compute in double precision, where an
-        # unchanged value comes back as the integer that it was; here it may fall just below.
+        # The fraction is truncated. The published functions compute in double precision, where an
+        # unchanged value is again an integer; in single precision it may be slightly smaller.
         return (x * 255 + 1e-3).to(torch.uint8)
     return x.to(images.dtype)
 
@@ -119,14 +121,14 @@ def _parameters(images: Tensor, name: str, severity: int, variant: str | None) -
     if variant not in VARIANTS:
         raise InputError(f"variant must be one of {VARIANTS}, got {variant!r}")
     if name not in TENSOR_CORRUPTIONS:
-        raise InputError(f"no corruption {name!r} here; there are {TENSOR_CORRUPTIONS}")
+        raise InputError(f"unknown corruption {name!r}; known are {TENSOR_CORRUPTIONS}")
     if isinstance(severity, bool) or severity not in (1, 2, 3, 4, 5):
         raise InputError(f"severity must be an integer from 1 to 5, got {severity!r}")
     return _PARAMETERS[variant][name][severity - 1]
 
 
 def _gaussian(x: Tensor, sigma: float) -> Tensor:
-    """Blur (B, C, H, W) as scikit-image does: cut off at four deviations, edges repeated."""
+    """Blur (B, C, H, W) like scikit-image: truncated at four deviations, edge pixels repeated."""
     radius = int(4 * sigma + 0.5)
     places = torch.arange(-radius, radius + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (places / sigma) ** 2)
@@ -140,7 +142,7 @@ def _gaussian(x: Tensor, sigma: float) -> Tensor:
 
 
 def _saturate(x: Tensor, factor: float, shift: float) -> Tensor:
-    """Change the saturation of RGB images (B, 3, H, W); hue and value stay.
+    """Change the saturation of RGB images (B, 3, H, W); hue and value are unchanged.
 
     With saturation s = (max - min) / max, a channel is ``max - (max - channel) * new / s``. Grey
     pixels have no hue; they are red, as in scikit-image.
@@ -183,13 +185,13 @@ def _colour(red: int, green: int, blue: int, device: torch.device) -> Tensor:
 
 
 def _relief(layer: Tensor) -> Tensor:
-    """How light falls on drops: distances from their edges, equalised and lit from one side.
+    """Shading of drops: distances from their edges, equalised and lit from one side.
 
     Args:
-        layer: (B, 1, H, W), integers from 0 to 255.
+        layer: liquid layer (B, 1, H, W), integers from 0 to 255.
 
     Returns:
-        (B, 1, H, W), integers from 0 to 255.
+        brightness (B, 1, H, W), integers from 0 to 255.
     """
     ones = torch.ones(1, 1, 3, 3, device=layer.device)
     light = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]], device=layer.device)[None, None]
@@ -217,7 +219,8 @@ def _canny(layer: Tensor, low: int, high: int) -> Tensor:
     def neighbour(down: int, right: int) -> Tensor:
         return around[..., 1 + down : 1 + down + height, 1 + right : 1 + right + width]
 
-    # Thinned: a pixel stays if it is the largest along its gradient, in one of four directions.
+    # Non-maximum suppression: a pixel is kept if it is the largest along its gradient, in one of
+    # four directions.
     tangent = 13573 / 32768  # of 22.5 degrees, as OpenCV rounds it
     flat = dy.abs() < tangent * dx.abs()
     steep = dy.abs() > (tangent + 2) * dx.abs()
@@ -231,7 +234,7 @@ def _canny(layer: Tensor, low: int, high: int) -> Tensor:
     )
     weak = (largest & (size > low)).float()
     edges = weak * (size > high)
-    while True:  # strong edges grow along weak ones
+    while True:  # hysteresis: strong edges extend along weak ones
         grown = F.max_pool2d(edges, 3, 1, 1) * weak
         if torch.equal(grown, edges):
             return edges > 0
@@ -246,7 +249,7 @@ _STEPS = {(0, 1): _ONE, (1, 1): 91750, (1, 2): 143976}  # 1, 1.4 and 2.1969
 def _distances(edges: Tensor, most: int) -> Tensor:
     """Distances to the nearest edge, at most ``most``, in units of 1 / 65536 pixels.
 
-    As in OpenCV with a 5 x 5 mask: the shortest way along straight, diagonal and knight's moves.
+    As in OpenCV with a 5 x 5 mask: the shortest path of straight, diagonal and knight's moves.
     """
     moves = {
         (down, right): cost
@@ -257,7 +260,7 @@ def _distances(edges: Tensor, most: int) -> Tensor:
     }
     height, width = edges.shape[2:]
     distances = torch.where(edges, 0.0, float(most * _ONE))
-    for _ in range(most):  # no way of this length has more moves
+    for _ in range(most):  # no path of this length has more moves
         around = F.pad(distances, (2, 2, 2, 2), value=float(most * _ONE))
         shorter = distances
         for (down, right), cost in moves.items():
@@ -277,5 +280,5 @@ def _equalised(x: Tensor, most: int) -> Tensor:
     total = x[0].numel()
     scale = 255 / (total - lowest).clamp(min=1)
     table = ((counts.cumsum(1) - lowest) * scale).round().clamp(0, 255)
-    table = torch.where(lowest == total, first.to(table), table)  # of one value: stays as it is
+    table = torch.where(lowest == total, first.to(table), table)  # constant images are unchanged
     return table.gather(1, x.long().flatten(1)).view_as(x)

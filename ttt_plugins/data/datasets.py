@@ -1,4 +1,4 @@
-"""Facts about the benchmark's data sets; whoever adds a data set adds a record here."""
+"""Facts about the benchmark's data sets; a new data set needs a record in `DATASETS`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
     "Dataset",
 ]
 
-#: The fifteen of Hendrycks & Dietterich (arXiv 1903.12261), in RobustBench's column order.
+#: The fifteen corruptions of Hendrycks & Dietterich (arXiv 1903.12261), in RobustBench's order.
 CORRUPTIONS = [
     "shot_noise",
     "motion_blur",
@@ -35,9 +35,9 @@ CORRUPTIONS = [
     "jpeg_compression",
     "elastic_transform",
 ]
-#: The same paper's four extra ones.
+#: The same paper's four extra corruptions.
 EXTRA_CORRUPTIONS = ["speckle_noise", "gaussian_blur", "spatter", "saturate"]
-#: ImageNet-3DCC (Kar et al., arXiv 2203.01441), in RobustBench's column order.
+#: The corruptions of ImageNet-3DCC (Kar et al., arXiv 2203.01441), in RobustBench's order.
 CORRUPTIONS_3D = [
     "near_focus",
     "far_focus",
@@ -82,7 +82,7 @@ class CompactLayout:
     Attributes:
         folder: name of the folder of npz files.
         clean_folder: name of the folder of ``test.parquet`` and ``train.parquet``.
-        note: what a reader of the figures must know about these images.
+        note: remark on these images that must accompany published figures.
     """
 
     folder: str
@@ -98,19 +98,19 @@ class Dataset:
         title: name of the data set, and of its folder in RobustBench's layout.
         classes: number of classes.
         corruptions: the benchmark's corruptions, in the order of RobustBench's columns.
-        rows: images of each corruption at each severity.
-        robustbench: what RobustBench calls the data set.
+        rows: number of images of each corruption at each severity.
+        robustbench: RobustBench's names for the data set.
         layout: how RobustBench's layout stores the images: ``"npy"``, one array of all severities
             for each corruption, or ``"pictures"``, a folder of image files for each cell, with one
             subfolder for each class.
-        clean_images: where the uncorrupted test images are: the name of torchvision's reader, or,
+        clean_images: source of the uncorrupted test images: the name of torchvision's reader, or,
             for ``"pictures"``, the name of a folder.
         side: height and width of the images in the arrays, in pixels.
-        severities: the levels of each corruption.
+        severities: severity levels of each corruption.
         extra_corruptions: corruptions outside the benchmark; in the compact layout they are made
             from the last rows of ``train.parquet``.
         compact: the compact layout, None if the data set has none.
-        download_size: what RobustBench's downloader fetches, in words; None where it has none.
+        download_size: size of RobustBench's download, in words; None if it has no downloader.
         reference_errors: AlexNet's error rate in [0, 1] for each corruption, which the mean
             corruption error is relative to; None where they are not published.
     """

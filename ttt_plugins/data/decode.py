@@ -1,4 +1,4 @@
-"""One picture, encoded in a file or in bytes, to RGB pixels: as timm reads it, or an error."""
+"""Decoding of one picture, in a file or in bytes, to RGB pixels as timm reads them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..errors import DataError
 
 __all__ = ["PICTURE_SUFFIXES", "PictureError", "decode"]
 
-#: File names that end so are taken for pictures, in lower or upper case.
+#: Suffixes of picture files, in lower or upper case.
 PICTURE_SUFFIXES = tuple(IMG_EXTENSIONS)
 
-#: Pillow's modes of more than 8 bits a channel. Its conversion to RGB, and so timm's, cuts their
-#: values off at 255, which makes most such pictures white.
+#: Pillow's modes with more than 8 bits per channel. Its conversion to RGB, and so timm's, clips
+#: their values at 255, which makes most such pictures white.
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 class PictureError(DataError):
-    """A picture that cannot be decoded; the only error that ``skip_damaged`` passes over."""
+    """A picture cannot be decoded; the only error that ``skip_damaged`` ignores."""
 
 
 def decode(encoded: bytes | Path, name: str) -> Image.Image:
@@ -31,11 +31,11 @@ def decode(encoded: bytes | Path, name: str) -> Image.Image:
     and an orientation in the EXIF data is not applied.
 
     Args:
-        encoded: a file, or its content.
-        name: what to call the picture in an error.
+        encoded: path of a file, or its content.
+        name: name of the picture in errors.
 
     Raises:
-        PictureError: it is missing, damaged, cut short, or has more than 8 bits a channel.
+        PictureError: it is missing, damaged, truncated, or has more than 8 bits per channel.
     """
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as picture:
@@ -46,10 +46,10 @@ def decode(encoded: bytes | Path, name: str) -> Image.Image:
         raise PictureError(f"{name}: not a picture that Pillow can read") from error
     except FileNotFoundError as error:
         raise PictureError(f"{name}: no such file") from error
-    except Exception as error:  # a damaged picture surfaces as whatever its decoder raises
+    except Exception as error:  # decoders raise anything for damaged pictures
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PictureError(f"{name}: damaged picture ({reason})") from error
     raise PictureError(
-        f"{name}: more than 8 bits a channel (mode {mode}), which would be cut off at white; "
-        "save it with 8 bits a channel"
+        f"{name}: more than 8 bits per channel (mode {mode}), which would be clipped to white; "
+        "save it with 8 bits per channel"
     )

@@ -1,4 +1,4 @@
-"""Folders of picture files: one folder for each class, or all in one and so without labels."""
+"""Folders of picture files: one folder per class, or a single folder without labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["FolderSource"]
 
 
 class _Names:
-    """Many file names in two arrays: small, and shared by forked processes instead of copied."""
+    """Many file names in two arrays, which are small and which forked processes can share."""
 
     def __init__(self, names: Iterable[str]):
         encoded = [os.fsencode(name) for name in names]
@@ -33,11 +33,12 @@ class _Names:
 class FolderSource(ImageSource):
     """The picture files of a folder, sorted by class and then by name.
 
-    Folders in it are the classes, numbered in the sorted order of their names; pictures may lie at
-    any depth below them. Pictures in a folder without such folders have no labels.
+    Its subfolders are the classes, numbered in the sorted order of their names; pictures may lie at
+    any depth below them. Pictures in a folder without subfolders have no labels.
 
     Raises:
-        DataError: there are no pictures, or only in some of the class folders, or beside them.
+        DataError: there are no pictures, a class folder has none, or some lie beside the class
+            folders.
     """
 
     def __init__(self, root: str | Path):
@@ -80,7 +81,7 @@ class FolderSource(ImageSource):
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Folders and pictures directly in a folder, sorted; hidden ones are left out."""
+    """Folders and pictures directly in a folder, sorted; hidden ones are skipped."""
     with os.scandir(folder) as entries:
         shown = [entry for entry in entries if not entry.name.startswith(".")]
     folders = sorted(entry.name for entry in shown if entry.is_dir())
@@ -89,7 +90,7 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _pictures(folder: Path, name: str) -> Iterator[str]:
-    """Paths of all pictures in and below a folder, which is called ``name`` in them."""
+    """Paths of all pictures in and below a folder; each path starts with ``name``."""
     folders, pictures = _entries(folder)
     for picture in pictures:
         yield os.path.join(name, picture)

@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face Hub: their parquet shards, or the rows as they arrive."""
+"""Data sets on the Hugging Face Hub: downloaded parquet shards, or streamed rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ADDRESS = re.compile(
     r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)"
     r"(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<part>.+?))?/?"
 )
-#: Where the Hub puts the shards that it makes itself of a data set in another format.
+#: Revision with the shards into which the Hub converts data sets of other formats.
 _CONVERTED = "refs/convert/parquet"
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|training|validation|valid|val|dev|test|testing)(?=[/_.-])")
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")
@@ -47,21 +47,21 @@ class _Address(NamedTuple):
 
 
 def open_hub_dataset(address: str, columns: Columns, stream: bool) -> ImageSource | ImageStream:
-    """A data set on the Hub by its address.
+    """Open a data set on the Hub by its address.
 
-    Its shards are downloaded once into huggingface_hub's cache and read from there when there is
-    no connection; all of one commit.
+    Its shards, all of one commit, are downloaded once into huggingface_hub's cache and read from
+    there, also without a connection.
 
     Args:
         address: ``hf://datasets/ORG/NAME[@REVISION][/PART]``; the part is a split, a folder, or a
             pattern such as ``data/train-*.parquet``.
-        columns: those of images and labels, found unless given.
-        stream: do not download shards; read rows as they arrive.
+        columns: names of the columns of images and labels; found by name where None.
+        stream: whether to stream rows instead of downloading shards.
 
     Raises:
-        InputError: the address cannot be read.
-        HubError: the Hub does not have it, refuses, or cannot be reached.
-        DataError: it has no parquet files, or of more than one split.
+        InputError: the address is malformed.
+        HubError: the Hub does not have the data set, refuses access, or cannot be reached.
+        DataError: it has no parquet files, or files of more than one split.
     """
     matched = _ADDRESS.fullmatch(address)
     if matched is None:
@@ -80,7 +80,7 @@ def open_hub_dataset(address: str, columns: Columns, stream: bool) -> ImageSourc
 
 
 def _download(where: _Address) -> list[Path]:
-    """The wanted shards on this disk, in order, all of one commit."""
+    """Download the wanted shards, all of one commit, and return their paths in order."""
     api = HfApi(library_name="ttt-plugins", library_version=__version__)
     for revision in [where.revision] if where.revision else [None, _CONVERTED]:
         try:
@@ -101,12 +101,12 @@ def _download(where: _Address) -> list[Path]:
             ]
     raise DataError(
         f"{where.repository}: no parquet files at revision {where.revision or 'main'}, and none "
-        f"that the Hub made of it at {_CONVERTED}"
+        f"converted by the Hub at {_CONVERTED}"
     )
 
 
 def _files(api: HfApi, where: _Address, commit: str) -> list[str]:
-    """The files of a commit; without a connection those of it that are in the cache."""
+    """The files of a commit; without a connection, those that are in the cache."""
     try:
         return api.list_repo_files(where.repository, repo_type="dataset", revision=commit)
     except HfHubHTTPError:
@@ -127,7 +127,7 @@ def _files(api: HfApi, where: _Address, commit: str) -> list[str]:
 
 
 def _wanted(shards: list[str], where: _Address) -> list[str]:
-    """The shards that an address means, which must be of one split and complete."""
+    """The shards that an address selects, which must be of one split and complete."""
     part = where.part
     if part is not None:
         matching = [
@@ -161,7 +161,7 @@ def _wanted(shards: list[str], where: _Address) -> list[str]:
 
 
 def _split(shard: str) -> str | None:
-    """The split that the name of a shard tells."""
+    """The split in the name of a shard, None if there is none."""
     words = _SPLIT.findall(f"/{shard}")
     return words[-1] if words else None
 
@@ -181,7 +181,7 @@ def _streamed(where: _Address, columns: Columns) -> ImageStream:
         features = rows.features or {}
         for name, feature in features.items():
             if isinstance(feature, datasets.Image):
-                # Encoded, so that pictures are decoded in one way whatever the source.
+                # Left encoded, so that pictures from all sources are decoded in the same way.
                 rows = rows.cast_column(name, datasets.Image(decode=False))
     found = LoaderStream(rows, columns)
     found.location = f"hf://datasets/{where.repository}"
@@ -190,7 +190,7 @@ def _streamed(where: _Address, columns: Columns) -> ImageStream:
 
 @contextlib.contextmanager
 def _translated(where: _Address) -> Iterator[None]:
-    """Turn what goes wrong on the way to the Hub into one `HubError`."""
+    """Convert failures of requests to the Hub into `HubError`."""
     place = f"{constants.ENDPOINT}/datasets/{where.repository}"
     try:
         yield
@@ -198,7 +198,7 @@ def _translated(where: _Address) -> Iterator[None]:
         raise
     except GatedRepoError as error:
         raise HubError(
-            f"{place} is gated: ask for access there, then log in with `hf auth login` or set "
+            f"{place} is gated: request access there, then log in with `hf auth login` or set "
             "HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
@@ -213,6 +213,6 @@ def _translated(where: _Address) -> Iterator[None]:
     except Exception as error:  # transport classes differ between huggingface_hub 1.x and 2.x
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise HubError(
-            f"{place} cannot be read ({type(error).__name__}: {reason}), and what is in the cache "
-            "does not suffice: try again with a connection"
+            f"{place} cannot be read ({type(error).__name__}: {reason}), and the cache does not "
+            "contain everything that is needed: try again with a connection"
         ) from error

@@ -28,15 +28,15 @@ class LabelledImages:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images in 0..255 -> float32 images in [0, 1]; floating-point ones pass as they are."""
+    """uint8 images in 0..255 -> float32 images in [0, 1]; others are returned unchanged."""
     return images if images.is_floating_point() else images.float().div_(255)
 
 
 def batch_images(batch: object) -> Tensor:
-    """The images of a loader's batch, which is them or a tuple or list that begins with them.
+    """The images of a loader's batch: a tensor, or a tuple or list that begins with one.
 
     Raises:
-        InputError: it is anything else.
+        InputError: the batch has another form.
     """
     found = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(found, Tensor):
@@ -48,10 +48,11 @@ def batch_images(batch: object) -> Tensor:
 
 
 def gather_images(data: Tensor | Iterable) -> Tensor:
-    """Images as one tensor (N, C, H, W): from a tensor, or a loader of batches or tuples.
+    """Images as one tensor (N, C, H, W), from a tensor or a loader of batches or tuples.
 
     Raises:
-        InputError: it yields nothing, something else, or batches of different types or sizes.
+        InputError: the loader yields nothing, anything other than images, or batches of different
+            types or sizes.
     """
     if isinstance(data, Tensor):
         return data
@@ -63,5 +64,5 @@ def gather_images(data: Tensor | Iterable) -> Tensor:
     kinds = {(part.dtype, part.device, part.shape[1:]) for part in parts}
     if len(kinds) > 1:
         a, b, *_ = (f"{dtype} {tuple(shape)} on {where}" for dtype, where, shape in kinds)
-        raise InputError(f"the loader's batches do not make one tensor of images: {a} and {b}")
+        raise InputError(f"the loader's batches cannot be joined into one tensor: {a} and {b}")
     return torch.cat(parts)

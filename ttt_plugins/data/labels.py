@@ -26,37 +26,37 @@ def label_set(name: str) -> tuple[str, ...]:
     """The WordNet identifiers of a set of labels, in the order of its classes.
 
     Raises:
-        InputError: no set of that name.
+        InputError: there is no set of that name.
     """
     if name not in _TABLES:
-        raise InputError(f"no set of labels {name!r}; there are {LABEL_SETS}")
+        raise InputError(f"unknown set of labels {name!r}; known are {LABEL_SETS}")
     text = (files("timm.data") / "_info" / _TABLES[name]).read_text("utf-8")
     return tuple(text.split())
 
 
 def positions(name: str, among: str = "imagenet-1k") -> list[int]:
-    """Where the classes of a set stand among those of another.
+    """Positions of the classes of a set among those of another.
 
     Raises:
-        InputError: no such set, or one that is not part of the other.
+        InputError: there is no such set, or it is not a subset of the other.
     """
     places = {synset: i for i, synset in enumerate(label_set(among))}
     missing = [synset for synset in label_set(name) if synset not in places]
     if missing:
-        raise InputError(f"{name} is no part of {among}: {missing[0]} is not in it")
+        raise InputError(f"{name} is not a subset of {among}, which has no {missing[0]}")
     return [places[synset] for synset in label_set(name)]
 
 
 def class_names(classes: int | None, own: Sequence[str] | None = None) -> list[str] | None:
-    """What to call a model's classes.
+    """Names of a model's classes.
 
     Args:
-        classes: how many there are, None while unknown.
-        own: names that come with the images, used if they are as many; WordNet identifiers among
-            them are put into words.
+        classes: number of classes, None while unknown.
+        own: names that come with the images, used if their number matches; WordNet identifiers
+            among them are replaced by words.
 
     Returns:
-        The names: the images' own, or timm's for the 1,000 of ImageNet; None if neither fits.
+        The images' own names, or timm's for the 1,000 classes of ImageNet; None if neither fits.
     """
     if classes == 1000 and (own is None or len(own) != classes):
         own = label_set("imagenet-1k")
@@ -68,16 +68,16 @@ def class_names(classes: int | None, own: Sequence[str] | None = None) -> list[s
 
 
 def label_positions(classes: int | None, own: Sequence[str] | None) -> list[int] | None:
-    """Where the classes of images stand among a model's.
+    """Positions of the images' classes among a model's classes.
 
     Args:
-        classes: how many the model has, None while unknown.
-        own: the names of the images' classes by label, None if they have none.
+        classes: number of the model's classes, None while unknown.
+        own: names of the images' classes by label, None if they have none.
 
     Returns:
-        By label, the position among the model's classes; None if that cannot be told. As many
-        classes as the model's, or none by name, are the model's own; folders named by WordNet
-        identifiers are found among ImageNet's 1,000.
+        The position among the model's classes by label; None if it cannot be determined. If the
+        numbers of classes agree, or the images' classes have no names, labels are the model's own;
+        folders named by WordNet identifiers are located among ImageNet's 1,000 classes.
     """
     if classes is None:
         return None

@@ -1,4 +1,4 @@
-"""From a source to batches: decoded by worker processes, in one order, resumable."""
+"""Batches from a source of images: decoded by worker processes, in a fixed order, resumable."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .source import ImageSource, ImageStream, Sample, read_order
 
 __all__ = ["ImageBatch", "ImageLoader", "Transform"]
 
-#: From an RGB picture to uint8 pixels (C, H, W).
+#: A function from an RGB picture to uint8 pixels (C, H, W).
 Transform = Callable[[Image.Image], Tensor]
 
 _MOST_WORKERS = 8
 
 
 class ImageBatch(NamedTuple):
-    """Images that are read together.
+    """A batch of images.
 
     Attributes:
-        images: (B, C, H, W), uint8, or floats as their source had them.
-        labels: (B,) int64, None where the source has none.
-        names: the pictures' paths, or where they stand in the source.
-        end: position in the order of reading after this batch, damaged pictures included; an
-            `ImageLoader` with it as ``start`` reads what follows.
+        images: images (B, C, H, W), uint8, or floats if the source holds floats.
+        labels: int64 classes (B,), None where the source has none.
+        names: the pictures' paths, or their positions in the source.
+        end: position in the reading order after this batch, counting damaged pictures; an
+            `ImageLoader` with this ``start`` reads the images after it.
     """
 
     images: Tensor
@@ -45,25 +45,26 @@ class ImageBatch(NamedTuple):
 
 
 class ImageLoader:
-    """Batches of a source's images; iterate over it once for each epoch.
+    """Batches of a source's images; each iteration is one epoch.
 
-    The same seed gives the same batches, whatever the number of workers. At most a few batches
-    for each worker are in memory.
+    The same seed gives the same batches for any number of workers. At most a few batches per
+    worker are in memory.
 
     Args:
-        source: what `open_images` returns.
-        transform: resizes and crops pictures, as `evaluation_transform` makes it; all pictures
-            must have one size unless given. Floating-point images are never transformed.
-        batch_size: images in a batch, at least 1; fewer where pictures were skipped and at the end.
-        workers: processes that decode, 0 for none; one for each CPU, at most 8, unless given. A
-            stream is read by this process alone.
-        seed: shuffles the order; the source's own order if None.
-        start: how many images of the order to pass over.
-        limit: how many images of the order to read at most, those passed over included.
-        skip_damaged: leave damaged pictures out and note them in ``skipped``, instead of raising.
+        source: a source that `open_images` returns.
+        transform: resizes and crops pictures, such as `evaluation_transform` returns; without it
+            all pictures must have the same size. Floating-point images are never transformed.
+        batch_size: number of images in a batch, at least 1; the last batch, and batches from which
+            pictures were skipped, have fewer.
+        workers: number of decoding processes, 0 for none; by default one per CPU, at most 8. A
+            stream is read by this process only.
+        seed: seed for shuffling; None keeps the source's own order.
+        start: number of images to skip at the start of the order.
+        limit: largest number of images of the order to read, including those skipped at the start.
+        skip_damaged: skip damaged pictures and note them in ``skipped``, instead of raising.
 
     Attributes:
-        skipped: one line for each damaged picture that was left out so far.
+        skipped: one line for each damaged picture that was skipped so far.
 
     Raises:
         InputError: an argument is out of its range, or a stream is to be shuffled.
@@ -100,8 +101,8 @@ class ImageLoader:
 
     def __iter__(self) -> Iterator[ImageBatch]:
         end = self._start
-        # Closed at once if anything is raised: a loader whose worker processes are left to the
-        # garbage collector waits for them for seconds.
+        # Close the loader immediately if anything is raised: the garbage collector would wait for
+        # its worker processes for seconds.
         with contextlib.closing(self._pieces()) as pieces:
             for piece in pieces:
                 end += piece.read
@@ -116,10 +117,10 @@ class ImageLoader:
                     yield ImageBatch(piece.images, piece.labels, piece.names, end)
 
     def __len__(self) -> int:
-        """Images that are read: of a stream, at most; those that are skipped included.
+        """Number of images to read, including damaged ones; for a stream, an upper bound.
 
         Raises:
-            TypeError: nobody can tell, as the stream has no limit.
+            TypeError: the number is unknown, because the stream has no limit.
         """
         if isinstance(self.source, ImageSource):
             return max(0, len(self._order) - self._start)
@@ -143,7 +144,7 @@ class ImageLoader:
 
 
 class _Lists(Sampler):
-    """Rows of each batch as a list."""
+    """Yields the rows of each batch as a list."""
 
     def __init__(self, batches: Sequence[Tensor]):
         self._batches = batches
@@ -156,7 +157,7 @@ class _Lists(Sampler):
 
 
 class _Pieces(Dataset):
-    """What a worker process makes of the rows of a batch."""
+    """Turns the rows of a batch into a `_Piece`, in a worker process."""
 
     def __init__(self, source: ImageSource, transform: Transform | None):
         self._source, self._transform = source, transform
@@ -168,7 +169,7 @@ class _Pieces(Dataset):
 
 
 class _Piece(NamedTuple):
-    """A batch, and what went wrong with it; errors are raised where they have no traceback."""
+    """A batch and its errors, which the main process raises without a worker's traceback."""
 
     images: Tensor | None
     labels: Tensor | None
@@ -193,7 +194,7 @@ def _assembled(reads: Iterable[Callable[[], Sample]], transform: Transform | Non
             sizes = [f"{t.dtype} {tuple(t.shape)}" for t in (images[0], image)]
             error = (
                 f"{names[0]} is {sizes[0]} and {sample.name} is {sizes[1]}: pictures must have one "
-                "size, or a transform that gives them one"
+                "size; give a transform that resizes them"
             )
             return _Piece(None, None, [], damaged, read, error)
         images.append(image)

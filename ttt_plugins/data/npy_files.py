@@ -1,4 +1,4 @@
-"""Arrays in npy and npz files, checked by their headers before any memory is taken for them."""
+"""Arrays in npy and npz files, whose headers are checked before any memory is allocated."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..errors import DataError
 
 __all__ = ["ArrayHeader", "NpzImages", "map_array"]
 
-#: Characters of a header; that of an image array has about 80.
+#: Largest number of characters in a header; that of an image array has about 80.
 _MAX_HEADER = 10_000
-#: What numpy, zipfile and the decompressors raise for files that are damaged or hostile.
+#: Exceptions that numpy, zipfile and the decompressors raise for damaged or malicious files.
 _DAMAGE = (
     OSError,
     ValueError,
@@ -41,7 +41,7 @@ _DAMAGE = (
 
 
 class ArrayHeader(NamedTuple):
-    """What the header of an npy file says."""
+    """The contents of an npy file's header."""
 
     shape: tuple[int, ...]
     fortran_order: bool
@@ -61,7 +61,7 @@ def _read_header(stream: IO[bytes]) -> ArrayHeader:
 
 @contextlib.contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
-    """Whatever goes wrong becomes one error; messages about files are one line."""
+    """Convert all failures into `DataError` with a message of one line."""
     try:
         yield
     except DataError:
@@ -72,10 +72,10 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 
 
 def map_array(path: Path) -> np.ndarray:
-    """The array of an npy file, mapped from the disk: nothing is read but what is looked at.
+    """Memory-map the array of an npy file: only the parts that are accessed are read.
 
     Raises:
-        DataError: the file is missing, damaged, cut short, or holds Python objects.
+        DataError: the file is missing, damaged, truncated, or holds Python objects.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -94,10 +94,10 @@ class NpzImages:
     Args:
         path: the file.
         side: height and width of the images.
-        limit: images that an array may have.
+        limit: largest number of images in an array.
 
     Raises:
-        DataError: the file is missing, no zip archive, or cut short.
+        DataError: the file is missing, truncated, or not a zip archive.
     """
 
     def __init__(self, path: Path, side: int, limit: int):
@@ -111,10 +111,10 @@ class NpzImages:
         self.names = {name.removesuffix(".npy") for name in members if name.endswith(".npy")}
 
     def read(self, name: str) -> np.ndarray:
-        """One array.
+        """Read one array.
 
         Raises:
-            DataError: it is damaged or encrypted, is no array of images, or has too many.
+            DataError: it is damaged or encrypted, is not an array of images, or has too many.
         """
         with (
             _reading(self.path, "npz"),
@@ -134,7 +134,7 @@ class NpzImages:
                 )
             size = math.prod(shape)
             content = stream.read(size)
-            # Reading to the end is also what makes zipfile compare the checksum.
+            # Reading to the end also makes zipfile verify the checksum.
             if len(content) < size or stream.read(1):
                 raise ValueError(f"{name} does not have the size that its header announces")
         array = np.frombuffer(bytearray(content), np.uint8)

@@ -1,4 +1,4 @@
-"""`open_images`: whatever a user has, to a source of images."""
+"""`open_images`, which turns any supported input into a source of images."""
 
 from __future__ import annotations
 
@@ -28,28 +28,29 @@ def open_images(
     label_column: str | None = None,
     stream: bool = False,
 ) -> ImageSource | ImageStream:
-    """Open a source of images; nothing is decoded yet, and it is never loaded whole.
+    """Open a source of images; nothing is decoded yet, and it is never loaded as a whole.
 
     Args:
         source: a folder of class folders, a folder of pictures (which have no labels), a parquet
             file or a folder of its shards, an ``.npy`` or ``.npz`` file,
             ``"hf://datasets/ORG/NAME[@REVISION][/SPLIT or PATTERN]"``, a tensor or array of
             images, `LabelledImages`, a tuple of images and labels, a map-style torch data set, or
-            a loader. What is open already is returned as it is.
-        image_column: the column (parquet) or array (npz) of images, found unless given.
-        label_column: that of the labels, likewise.
-        stream: read a data set on the Hub as it arrives instead of downloading its shards first;
-            in its own order only, and with the ``datasets`` package.
+            a loader. A source that is already open is returned unchanged.
+        image_column: name of the column (parquet) or array (npz) of images; found by name unless
+            given.
+        label_column: name of the column or array of labels; found by name unless given.
+        stream: whether to stream a data set from the Hub instead of downloading its shards first;
+            this needs the ``datasets`` package and cannot be shuffled.
 
     Raises:
-        DataError: it is missing, damaged, or of another layout.
-        InputError: it is nothing of these.
-        HubError: the Hub does not have it or cannot be reached.
+        DataError: the source is missing, damaged, or has another layout.
+        InputError: the source is of none of these kinds.
+        HubError: the Hub does not have the data set or cannot be reached.
         MissingDependencyError: parquet files need pyarrow, and ``stream`` needs `datasets`.
     """
     columns = (image_column, label_column)
     if stream and not (isinstance(source, str) and source.startswith(_HUB)):
-        raise InputError("only data sets on the Hub (hf://datasets/ORG/NAME) are streamed")
+        raise InputError("only data sets on the Hub (hf://datasets/ORG/NAME) can be streamed")
     if isinstance(source, (ImageSource, ImageStream)):
         return source
     if isinstance(source, str) and source.startswith(_HUB):

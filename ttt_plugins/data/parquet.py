@@ -23,12 +23,12 @@ from .source import IMAGE_COLUMNS, LABEL_COLUMNS, OPEN_BLOCKS, ImageSource, Samp
 
 __all__ = ["ParquetSource", "read_labels", "read_parquet"]
 
-#: Bytes of encoded pictures in a block: what is read together and kept until others are wanted.
+#: Bytes of encoded pictures in a block, which is read at once and cached.
 _BLOCK_BYTES = 32 << 20
 
 
 class _Block(NamedTuple):
-    """Rows of a row group that are read together: the ``place``-th of its stretches of ``step``."""
+    """Rows of a row group that are read together: the ``place``-th slice of ``step`` rows."""
 
     file: str
     group: int
@@ -38,18 +38,18 @@ class _Block(NamedTuple):
 
 
 class ParquetSource(ImageSource):
-    """Rows of parquet files: a column of encoded pictures, and perhaps one of labels.
+    """Rows of parquet files: a column of encoded pictures, and optionally one of labels.
 
-    A picture is a struct ``{bytes, path}``, as the Hub's viewer and `datasets` write it, or plain
-    bytes. A few blocks of rows are in memory at a time, whatever the size of the files.
+    A picture is a struct ``{bytes, path}``, as the Hub's viewer and `datasets` write it, or bytes.
+    Only a few blocks of rows are in memory at a time, for files of any size.
 
     Args:
-        files: the shards, in order; all of the same columns.
-        image_column: found by its name and type unless given.
-        label_column: likewise; a column of integers.
+        files: the shards, in order, all with the same columns.
+        image_column: name of the column of pictures; found by name and type unless given.
+        label_column: name of the column of integer labels; found by name and type unless given.
 
     Raises:
-        DataError: a file is missing, damaged, or has no such column.
+        DataError: a file is missing, damaged, or lacks a column.
         MissingDependencyError: pyarrow is not installed.
     """
 
@@ -93,11 +93,11 @@ class ParquetSource(ImageSource):
         return self._blocks[-1].rows.stop
 
     def blocks(self) -> Sequence[range]:
-        """Stretches of row groups."""
+        """Ranges of rows within row groups."""
         return [block.rows for block in self._blocks]
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is loaded and open belongs to one process.
+        # Loaded blocks and open files are not shared between processes.
         return self.__dict__ | {"_loaded": OrderedDict(), "_rest": None}
 
     def read(self, row: int) -> Sample:
@@ -117,7 +117,7 @@ class ParquetSource(ImageSource):
         return Sample(decode(encoded or b"", where), label, path or f"row {row}")
 
     def _load(self, index: int) -> Any:
-        """A block's rows, from those that are loaded if it is one of them."""
+        """A block's rows, from the cache if it is loaded."""
         if index in self._loaded:
             self._loaded.move_to_end(index)
             return self._loaded[index]
@@ -126,7 +126,7 @@ class ParquetSource(ImageSource):
             if self._rest is not None and self._rest[0] == index:
                 batches = self._rest[1]
             else:
-                # A row group can be read from its beginning only: the blocks before are skipped.
+                # A row group can only be read from its beginning: earlier blocks are skipped.
                 whole = parquet.ParquetFile(block.file).iter_batches(
                     batch_size=block.step,
                     row_groups=[block.group],
@@ -145,7 +145,7 @@ class ParquetSource(ImageSource):
 
 
 def _image_column(schema: Any, file: str, given: str | None) -> str:
-    """The column of pictures: the one given, or one with a usual name, or the only one."""
+    """The column of pictures: the given one, or one with a common name, or the only one."""
     names = [field.name for field in schema if _holds_pictures(field.type)]
     if given is not None:
         if given not in names:
@@ -169,7 +169,7 @@ def _holds_pictures(kind: Any) -> bool:
 
 
 def _label_column(schema: Any, file: str, given: str | None) -> str | None:
-    """The column of labels: the one given, or the first of integers with a usual name, if any."""
+    """The column of labels: the given one, or the first of integers with a common name, if any."""
     import pyarrow
 
     names = [field.name for field in schema if pyarrow.types.is_integer(field.type)]
@@ -191,7 +191,7 @@ def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
 
 
 def read_parquet(path: str | Path) -> LabelledImages:
-    """Read a parquet file of small pictures of one size, with labels, whole.
+    """Read a whole parquet file of small, labelled pictures of one size into memory.
 
     Raises:
         DataError: the file is missing, has other columns, or pictures of different sizes.
@@ -206,10 +206,10 @@ def read_parquet(path: str | Path) -> LabelledImages:
 
 
 def read_labels(path: str | Path) -> Tensor:
-    """The labels (N,) alone of such a file; to decode its images takes many times as long.
+    """Read only the labels (N,) of such a file, which is much faster than decoding its images.
 
     Raises:
-        DataError, MissingDependencyError: as `read_parquet`, but for what its images may lack.
+        DataError, MissingDependencyError: as for `read_parquet`, except for errors in images.
     """
     with _reading(path) as parquet:
         schema = parquet.ParquetFile(path).schema_arrow
@@ -222,7 +222,7 @@ def read_labels(path: str | Path) -> Tensor:
 
 @contextlib.contextmanager
 def _reading(path: str | Path) -> Iterator[ModuleType]:
-    """Pyarrow's parquet module, for a file that is there; what goes wrong becomes one error."""
+    """Pyarrow's parquet module, for an existing file; failures become `DataError`."""
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; expected pictures in the Hub's parquet layout")
     try:

@@ -1,4 +1,4 @@
-"""What a source of images is: pictures by row, and the order in which they are read."""
+"""The interface of sources of images, and the order in which their rows are read."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = [
     "read_order",
 ]
 
-#: Names of the columns (or arrays) of images and of labels, None where they are to be found.
+#: Names of the columns (or arrays) of images and of labels, None to find them by name.
 Columns = tuple[str | None, str | None]
 
-#: The usual names, the most usual first.
+#: Common names of these columns, the most common first.
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "png", "webp", "x", "data", "arr_0")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target", "targets", "y", "arr_1")
 
-#: A shuffled order mixes the rows of this many blocks, so a reader keeps that many of them.
+#: A shuffled order mixes the rows of this many blocks, so a reader caches as many.
 OPEN_BLOCKS = 8
 
 
@@ -36,10 +36,10 @@ class Sample(NamedTuple):
     """One row of a source.
 
     Attributes:
-        image: an RGB picture, an encoded picture, uint8 pixels (C, H, W), or floats (C, H, W) that
-            are taken as they are: already of the model's size and in [0, 1].
-        label: number of its class, None where the source has no labels.
-        name: the picture's path, or where it stands in the source.
+        image: an RGB picture, an encoded picture, uint8 pixels (C, H, W), or floats (C, H, W) in
+            [0, 1] that already have the model's input size and are not transformed.
+        label: index of its class, None where the source has no labels.
+        name: the picture's path, or its position in the source.
     """
 
     image: Image.Image | bytes | Tensor
@@ -48,10 +48,10 @@ class Sample(NamedTuple):
 
 
 class ImageSource(abc.ABC):
-    """Images that can be read in any order, each by its row. It can be sent to other processes.
+    """Images that can be read in any order by row; it can be pickled for other processes.
 
     Attributes:
-        location: where the images are, for messages.
+        location: location of the images, for messages.
         classes: names of the classes by label, None where there are none.
         labelled: whether the rows have labels.
     """
@@ -68,13 +68,13 @@ class ImageSource(abc.ABC):
         """Read and decode one row.
 
         Raises:
-            PictureError: this picture is damaged; others may be good.
+            PictureError: this picture is damaged; others may be intact.
             DataError: the source cannot be read.
         """
 
     @property
     def decodes(self) -> bool:
-        """Whether `read` is slow enough for worker processes to pay."""
+        """Whether `read` is slow enough for worker processes to be worthwhile."""
         return True
 
     def blocks(self) -> Sequence[range]:
@@ -83,7 +83,7 @@ class ImageSource(abc.ABC):
 
 
 class ImageStream(abc.ABC):
-    """Images that come in one order only, such as a loader's; as `ImageSource` but for `read`."""
+    """Images in a fixed order, such as a loader's; like `ImageSource`, but without `read`."""
 
     location: str
     classes: tuple[str, ...] | None = None
@@ -94,9 +94,10 @@ class ImageStream(abc.ABC):
 
 
 def read_order(source: ImageSource, seed: int | None) -> Tensor:
-    """The rows of a source (N,) in the order of reading: their own, or shuffled by a seed.
+    """The rows of a source (N,) in reading order: the source's own, or shuffled by a seed.
 
-    Blocks are shuffled, and the rows of `OPEN_BLOCKS` neighbours in that order with each other.
+    Blocks are shuffled; then the rows of every `OPEN_BLOCKS` consecutive blocks are shuffled
+    together.
     """
     if seed is None:
         return torch.arange(len(source))

@@ -1,4 +1,4 @@
-"""How a model wants its pictures: its own resizing and cropping, without the normalisation."""
+"""A model's own resizing and cropping of pictures, without its normalisation."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["evaluation_transform"]
 
 
 def evaluation_transform(model: Any, size: int | None = None) -> Transform | None:
-    """The transform that a model is evaluated with, from a picture to uint8 pixels (3, S, S).
+    """The transform for evaluating a model, from a picture to uint8 pixels (3, S, S).
 
-    The adapter normalises by itself, so the transform does not.
+    The adapter normalises images itself, so the transform does not.
 
     Args:
-        model: a timm model (its ``pretrained_cfg`` says how: size, crop and interpolation),
+        model: a timm model (its ``pretrained_cfg`` has size, crop and interpolation),
             torchvision's weights or their ``transforms()``, or any other model.
-        size: side of the images in pixels, instead of the model's own. For a model that says
-            nothing of pictures the short side is resized to 8/7 of it, bicubically, and the centre
-            is cropped, as is usual for 224 pixels.
+        size: side of the images in pixels, at least 1, instead of the model's own. For a model
+            without settings for pictures, the short side is resized to 8/7 of it, bicubically, and
+            the centre is cropped, as is usual for 224 pixels.
 
     Returns:
-        The transform; None if neither the model nor ``size`` says anything, so that pictures are
-        taken in the size that they have.
+        The transform; None if neither the model nor ``size`` gives a size, so that pictures keep
+        the size that they have.
 
     Raises:
         InputError: the size is out of range.
