@@ -118,7 +118,7 @@ def params_of(net):
     return {n: t for n, t in net.adaptation_state().items() if n.startswith("params.")}
 
 
-@pytest.mark.parametrize("statistics", ["source", "batch", "mix"])
+@pytest.mark.parametrize("statistics", ["source", "batch", "mix", "stream"])
 def test_lr_zero_is_the_plain_model(method, kind, make_model, make_net, images, statistics):
     model = make_model(kind)
     still = {} if method == "source" else {"lr": 0.0}

@@ -118,8 +118,9 @@ class Adapter(nn.Module):
 
     def _predict(self, images: Tensor) -> Tensor:
         if self._record.build is None:
-            with torch.no_grad():
+            with torch.no_grad(), self.backbone.streaming(self._waiting) as estimate:
                 logits = self.backbone(images)
+            self._waiting = estimate
             self.forwards += len(images)
             return logits
         with torch.no_grad():
@@ -227,9 +228,8 @@ class Adapter(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)
-        for held in (self._tensors, self._params, self._waiting):
-            if held is not None:
-                held.update({name: fn(t) for name, t in held.items()})
+        for held in (self._tensors, self._params or {}, self._waiting):
+            held.update({name: fn(t) for name, t in held.items()})
         self._algorithm = None  # it holds the tensors from before the move
         if self._state is not None:
             # A rule chooses its own precision, whatever the model's is.
@@ -263,13 +263,13 @@ class Adapter(nn.Module):
     def adaptation_state(self) -> dict[str, Tensor]:
         """Everything that changed since the source, as a flat dict of tensors to save."""
         state = {"batches": torch.tensor(self.batches)}
+        state |= {n: t.clone() for n, t in self._waiting.items()}
         if self._record.build is None:
             return state
         with torch.inference_mode(False), torch.no_grad():
             params, rule = self._now()
             state |= {f"params.{n}": t.clone() for n, t in params.items()}
             state |= {f"rule.{n}": t.clone().contiguous() for n, t in rule.items()}
-            state |= {n: t.clone() for n, t in self._waiting.items()}
         return state
 
     def load_adaptation_state(self, state: dict[str, Tensor]) -> None:
@@ -338,8 +338,7 @@ class Adapter(nn.Module):
         lines += [f"  {field.name}: {getattr(self.config, field.name)!r}" for field in fields]
         lines += self.backbone.describe()
         if not self.names:
-            lines.append("adapts: nothing; one forward pass a batch")
-            return "\n".join(lines)
+            return "\n".join([*lines, "adapts: nothing; one forward pass a batch"])
         algorithm = self._algorithm_now()
         adapted, memory = describe_tensors(self.names, algorithm.source, algorithm.init())
         lines.append(adapted)
@@ -354,6 +353,7 @@ class Adapter(nn.Module):
     def export(self) -> nn.Module:
         """An independent module holding the adapted parameters: images in [0, 1] -> logits."""
         plain = copy.deepcopy(self.backbone)
+        plain.freeze_statistics(self._waiting)
         if self._params is not None:
             named = dict(plain.named_parameters())
             with torch.no_grad():

@@ -10,7 +10,8 @@ Every batch is predicted at once, whatever its size. An update is made on a wind
   predicted as a whole before that update.
 - A batch of images of another size than those that wait drops them.
 
-What waits is part of an adapter's state: a flat dict of tensors, empty where nothing waits.
+What waits is part of an adapter's state: a flat dict of tensors, empty where nothing waits. The
+running estimate of ``statistics="stream"`` travels with it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbones.backbone import Backbone
+from ..backbones.backbone import STREAM, Backbone
 from ..backbones.statistics import StatisticsFields
 from ..errors import InputError
 from ..utils.checks import check_integer
@@ -103,6 +104,20 @@ class Window:
         Returns:
             the outcome, with logits from before the update, and what waits from now on.
         """
+        with backbone.streaming(waiting) as estimate:
+            outcome, gathered = self._step(adapt, backbone, params, state, waiting, images)
+        return outcome, gathered | estimate
+
+    def _step(
+        self,
+        adapt: Callable[[Tensors, Tensors, Tensor], Outcome],
+        backbone: Backbone,
+        params: Tensors,
+        state: Tensors,
+        waiting: Tensors,
+        images: Tensor,
+    ) -> tuple[Outcome, Tensors]:
+        """As `step`, while the batch joins the stream's statistics."""
         if len(images) >= self.size:
             return adapt(params, state, images), waiting
         logits = call(backbone, params, images)
@@ -127,10 +142,15 @@ class Window:
         if not isinstance(state, dict):
             return state, {}
         waiting = {
-            n: t for n, t in state.items() if isinstance(t, Tensor) and str(n).startswith(_PREFIX)
+            n: t
+            for n, t in state.items()
+            if isinstance(t, Tensor) and str(n).startswith((_PREFIX, STREAM))
         }
-        for name, images in waiting.items():
-            self._check(name, images, backbone)
+        for name, tensor in waiting.items():
+            if name.startswith(STREAM):
+                backbone.check_stream(name, tensor)
+            else:
+                self._check(name, tensor, backbone)
         rest = {n: t for n, t in state.items() if n not in waiting}
         with torch.inference_mode(False):
             return rest, {n: t.detach().clone().to(backbone.device) for n, t in waiting.items()}

@@ -71,8 +71,8 @@ class MGG(OnlineFields):
             None for no other bound than ``lr``.
         discrepancy: weight lambda of the feature statistics' distance from the source's (the
             paper: 0.4; 0.2 on ImageNet-R). Without source statistics the term is left out.
-        statistics: BatchNorm statistics, ``"batch"``, ``"source"`` or ``"mix"``.
-        prior: number of images that the source statistics count for in ``"mix"``.
+        statistics: BatchNorm statistics, ``"batch"``, ``"source"``, ``"mix"`` or ``"stream"``.
+        prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
         window: images per update; smaller batches are predicted at once and gather until there
             are as many (`ttt_plugins.core.window`). The paper: 64.
         params: what adapts unless `wrap` is told otherwise.

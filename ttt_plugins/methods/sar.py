@@ -57,8 +57,9 @@ class SAR(OnlineFields):
             the filtered entropy falls below it (the paper's 0.2).
         skip_late: leave out the norms of the last stage or blocks, as the paper does; with
             ``params="norm"`` only.
-        statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"`` or ``"mix"``.
-        prior: number of images that the source statistics count for in ``"mix"``.
+        statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"``, ``"mix"`` or
+            ``"stream"``.
+        prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
         window: images per update; smaller batches are predicted at once and gather until there
             are as many (`ttt_plugins.core.window`). The paper: 64.
         params: what adapts unless `wrap` is told otherwise.

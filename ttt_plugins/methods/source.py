@@ -15,7 +15,7 @@ class Source(StatisticsFields):
     """The unadapted model.
 
     Attributes:
-        statistics: BatchNorm on ``"source"`` (default), ``"batch"`` or ``"mix"`` statistics; with
+        statistics: BatchNorm on ``"source"`` (default), ``"batch"``, ``"mix"`` or ``"stream"`` statistics; with
             ``"batch"`` this is the batch-statistics baseline (Nado et al., arXiv 2006.10963).
         prior: images the source statistics count for in ``"mix"``.
     """

@@ -44,8 +44,9 @@ class Tent(OnlineFields):
             1e-3 (ViT) with SGD on ImageNet.
         optimizer: ``"adam"`` or ``"sgd"`` (momentum ``momentum``).
         momentum: of SGD, in [0, 1].
-        statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"`` or ``"mix"``.
-        prior: number of images that the source statistics count for in ``"mix"``.
+        statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"``, ``"mix"`` or
+            ``"stream"``.
+        prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
         window: images per update; smaller batches are predicted at once and gather until there
             are as many (`ttt_plugins.core.window`).
         params: what adapts unless `wrap` is told otherwise.
