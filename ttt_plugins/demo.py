@@ -1,9 +1,9 @@
-"""The demo: classifiers meet corrupted images, unadapted and with adapters.
+"""The demo: classifiers predict corrupted images, with and without adaptation.
 
-Everything it needs ships inside the package: small networks, what the methods learned for them,
+Everything it needs is included in the package: small networks, their trained heads and optimizers,
 and real images. Methods that adapt batch by batch share one network. TTT and MT3, which adapt to
-every image on its own, each have the network they were trained with, and see fewer images, because
-they are slower.
+each image separately, use the networks they were trained with, and see fewer images because they
+are slower.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MT3 = "bundled:mt3-resnet26-cifar10"
 SAMPLE = Path(__file__).parent / "assets" / "demo"
 BATCH_SIZE = 32
 CLEAN = "clean"
-#: Images of each kind that TTT and MT3 are shown.
+#: Number of images of each kind for TTT and MT3.
 PER_IMAGE = 32
 
 
@@ -66,24 +66,24 @@ class Sample:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What each method predicted: method -> corruption -> classes (N,), and seconds in all."""
+    """Predictions (method -> corruption -> classes (N,)) and total seconds of each method."""
 
     predictions: dict[str, dict[str, Tensor]]
     seconds: dict[str, float]
     sample: Sample
 
     def accuracy(self, method: str, name: str) -> float:
-        """In percent."""
+        """Accuracy of a method on one kind of images, in percent."""
         right = self.predictions[method][name] == self.sample.labels
         return 100 * right.double().mean().item()
 
     def mean(self, method: str) -> float:
-        """Over the corruptions, in percent."""
+        """Mean accuracy of a method over the corruptions, in percent."""
         names = self.sample.corruptions
         return sum(self.accuracy(method, name) for name in names) / len(names)
 
     def table(self) -> str:
-        """Accuracy in percent: a row for each corruption, a column for each method."""
+        """Table of accuracies in percent, with a row per corruption and a column per method."""
         methods = list(self.predictions)
         rows = [["accuracy in %", *methods]]
         rows += [
@@ -96,7 +96,7 @@ class DemoResult:
         return align(rows)
 
     def changed(self, before: str, after: str) -> tuple[int, int]:
-        """Corrupted images on which only ``after`` is right, and on which only ``before`` is."""
+        """Numbers of corrupted images that only ``after``, and that only ``before``, gets right."""
         gained = lost = 0
         for name in self.sample.corruptions:
             was = self.predictions[before][name] == self.sample.labels
@@ -107,7 +107,7 @@ class DemoResult:
 
 
 def _tiles(path: Path, side: int = 32) -> Tensor:
-    """Images (N, 3, side, side) uint8 from one lossless picture that holds them row by row."""
+    """uint8 images (N, 3, side, side) from one lossless picture that holds them row by row."""
     with Image.open(path) as picture:
         pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy())
     rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
@@ -116,11 +116,11 @@ def _tiles(path: Path, side: int = 32) -> Tensor:
 
 
 def load_sample(folder: str | Path = SAMPLE, n: int | None = None) -> Sample:
-    """The first ``n`` images of each kind: ``labels.json``, and a ``<kind>.webp`` of tiles each.
+    """Load the first ``n`` images of each kind, from ``labels.json`` and ``<kind>.webp`` files.
 
     Raises:
-        InputError: ``n`` is below 1 or more than there are.
-        DataError: a file is missing or of another layout.
+        InputError: ``n`` is below 1 or larger than the number of images.
+        DataError: a file is missing or has another layout.
     """
     folder = Path(folder)
     try:
@@ -147,7 +147,7 @@ def build_adapters(model: str = MODEL, mgg: str = MGG) -> dict[str, Adapter]:
 
 
 def build_per_image_adapters(ttt: str = TTT, mt3: str = MT3) -> dict[str, Adapter]:
-    """TTT (its one-step form) and MT3, each after its own model without adaptation."""
+    """TTT (one step per image) and MT3, each preceded by its own model without adaptation."""
     return {
         "ttt's model": wrap(ttt, "source"),
         "ttt": from_pretrained(ttt, steps=1, lr=0.01),
@@ -163,7 +163,7 @@ def compare(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> DemoResult:
-    """Show every kind of image to every adapter, reset before each kind."""
+    """Predict every kind of images with every adapter, which is reset before each kind."""
     count = len(sample.labels)
     rows = torch.stack([torch.zeros(count, dtype=torch.int64), torch.arange(count)], 1)
     predictions: dict[str, dict[str, Tensor]] = {name: {} for name in nets}
@@ -184,7 +184,7 @@ def compare(
 def _examples(result: DemoResult, before: str, after: str, count: int) -> list[tuple[str, int]]:
     """(corruption, row) of images that only ``after`` gets right.
 
-    The corruptions take turns, and no image is chosen under two of them.
+    They are taken from the corruptions in turn, and no image is chosen for two of them.
     """
     labels = result.sample.labels
     queues = {}
@@ -209,7 +209,7 @@ def draw(
     after: str = "mgg",
     examples: int = 8,
 ) -> bytes:
-    """Bars for each corruption and method, and below some images with both predictions; PNG."""
+    """Draw accuracy by corruption and method, and below it example images, as a PNG file."""
     names, methods = list(result.sample.images), list(result.predictions)
     drawn = figure(max(9.0, 1.25 * len(names) + 3), 6.2)
     top, bottom = drawn.subfigures(2, 1, height_ratios=[3, 2], squeeze=False)[:, 0]
@@ -222,13 +222,13 @@ def draw(
     ticks = [i + (len(methods) - 1) * width / 2 for i in range(len(names) + 1)]
     labels = [name.replace("_", "\n") for name in names] + ["mean of\ncorruptions"]
     axes.set_xticks(ticks, labels)
-    axes.set_ylim(0, 115)  # room for the legend above bars of any height
+    axes.set_ylim(0, 115)  # space for the legend above bars of any height
     axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("right predictions in %")
+    axes.set_ylabel("accuracy in %")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(ncols=len(methods), loc="upper right")
-    axes.set_title("The same trained network on corrupted images: as it is, and adapting to them")
+    axes.set_title("The same network on corrupted images, without and with adaptation")
     chosen = _examples(result, before, after, examples)
     gained, lost = result.changed(before, after)
     bottom.suptitle(
@@ -255,9 +255,10 @@ def run_demo(
     """Run both comparisons on the package's own models and images and write ``demo.png``.
 
     Returns:
-        the methods that adapt batch by batch, and those that adapt to each image on its own.
+        results of the methods that adapt batch by batch, and of those that adapt to each image
+        separately.
     """
-    out = check_out(out)  # before the work, as is a missing matplotlib
+    out = check_out(out)  # before the work, like the check for matplotlib
     figure(1, 1)
     sample = load_sample(n=n)
     few = load_sample(n=min(PER_IMAGE, len(sample.labels)))
@@ -266,6 +267,6 @@ def run_demo(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{out}: cannot make this folder ({error.strerror})") from error
+        raise DataError(f"{out}: cannot create this folder ({error.strerror})") from error
     write_files(out, {"demo.png": draw(result)})
     return result, per_image

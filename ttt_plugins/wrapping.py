@@ -1,7 +1,7 @@
-"""``wrap`` and ``from_pretrained``: from a name or a module to an adapter.
+"""``wrap`` and ``from_pretrained``, which create an adapter from a name or a module.
 
-A classifier is loaded, what the method has learned for it is found, and an adapter is built of the
-two. `wrap` starts from the classifier, `from_pretrained` from what was learned.
+Both load a classifier and the tensors that the method has learned for it, and build an adapter from
+the two. `wrap` starts from the classifier, `from_pretrained` from the learned tensors.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ __all__ = ["from_pretrained", "wrap"]
 
 @dataclass(frozen=True)
 class _Setting:
-    """How images reach the model, where the adapter is, and what it draws from.
+    """The preprocessing of images, the adapter's device, and its seed.
 
     Raises:
-        InputError: ``normalize``, ``device`` or ``seed`` cannot be used.
+        InputError: ``normalize``, ``device`` or ``seed`` is invalid.
     """
 
     mean: Any = None
@@ -93,23 +93,23 @@ def wrap(
             ``"org/name@revision"`` on the Hub), a timm repository (``"hf-hub:org/name"``,
             ``"local-dir:path"``, always with its weights), or any ``nn.Module`` from normalised
             images (B, C, H, W) to logits (B, classes).
-        method: a name of `list_methods()` or a config object (``tp.MGG(lr=1e-3)``).
-        params: ``"norm"``, ``"all"``, ``"lora"``, a regular expression, or names of what adapts.
-        mean: of the pixels, a number per channel; from the ``pretrained_cfg`` unless given.
-        std: their standard deviation, likewise.
-        normalize: False when the model normalises by itself (RobustBench's are known to).
+        method: a name from `list_methods()` or a config object (``tp.MGG(lr=1e-3)``).
+        params: what adapts: ``"norm"``, ``"all"``, ``"lora"``, a regular expression, or names.
+        mean: mean of the pixels per channel; from the ``pretrained_cfg`` unless given.
+        std: standard deviation of the pixels per channel; from the ``pretrained_cfg`` too.
+        normalize: False if the model normalises images itself (known for RobustBench's models).
         pretrained: whether to download timm's weights.
-        device: where to put the adapter; the model stays where it is unless given.
-        seed: of everything random; an untrained timm model draws from torch's own without it.
-        model_dir: where RobustBench keeps its checkpoints.
-        tensors: what the method has learned beforehand, by name, instead of an artifact's.
-        head: where the self-supervised head comes from: an artifact made for these weights, or
-            ``"train"``, which trains one on ``data`` while the model stays as it is.
+        device: device for the adapter; unless given, the model stays on its device.
+        seed: seed for everything random; untrained timm models use torch's generator without it.
+        model_dir: folder with RobustBench's checkpoints.
+        tensors: tensors that the method has learned beforehand, by name, instead of an artifact's.
+        head: source of the self-supervised head: an artifact made for these weights, or
+            ``"train"``, which trains a head on ``data`` without changing the model.
         data: clean, unlabelled images for it: (N, C, S, S), uint8 or in [0, 1], or a loader.
-        classes: the classes that occur, as positions among the model's logits, which alone are
-            seen, in this order; or ``"imagenet-r"`` or ``"imagenet-a"``, 200 of ImageNet's.
-        normalized_input: whether images come with mean and std taken out already; see `Adapter`.
-        source_images: clean images for `Adapter.fit_source_statistics`, unlabelled: a folder,
+        classes: the classes that occur, as indices of the model's logits, of which only these are
+            used, in this order; or ``"imagenet-r"`` or ``"imagenet-a"``, 200 of ImageNet's.
+        normalized_input: whether images are already normalised with mean and std; see `Adapter`.
+        source_images: clean, unlabelled images for `Adapter.fit_source_statistics`: a folder,
             files, ``hf://datasets/ORG/NAME``, a data set or a loader. For MGG.
         **overrides: fields of the method's config.
 
@@ -118,7 +118,7 @@ def wrap(
 
     Raises:
         InputError: unknown model, method or field, or nothing to adapt.
-        ArtifactError: an artifact does not load (`HubError` where the Hub is the reason).
+        ArtifactError: an artifact cannot be loaded (`HubError` if the Hub is the reason).
     """
     record = get_method(method)
     setting = _Setting(mean, std, normalize, device, seed, _positions(classes), normalized_input)
@@ -143,7 +143,7 @@ def _names(params: Any) -> Any:
 
 
 def _check_learned(tensors: Any, head: Any, data: Any) -> None:
-    """Refuse arguments that contradict each other on what the method has learned."""
+    """Refuse contradictory arguments about what the method has learned."""
     by_name = tensors is None or isinstance(tensors, Mapping)
     if not by_name or not all(isinstance(t, Tensor) for t in (tensors or {}).values()):
         raise InputError("tensors must be a dict of tensors by name")
@@ -179,7 +179,7 @@ def _positions(classes: Sequence[int] | str | None) -> Sequence[int] | None:
 
 
 def _start(method: str | Any, record: Method, learned: Learned | None) -> Any:
-    """The config before overrides: what was learned and its step size belong together."""
+    """The config before overrides: learned tensors are used with their own step size."""
     if not isinstance(method, str):
         return method
     if learned is None or learned.config is None:
@@ -208,18 +208,19 @@ def from_pretrained(
             ``"bundled:<name>"``, or a local folder.
         revision: branch, tag or commit on the Hub (the default branch unless given). It is
             resolved once, and all files are taken from that commit.
-        backbone: the classifier, where the artifact does not say where to find it, or instead of
-            the one it names: whatever `wrap` takes (a timm name with its pretrained weights).
-        strict_backbone: whether a classifier with other weights than the adapter was made for is
-            an error, or else a warning. Without effect where the artifact declares that it fits
-            any architecture.
-        device: where to put the adapter; a module passed as ``backbone`` stays where it is.
-        seed: of everything random.
-        cache_dir: where files from the Hub are kept (huggingface_hub's cache unless given; timm
-            keeps its own weights there always).
-        local_files_only: use that cache alone, without a connection.
-        token: access token of the Hub; unless given the one of ``hf auth login`` or HF_TOKEN,
-            none if False.
+        backbone: the classifier, if the artifact does not name one or to replace the one it names,
+            in any form that `wrap` accepts (a timm name gets its pretrained weights).
+        strict_backbone: whether a classifier with weights other than those that the adapter was
+            made for is an error rather than a warning. It has no effect if the artifact declares
+            that it fits any architecture.
+        device: device for the adapter; unless given, a module passed as ``backbone`` stays on its
+            device.
+        seed: seed for everything random.
+        cache_dir: cache folder for files from the Hub (by default huggingface_hub's cache, where
+            timm always keeps its own weights).
+        local_files_only: whether to use only that cache, without a connection.
+        token: access token of the Hub; unless given, that of ``hf auth login`` or HF_TOKEN; False
+            for none.
         normalized_input: as in `wrap`.
         **overrides: fields of the method's config to change.
 
@@ -228,7 +229,7 @@ def from_pretrained(
 
     Raises:
         ArtifactError: the artifact is missing, damaged, or made for another classifier.
-        HubError: (an `ArtifactError`) no such repository or revision, no access, no connection.
+        HubError: (an `ArtifactError`) no such repository or revision, no access or no connection.
         InputError: an unknown field, or a revision of something that is not on the Hub.
     """
     setting = _Setting(device=device, seed=seed, normalized_input=normalized_input)
@@ -238,7 +239,7 @@ def from_pretrained(
     learned = Learned(artifact.tensors, place.name, artifact.config)
     record = get_method(artifact.config["method"])
     config = _changed(learned, record, overrides)
-    access = replace(access, revision=None)  # it was the adapter's
+    access = replace(access, revision=None)  # the revision was the adapter's
     classifier = _Classifier(record, config, artifact, place.name, access, strict_backbone)
     module, origin, preprocessing = classifier.load(backbone, seed)
     return _build(module, record, config, learned, origin, replace(setting, **preprocessing))
@@ -265,7 +266,7 @@ def _changed(learned: Learned, record: Method, overrides: dict[str, Any]) -> Any
 
 @dataclass(frozen=True)
 class _Classifier:
-    """The classifier of an artifact, which is in it, named by it, or given by the user."""
+    """The classifier for an artifact: contained in it, named by it, or given by the user."""
 
     record: Method
     config: Any
@@ -280,7 +281,7 @@ class _Classifier:
         """The classifier, its origin and its preprocessing.
 
         Raises:
-            ArtifactError: it is not the one that the artifact was made for.
+            ArtifactError: it is not the classifier that the artifact was made for.
         """
         made_for = self.artifact.config["backbone"]
         anything = check_fits_any(
@@ -302,7 +303,7 @@ class _Classifier:
         if not anything:
             check_fingerprint(module, made_for, self.where, self.strict)
         elif fingerprint(module.state_dict()) != made_for.get("fingerprint"):
-            # Another classifier than the one this was made with has its own preprocessing.
+            # A classifier other than the artifact's has its own preprocessing.
             own = {"normalize": origin["source"] != "robustbench", "classes": own["classes"]}
         return module, origin, own
 
@@ -316,7 +317,7 @@ def _build(
     setting: _Setting,
     images: Tensor | None = None,
 ) -> Adapter:
-    """The adapter of a classifier, a method and what that has learned, or learns from images."""
+    """Build the adapter from a classifier, a method, and its learned tensors or source images."""
     with torch.inference_mode(False):
         backbone = Backbone(
             module,

@@ -1,1 +1,1 @@
-"""Entry into other people's registries; each module needs its host and registers when imported."""
+"""Integrations with other libraries; importing a module registers the methods in its library."""

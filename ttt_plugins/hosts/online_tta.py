@@ -4,21 +4,22 @@ Put ``import ttt_plugins.hosts.online_tta`` at the end of that repository's
 ``classification/methods/__init__.py`` (or copy this file there and import the copy), then run
 ``python test_time.py --cfg CFG`` with one of the files in ``ttt_plugins/hosts/cfgs``.
 
-A section TTT_PLUGINS is added to the repository's configuration. All of it can be set in a yaml
+A section TTT_PLUGINS is added to the repository's configuration. Its keys can be set in a yaml
 file and on the command line (``TTT_PLUGINS.FIELDS.mode online``):
 
-- ARTIFACT: what `ttt_plugins.from_pretrained` takes; empty to wrap the repository's model. Write a
-  folder as ``./folder``, since ``name/name`` without a dot can also be a repository on the Hub.
-- ITS_MODEL: True to run the classifier that the artifact names or carries, not MODEL.ARCH.
-- FIELDS: fields of the method's config. What is not set there keeps the artifact's own value.
+- ARTIFACT: name of an artifact, as for `ttt_plugins.from_pretrained`; empty to wrap the
+  repository's model. Write a folder as ``./folder``, because ``name/name`` without a dot can also
+  be a repository on the Hub.
+- ITS_MODEL: True to run the classifier that the artifact names or carries instead of MODEL.ARCH.
+- FIELDS: fields of the method's config. Fields that are not set keep the artifact's value.
 - CLEAN_IMAGES: number of the source dataset's training images on which MGG's source statistics are
   measured first; 0 measures nothing.
 
-OPTIM.LR is ``lr``, and OPTIM.STEPS is ``steps`` of the methods that adapt to each image and the
-updates a batch of MGG, wherever they differ from the repository's defaults; the defaults
-themselves mean the artifact's own values, and FIELDS.lr and FIELDS.steps set any value. The update
-rules are the methods' own, so OPTIM.METHOD and its options have no effect. MIXED_PRECISION means
-bfloat16, which needs no gradient scaler.
+OPTIM.LR sets ``lr``. OPTIM.STEPS sets ``steps`` of the methods that adapt to each image, and the
+number of updates per batch of MGG. Both have an effect only where they differ from the repository's
+defaults, which stand for the artifact's own values; FIELDS.lr and FIELDS.steps set any value. The
+update rules are the methods' own, so OPTIM.METHOD and its options have no effect. MIXED_PRECISION
+means bfloat16, which needs no gradient scaler.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ except ImportError as error:
 
 __all__ = ["MGG", "MT3", "TTT"]
 
-#: The repository's defaults, which stand for "not set".
+#: The repository's defaults, which mean that a value is not set.
 _LR, _STEPS = defaults.OPTIM.LR, defaults.OPTIM.STEPS
 
 if "TTT_PLUGINS" not in defaults:
@@ -59,9 +60,9 @@ if "TTT_PLUGINS" not in defaults:
 
 
 class _Hosted(TTAMethod):
-    """An adapter in that repository's contract; its models normalise by themselves."""
+    """An adapter with that repository's interface; its models normalise images themselves."""
 
-    per_image = True  # each image adapts on its own: no window of past ones is needed
+    per_image = True  # each image is adapted to separately, without a window of past images
 
     def __init__(self, cfg, model, num_classes):
         super().__init__(cfg, model, num_classes)  # calls configure_model and collect_params
@@ -82,7 +83,7 @@ class _Hosted(TTAMethod):
         if net.method != method or net.num_classes not in (None, self.num_classes):
             raise tp.InputError(
                 f"{section.ARTIFACT} is a {net.method} adapter with {net.num_classes} classes, "
-                f"asked for is {method} with {self.num_classes}"
+                f"but the configuration needs {method} with {self.num_classes}"
             )
         if section.CLEAN_IMAGES:
             net.fit_source_statistics(self._clean_images(section.CLEAN_IMAGES))
@@ -90,7 +91,7 @@ class _Hosted(TTAMethod):
         self.model = net
 
     def _fields(self) -> dict[str, Any]:
-        """Fields of the method's config that the configuration sets."""
+        """Fields of the method's config that the repository's configuration sets."""
         optim, given = self.cfg.OPTIM, {}
         if optim.LR != _LR:
             given["lr"] = float(optim.LR)
@@ -103,7 +104,7 @@ class _Hosted(TTAMethod):
 
     def _clean_images(self, count: int):
         """The repository's own loader of ``count`` training images."""
-        # Needed by this alone, and it imports a reader for every dataset.
+        # Imported only here, because it imports a reader for every dataset.
         from datasets.data_loading import (  # pyright: ignore[reportMissingImports]
             get_source_loader,
         )
@@ -126,10 +127,10 @@ class _Hosted(TTAMethod):
         return list(source.values()), list(source)
 
     def setup_optimizer(self):
-        return None  # the update rule is the adapter's
+        return None  # the adapter has its own update rule
 
     def copy_model_and_optimizer(self):
-        return None, None  # the source is never written
+        return None, None  # the source weights are never changed
 
     def load_model_and_optimizer(self):
         self.model.reset()
@@ -138,7 +139,7 @@ class _Hosted(TTAMethod):
 
     @staticmethod
     def change_mode_of_batchnorm1d(model_list, to_train_mode=True):
-        pass  # an adapter chooses its statistics by the batch
+        pass  # an adapter handles BatchNorm statistics itself
 
     def loss_calculation(self, x):
         outputs = self.model(x[0])
@@ -150,7 +151,7 @@ class _Hosted(TTAMethod):
 
     @torch.no_grad()
     def forward_sliding_window(self, x):
-        """Predict with what was learned so far, without learning."""
+        """Predict with the current state, without adapting."""
         state = self.model.adaptation_state()
         params = {n[7:]: t for n, t in state.items() if n.startswith("params.")}
         with self._precision():
@@ -163,16 +164,16 @@ class _Hosted(TTAMethod):
 
 @ADAPTATION_REGISTRY.register()
 class MGG(_Hosted):
-    """Online, over batches; single samples adapt a window at a time."""
+    """MGG adapts online, batch by batch; single samples are collected into windows."""
 
     per_image = False
 
 
 @ADAPTATION_REGISTRY.register()
 class MT3(_Hosted):
-    """Each image from the meta-learned start."""
+    """MT3 adapts to each image separately, from the meta-learned parameters."""
 
 
 @ADAPTATION_REGISTRY.register()
 class TTT(_Hosted):
-    """Each image from the start, or along the stream with FIELDS.mode online."""
+    """TTT adapts to each image from the source, or along the stream with FIELDS.mode online."""

@@ -1,11 +1,11 @@
-"""RobustBench as it is installed, ready for a plain ``import robustbench``.
+"""Makes the installed RobustBench importable with ``import robustbench``.
 
     import ttt_plugins.hosts.robustbench
     import robustbench                       # and its submodules, such as robustbench.data
 
 RobustBench 1.1.1 imports ``autoattack``, which its dependency installs under another name, so that
-it cannot be imported as it stands. Importing this module imports it once, which is enough for all
-that follows, repositories that use RobustBench included.
+it cannot be imported unchanged. Importing this module imports RobustBench once; later imports,
+including those in repositories that use RobustBench, then succeed.
 
 Raises:
     MissingDependencyError: RobustBench is not installed, or does not import beside the installed

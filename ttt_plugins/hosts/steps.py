@@ -1,6 +1,6 @@
 """What a user's own training loop differentiates: predictions and a self-supervised loss.
 
-The same tasks, losses and update rule as adaptation uses, with the graph kept.
+Tasks, losses and update rules are those of adaptation, with the graph kept.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ def joint_step(
 ) -> tuple[Tensor, Tensor]:
     """TTT, equation 1: (B, classes) logits of the plain model, rotation loss of one view each.
 
-    ``number`` tells the draws of one step from the next's. In train mode the model's BatchNorms
-    learn their running statistics on the images; the rotation branch uses them as they are.
+    ``number`` is the number of the step, which gives every step its own random draws. In train mode
+    the model's BatchNorms update their running statistics on the images; the rotation branch does
+    not update them.
     """
     algorithm, backbone = _of(net, heads, (PerImage, PerBatch)), net.backbone
-    # First the branch that writes running statistics, then the one whose graph keeps them.
+    # The branch that writes running statistics comes first, then the one whose graph uses them.
     logits = model((images - backbone.mean) / backbone.std if backbone.normalize else images)
     meta = {f"model.{n}": p for n, p in model.named_parameters()} | dict(heads)
     return logits, algorithm.task.loss(meta, *_views(algorithm, images, net.seed, number))
@@ -43,17 +44,18 @@ def joint_step(
 def meta_step(
     net: Adapter, model: nn.Module, heads: Mapping[str, Tensor], images: Tensor, number: int
 ) -> tuple[Tensor, Tensor]:
-    """MT3, algorithm 1: one step for the batch as a task, then logits and L_ss where it led.
+    """MT3, algorithm 1: one step with the batch as a task, then logits and L_ss after the step.
 
-    Cross-entropy of the logits plus gamma times the loss (paper: 0.1) is the outer loss. BatchNorm
-    stays on its source statistics, as at test time: such a model has to be trained before.
+    The outer loss is the cross-entropy of the logits plus gamma times L_ss (0.1 in the paper).
+    BatchNorm keeps its source statistics, as at test time, so a model with BatchNorm must already
+    be trained.
     """
     if net.config.params == "lora":
         raise InputError("MT3 is meta-trained with params='all', 'norm' or names, not 'lora'")
     algorithm = _of(net, heads, PerImage)
     views = _views(algorithm, images, net.seed, number)
     meta = {f"model.{n}": p for n, p in model.named_parameters()} | dict(heads)
-    # A frozen parameter is still moved by the inner step, as it is when adapting.
+    # The inner step also changes frozen parameters, as adaptation does.
     moving = {n: p for n, p in meta.items() if n in algorithm.source or n in heads}
     moving = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in moving.items()}
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
@@ -67,10 +69,10 @@ def memory_step(
 ) -> tuple[Tensor, Tensor, Sequence | None]:
     """MGG: logits and unlabelled loss of a batch after the optimizer's update on it.
 
-    Only the optimizer's slow weights learn; ``held`` is the sequence so far, parameters and the
-    rule's state, None at its start and returned with the batch's update added.
-    An update is judged on the batch it was made on, since a training loop hands over one batch at a
-    time; `train.mgg` judges on the next.
+    Only the optimizer's slow weights learn. ``held`` is the state of the sequence so far (adapted
+    parameters and the update rule's state), None at its start; it is returned with the batch's
+    update added. An update is evaluated on the batch that it was made on, because a training loop
+    passes one batch at a time; `train.mgg` evaluates it on the next batch.
     """
     algorithm = _of(net, heads, Online)
     params, state = held or (dict(algorithm.source), algorithm.init())

@@ -1,10 +1,11 @@
-"""Adapters as timm models, so that timm's own scripts run them without a change.
+"""Adapters as timm models, which timm's own scripts can run unchanged.
 
-timm's ``validate.py`` makes its model by name, normalises the images in its loader, and passes
-random numbers through the model once before the first batch. `TimmModel` answers all three: its
-data configuration has mean 0 and deviation 1, so the loader delivers images in [0, 1], and the
-warm-up is predicted by the source without adapting. Importing this module registers the name
-``ttt_plugins``; run as a module it starts a script of timm's with that name known::
+timm's ``validate.py`` creates its model by name, normalises the images in its loader, and passes
+random numbers through the model once before the first batch. `TimmModel` handles this: its data
+configuration has mean 0 and standard deviation 1, so that the loader yields images in [0, 1], and
+the warm-up batch is predicted by the source model without adapting. Importing this module registers
+the name ``ttt_plugins``; run as a module, it starts one of timm's scripts with that name
+registered::
 
     python -m ttt_plugins.hosts.timm_models validate.py --data-dir DIR --model ttt_plugins \
         --model-kwargs "adapter='bundled:mgg-resnet26-cifar10'"
@@ -31,22 +32,22 @@ from ..wrapping import from_pretrained, wrap
 
 __all__ = ["TimmModel", "ttt_plugins"]
 
-#: Arguments of every timm model that have no meaning for a finished classifier.
+#: Arguments of every timm model that do not apply to a finished classifier.
 _TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "global_pool", "cache_dir")
 
 
 class TimmModel(nn.Module):
-    """An adapter with the attributes that timm's scripts ask a model for.
+    """An adapter with the attributes that timm's scripts read from a model.
 
     Args:
         net: the adapter.
-        warm_up: whether the first batch is a script's warm-up: it is predicted by the source
-            without adapting, whatever it holds.
+        warm_up: whether the first batch is a script's warm-up, which is always predicted by the
+            source model without adapting.
 
     Attributes:
         net: the adapter.
         num_classes: number of classes, None while unknown.
-        pretrained_cfg: the classifier's own data configuration with mean 0 and deviation 1.
+        pretrained_cfg: the classifier's data configuration, with mean 0 and standard deviation 1.
     """
 
     def __init__(self, net: Adapter, warm_up: bool = True):
@@ -80,11 +81,12 @@ def ttt_plugins(
     """``timm.create_model("ttt_plugins", …)``: an adapter, loaded or wrapped.
 
     Args:
-        pretrained: download timm's weights of ``classifier``.
-        adapter: what `ttt_plugins.from_pretrained` takes.
-        classifier: what `ttt_plugins.wrap` takes, in place of ``adapter``; needs ``method``.
+        pretrained: whether to download timm's weights of ``classifier``.
+        adapter: name of an artifact, as for `ttt_plugins.from_pretrained`.
+        classifier: name of a model, as for `ttt_plugins.wrap`, instead of ``adapter``; needs
+            ``method``.
         method: name of the method that adapts ``classifier``.
-        warm_up: as for `TimmModel`; False for scripts without one, such as ``inference.py``.
+        warm_up: see `TimmModel`; False for scripts without a warm-up, such as ``inference.py``.
         **fields: fields of the method's config.
 
     Returns:
@@ -92,7 +94,7 @@ def ttt_plugins(
 
     Raises:
         InputError: neither or both of ``adapter`` and ``classifier`` are given, or the classifier
-            has other numbers of classes or channels than the script asks for.
+            does not have the number of classes or channels that the script asks for.
     """
     if bool(adapter) == bool(classifier and method) or bool(classifier) != bool(method):
         raise InputError("give adapter=NAME, or classifier=NAME together with method=NAME")
@@ -110,7 +112,7 @@ def ttt_plugins(
 
 
 def run_script(arguments: list[str]) -> None:
-    """Run a script of timm's: its path, then its own arguments.
+    """Run one of timm's scripts, given its path and then its own arguments.
 
     Raises:
         InputError: no script is named, or it does not exist.

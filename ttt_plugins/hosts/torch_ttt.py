@@ -1,8 +1,8 @@
 """Engines for torch-ttt (0.0.2 or later): importing this module registers them.
 
 Their names are ``ttt_plugins_mgg``, ``ttt_plugins_mt3`` and ``ttt_plugins_ttt``; ``mgg`` and
-``mt3`` work as well, while ``ttt`` is torch-ttt's own engine and stays so. torch-ttt looks for no
-entry points, which is why a script has to import this module.
+``mt3`` work as well, while ``ttt`` remains torch-ttt's own engine. torch-ttt does not read entry
+points, so a script has to import this module.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class MT3Engine(Engine):
 
 
 class MGGEngine(Engine):
-    """MGG: the optimizer learns and the model stays; a sequence lasts until `reset`."""
+    """MGG: only the optimizer learns, the model does not; a sequence lasts until `reset`."""
 
     method = "mgg"
     kept = MappingProxyType({})

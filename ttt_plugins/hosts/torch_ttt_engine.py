@@ -1,7 +1,8 @@
-"""An adapter under torch-ttt's contract; `ttt_plugins.hosts.torch_ttt` has the engines.
+"""The base class of the engines in `ttt_plugins.hosts.torch_ttt`.
 
-torch-ttt's own engines copy themselves in every call and adapt the copy. Here nothing is copied:
-the adapter runs the model, whose weights it shares and never writes, on tensors of its own.
+torch-ttt's own engines copy themselves in every call and adapt the copy. These engines copy
+nothing: the adapter runs the model with adapted tensors in place of its weights, which it shares
+and never changes.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ __all__ = ["Engine"]
 class Engine(BaseEngine):
     """Base of the engines; images are (B, C, H, W) in [0, 1].
 
-    ``train()``: logits and loss with a graph, for a training loop over ``parameters()``, in which
-    all that the method learns is from the start. ``eval()``: the adapter's logits and loss, under
-    ``no_grad`` too. Its stream starts again at the source when a weight or a setting has changed;
-    a copy or an unpickled engine continues where the original was, and so does an engine that
-    loads the state dict that it has.
+    After ``train()`` a call returns logits and loss with a graph, for a training loop over
+    ``parameters()``, which include everything that the method learns. After ``eval()`` it returns
+    the adapter's logits and loss, also under ``no_grad``. The stream restarts at the source when a
+    weight or a setting has changed. A copied or unpickled engine continues its original's stream,
+    and so does an engine that loads a state dict equal to its own.
 
-    Of torch-ttt's ``optimization_parameters`` these are known: ``num_steps`` (0: no adaptation);
-    ``copy_model``, True for calls that all start at the source, False to keep what was learned from
-    call to call; and ``optimizer_name``, which has no effect and is answered by a warning, since
-    the update rule is the method's. All others are fields of the method's config.
+    Of torch-ttt's ``optimization_parameters`` these are supported: ``num_steps`` (0: no
+    adaptation); ``copy_model``, True to start every call at the source, False to keep what was
+    learned in earlier calls; and ``optimizer_name``, which has no effect and causes a warning,
+    because the update rule is the method's. All others are fields of the method's config.
 
     Args:
         model: the classifier.
         optimization_parameters: see above; they may be changed later.
-        tensors: what the method learned beforehand; unless given, fresh heads, and for MGG a
-            bundled optimizer.
+        tensors: tensors that the method learned beforehand; unless given, untrained heads, and for
+            MGG a bundled optimizer.
         options: mean, std, normalize and seed as for `ttt_plugins.wrap`, and the config's fields.
 
     Raises:
@@ -49,7 +50,7 @@ class Engine(BaseEngine):
     """
 
     method = ""
-    #: Settings with which calls keep what was learned; None for a method that always forgets.
+    #: Settings with which calls keep what was learned; None for a method that never does.
     kept: ClassVar[Mapping[str, Any] | None] = None
 
     def __init__(self, model: nn.Module, optimization_parameters=None, *, tensors=None, **options):
@@ -62,20 +63,20 @@ class Engine(BaseEngine):
         self._options = {k: v for k, v in options.items() if k not in fields}
         self.heads = nn.Module()
         for name, tensor in net.learned_tensors().items():
-            slashed = name.replace(".", "/")  # dots are PyTorch's own
+            slashed = name.replace(".", "/")  # PyTorch does not allow dots in names
             if "running_" in name or name.startswith("source."):
                 self.heads.register_buffer(slashed, tensor)
             else:
                 self.heads.register_parameter(slashed, nn.Parameter(tensor))
         self._untrained = _marks(self.heads) if fresh else None
-        # In containers, so that the adapters' view of the model is no submodule.
+        # In containers, so that adapters, which share the model, are not registered as submodules.
         self._adapting: list[Any] = [None, None]
         self._training: list[Any] = [None, None]
         self._resumed: tuple[Any, dict[str, Tensor]] | None = None
         self.number, self.sequence = 0, None
 
     def fresh_heads(self, model: nn.Module, options: dict[str, Any]) -> dict[str, Tensor] | None:
-        """Heads to train, by their names in artifacts; None where `wrap` has something better."""
+        """Heads to train, by their names in artifacts; None where `wrap` supplies its own."""
 
     def step(self, net: Adapter, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and the loss of one training step, with their graph."""
@@ -86,7 +87,7 @@ class Engine(BaseEngine):
         return {n.replace("/", "."): t for n, t in _tensors(self.heads).items()}
 
     def adapter(self) -> Adapter:
-        """The adapter of the weights and settings as they are now, in its stream."""
+        """The adapter with the current weights and settings, at its position in the stream."""
         key = _marks(self), self._settings()
         net = self._hold(self._adapting, key)
         if self._resumed is not None:
@@ -117,7 +118,7 @@ class Engine(BaseEngine):
         settings = {k: v for k, v in self._settings().items() if k != "steps"}
         if hasattr(self.config, "copies"):
             settings["copies"] = 1  # of an image in a step; the batch has others
-        # Weights that an optimizer wrote need no new adapter here: it shares or is given them.
+        # No new adapter is needed for weights that an optimizer changed: it shares or gets them.
         places = [place for place, _ in _marks(self)]
         net = self._hold(self._training, (places, settings))
         net.check_images(inputs)
@@ -125,36 +126,36 @@ class Engine(BaseEngine):
         return self.step(net, inputs)
 
     def reset(self) -> None:
-        """Back to the source: the next batch begins a stream, or a sequence of MGG's training."""
+        """Return to the source: the next batch starts a stream, or a sequence in MGG's training."""
         self._adapting, self._resumed, self.sequence = [None, None], None, None
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As PyTorch's; a state dict that changes no value leaves the stream where it is."""
+        """Like PyTorch's; a state dict that changes no value does not reset the stream."""
         own = self.state_dict()
         unchanged = own.keys() == state_dict.keys() and all(
             t.dtype == state_dict[n].dtype and torch.equal(t, state_dict[n].to(t.device))
             for n, t in own.items()
         )
-        self._forget_outdated()
+        self._drop_outdated()
         loaded = super().load_state_dict(state_dict, *args, **kwargs)
         if unchanged:
-            self._mark_again()
+            self._update_marks()
         return loaded
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the adapters, which share this engine's weights; their stream as tensors."""
-        self._forget_outdated()
+        """The state without adapters, which share the engine's weights; streams are tensors."""
+        self._drop_outdated()
         state = self.__dict__ | {"_adapting": [None, None], "_training": [None, None]}
         key, net = self._adapting
         return state if net is None else state | {"_resumed": (key, net.adaptation_state())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """The same values in other places."""
+        """Restore the state; the same values are now at other addresses."""
         super().__setstate__(state)
-        self._mark_again()
+        self._update_marks()
 
-    def _forget_outdated(self) -> None:
-        """Drop what was said about other values than the weights have now."""
+    def _drop_outdated(self) -> None:
+        """Drop records about weights whose values have changed since."""
         marks = _marks(self)
         if self._adapting[0] is not None and self._adapting[0][0] != marks:
             self._adapting = [None, None]
@@ -163,8 +164,8 @@ class Engine(BaseEngine):
         if self._untrained != _marks(self.heads):
             self._untrained = None
 
-    def _mark_again(self) -> None:
-        """Let what is said about the weights hold for the places where they lie now."""
+    def _update_marks(self) -> None:
+        """Update the records for the weights' current addresses and versions."""
         marks = _marks(self)
         if self._adapting[0] is not None:
             self._adapting[0] = marks, self._adapting[0][1]
@@ -188,14 +189,14 @@ class Engine(BaseEngine):
         if not given.pop("copy_model", True):
             if self.kept is None:
                 raise InputError(
-                    f"copy_model=False keeps what was learned, and {self.method} always forgets: "
-                    "leave copy_model out or make it True"
+                    f"copy_model=False keeps what was learned, but {self.method} always forgets: "
+                    "leave copy_model out or set it to True"
                 )
             given = {**self.kept, **given}
         return given
 
     def _hold(self, held: list, key: tuple[list, dict[str, Any]]) -> Adapter:
-        """The adapter that is kept in ``held`` for these weights and settings, or a new one."""
+        """The adapter cached in ``held`` for these weights and settings, or a new one."""
         if held[0] != key:
             settings = key[1]
             plain = settings.get("steps") == 0
@@ -210,6 +211,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _marks(module: nn.Module) -> list[tuple[int, int]]:
-    """Where the tensors lie and how often they were written: other marks, other values."""
+    """Addresses and versions of the tensors, which differ if values may have changed."""
     with torch.inference_mode(False):
         return [(t.data_ptr(), t._version) for t in _tensors(module).values()]

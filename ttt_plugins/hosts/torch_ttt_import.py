@@ -1,4 +1,4 @@
-"""The import of torch-ttt, in one place; a failure becomes one line with cause and remedy."""
+"""The import of torch-ttt; a failure is reported in one line with cause and remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["BaseEngine", "register"]
 
 
 def _explain(error: Exception) -> str:
-    """Cause and remedy of a failed import, on one line."""
+    """Cause and remedy of a failed import, in one line."""
     install = 'pip install "ttt-plugins[torch-ttt]"'
     try:
         version = metadata.version("torch-ttt")
@@ -32,12 +32,12 @@ try:
         raise TypeError("BaseEngine is no module with ttt_forward")
     if not (hasattr(EngineRegistry, "register") and hasattr(EngineRegistry, "get_engine")):
         raise TypeError("EngineRegistry has no register or no get_engine")
-except Exception as error:  # torch-ttt imports all of its engines, which may fail in any way
+except Exception as error:  # torch-ttt imports all of its engines, which may raise anything
     raise MissingDependencyError(_explain(error)) from error
 
 
 def register(name: str, engine: type) -> None:
-    """Register an engine as ``ttt_plugins_<name>``, and as ``name`` where that is free."""
+    """Register an engine as ``ttt_plugins_<name>``, and as ``name`` if that is not taken."""
     for full_name in (f"ttt_plugins_{name}", name):
         if _is_free(full_name):
             EngineRegistry.register(full_name)(engine)

@@ -36,13 +36,13 @@ __all__ = ["Classifier", "image_classification"]
 
 
 class ClassifierConfig(PretrainedConfig):
-    """The labels' names; what adapts and how is in the adapter's own config."""
+    """The labels' names; the settings of adaptation are in the adapter's own config."""
 
     model_type = "ttt_plugins"
 
 
 class Classifier(PreTrainedModel):
-    """An adapter under transformers' contract.
+    """An adapter with the interface of a transformers model.
 
     Args:
         net: the adapter.
@@ -50,7 +50,7 @@ class Classifier(PreTrainedModel):
             unless given.
 
     Attributes:
-        net: the adapter; ``net.reset()`` before another stream.
+        net: the adapter; call ``net.reset()`` before another stream.
 
     Raises:
         InputError: the number of classes is unknown, or differs from the number of labels.
@@ -75,9 +75,9 @@ class Classifier(PreTrainedModel):
         self.net = net
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
-        """Images (B, C, H, W) in [0, 1] -> logits (B, classes), and a loss where labels are given.
+        """Images (B, C, H, W) in [0, 1] -> logits (B, classes), and a loss if labels are given.
 
-        The loss is cross-entropy of the logits, for evaluation; adaptation never sees the labels.
+        The loss is the cross-entropy of the logits, for evaluation; adaptation never uses labels.
         """
         logits = self.net(pixel_values)
         loss = None if labels is None else F.cross_entropy(logits, labels)
@@ -95,7 +95,7 @@ AutoModelForImageClassification.register(ClassifierConfig, Classifier, exist_ok=
 def image_classification(
     net: Adapter, labels: Sequence[str] | None = None, **options: Any
 ) -> ImageClassificationPipeline:
-    """The image classification pipeline of transformers on an adapter.
+    """The image classification pipeline of transformers for an adapter.
 
     The pipeline passes images through the model one at a time unless it is called with a
     ``batch_size``, which is then the batch that the online methods adapt to.
@@ -103,8 +103,8 @@ def image_classification(
     Args:
         net: the adapter.
         labels: names of the classes, in the order of the logits.
-        **options: of `transformers.ImageClassificationPipeline`; an ``image_processor`` has to
-            return images in [0, 1]. Without one, images are resized to the model's input size.
+        **options: options of `transformers.ImageClassificationPipeline`; an ``image_processor``
+            must return images in [0, 1]. Without one, images are resized to the model's input size.
 
     Returns:
         the pipeline; ``pipeline.model.net`` is the adapter.
