@@ -218,9 +218,9 @@ def test_a_page_replaces_nothing_but_a_page(folders, tmp_path, capsys):
     for file in (run / "results.json", run / "../run/results.json", tmp_path / "link.json"):
         assert "one of the results to compare" in refused(file)
     for file in (run / "plot.png", folders["<one>"] / "results.json", tmp_path / "thesis.html"):
-        assert "no page of compare; it stays" in refused(file)
-    assert "no page of compare; it stays" in refused(tmp_path / "empty.html")
-    assert "no page of compare; it stays" in refused("/dev/null")
+        assert "not a page of compare" in refused(file)
+    assert "not a page of compare" in refused(tmp_path / "empty.html")
+    assert "not a page of compare" in refused("/dev/null")
     for folder in (tmp_path, ".", "", "..", "/"):
         assert "is a folder; name a file" in refused(folder)
     for file in (tmp_path / "none" / "x.html", "/dev/null/x.html", "a\0b", "x" * 300):

@@ -1,4 +1,4 @@
-"""Corruption benchmarks: streams of corrupted images, protocols, records, leaderboard files.
+"""Corruption benchmarks: streams of corrupted images, protocols, results and leaderboard files.
 
 >>> from ttt_plugins.benchmark import open_dataset, run_benchmark
 >>> data = open_dataset("cifar10", folder, severities=[5])

@@ -1,4 +1,4 @@
-"""What the benchmark needs of an adapter."""
+"""The interface that the benchmark needs from an adapter."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class AdaptiveModel(Protocol):
     Attributes:
         method: name of the method.
         config: fields of the method, a dataclass.
-        seed: of the adapter's own random draws.
-        forwards, backwards: images passed through the model so far, in either direction.
-        checks_pixels: whether the adapter looks at the range of every batch's pixels.
+        seed: seed for the adapter's random draws.
+        forwards, backwards: numbers of images passed through the model so far, in each direction.
+        checks_pixels: whether the adapter checks the range of every batch's pixels.
     """
 
     method: str
@@ -45,51 +45,51 @@ class AdaptiveModel(Protocol):
 
     @property
     def skipped_updates(self) -> int:
-        """Updates that were left out because a loss or gradient was not finite."""
+        """Number of updates skipped because a loss or gradient was not finite."""
         ...
 
     def __call__(self, images: Tensor, /) -> Tensor:
-        """Adapt to a batch in [0, 1], and return its logits."""
+        """Adapt to images (B, C, H, W) in [0, 1] and return logits (B, classes)."""
         ...
 
     def reset(self) -> None:
-        """Back to the source."""
+        """Return to the source."""
         ...
 
     def describe(self) -> str:
-        """What adapts, in words."""
+        """A description of what adapts, in words."""
         ...
 
     def adaptation_state(self) -> dict[str, Tensor]:
-        """Everything that changed since the source."""
+        """Everything that has changed since the source."""
         ...
 
     def load_adaptation_state(self, state: dict[str, Tensor], /) -> None:
-        """Resume where `adaptation_state` was taken."""
+        """Resume from a state that `adaptation_state` returned."""
         ...
 
     def learned_tensors(self) -> dict[str, Tensor]:
-        """What the method learned beforehand."""
+        """Tensors that the method learned beforehand, by name."""
         ...
 
     def with_tensors(self, config: Any, /) -> Any:
-        """A new adapter on the same model."""
+        """A new adapter on the same model, with the same learned tensors and another config."""
         ...
 
     def to(self, *, memory_format: torch.memory_format) -> Any:
-        """As of ``nn.Module``."""
+        """See ``nn.Module``."""
         ...
 
     def parameters(self) -> Iterator[Any]:
-        """As of ``nn.Module``."""
+        """See ``nn.Module``."""
         ...
 
     def buffers(self) -> Iterator[Any]:
-        """As of ``nn.Module``."""
+        """See ``nn.Module``."""
         ...
 
 
 def device_of(net: AdaptiveModel) -> torch.device:
-    """Where an adapter's tensors are; the CPU if it has none."""
+    """The device of an adapter's tensors; the CPU if it has none."""
     tensors = itertools.chain(net.parameters(), net.buffers())
     return next((t.device for t in tensors), torch.device("cpu"))

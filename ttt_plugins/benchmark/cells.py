@@ -22,12 +22,12 @@ class CorruptionData:
 
     Attributes:
         dataset: a key of `DATASETS`.
-        layout: ``"robustbench"``, ``"compact"``, or how a caller calls arrays of its own.
-        counts: images of each cell, in the order in which the cells are to be met.
-        load: reads one cell, images as uint8 (N, 3, H, W).
-        read_labels: reads the labels (N,) of one cell alone; by default through ``load``.
-        clean: reads the uncorrupted test images; None where the folder has none.
-        note: what a reader of the figures must know about the images, or None.
+        layout: ``"robustbench"``, ``"compact"``, or a caller's name for its own arrays.
+        counts: number of images in each cell, in the order in which the cells are evaluated.
+        load: reads one cell, with uint8 images (N, 3, H, W).
+        read_labels: reads only the labels (N,) of one cell; by default through ``load``.
+        clean: reads the uncorrupted test images; None if the folder has none.
+        note: remark on the images that must accompany published figures, or None.
     """
 
     dataset: str
@@ -49,7 +49,7 @@ class CorruptionData:
         clean: LabelledImages | None = None,
         **fields: Any,
     ) -> CorruptionData:
-        """Cells that are in memory already; ``fields`` are the other attributes."""
+        """Create cells from arrays in memory; ``fields`` are the other attributes."""
         fields = {"dataset": "cifar10", "layout": "memory", **fields}
         counts = {cell: len(images) for cell, images in cells.items()}
         return cls(

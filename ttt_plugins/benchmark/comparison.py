@@ -1,4 +1,4 @@
-"""Results of several runs side by side: a table, and a page with pictures inside."""
+"""Comparison of several runs: a table, and an HTML page with its figures."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .results import MethodRecord, Results, read_results
 
 __all__ = ["Entry", "compare", "comparison_table", "differences", "page", "read_entries", "rows"]
 
-#: By which an earlier page is recognised; near its beginning.
+#: Marks a page of this module, near its beginning, so that it may be replaced.
 PAGE_MARK = '<meta name="generator" content="ttt-plugins compare">'
-#: Settings that a reader must know to differ before comparing figures.
+#: Settings whose differences must be reported beside the figures.
 _COMPARED = (
     "model",
     "protocol",
@@ -44,12 +44,12 @@ _COMPARED = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One column of a comparison: a method of a run, cut to the cells that all runs have.
+    """One column of a comparison: a method of a run, restricted to the cells of all runs.
 
     Attributes:
-        label: what the column is called.
-        results: the run.
-        method: the method's record of the common cells.
+        label: heading of the column.
+        results: results of the run.
+        method: record of the method on the common cells.
     """
 
     label: str
@@ -58,11 +58,11 @@ class Entry:
 
     @property
     def mce(self) -> float | None:
-        """Mean corruption error, where it is defined."""
+        """Mean corruption error, None if it is not defined."""
         return mean_corruption_error(self.method, self.results.settings["dataset"])
 
     def per_cell(self, field: str) -> float:
-        """Mean of ``loss`` or ``ece`` over the cells, each counting the same."""
+        """Mean of ``loss`` or ``ece`` over the cells with equal weights."""
         return fmean(getattr(cell, field) for cell in self.method.cells)
 
 
@@ -70,11 +70,11 @@ class Entry:
 
 
 def read_entries(folders: Sequence[str | Path]) -> list[Entry]:
-    """The adapters of finished runs, after the unadapted models that differ.
+    """The adapters of finished runs, preceded by the distinct unadapted models.
 
     Raises:
         DataError: a folder holds no results, or unreadable ones.
-        InputError: runs on different datasets, or with no cell in common.
+        InputError: the runs are on different datasets, or have no cell in common.
     """
     paths = [Path(folder) for folder in folders]
     runs = [read_results(path / "results.json") for path in paths]
@@ -96,7 +96,7 @@ def read_entries(folders: Sequence[str | Path]) -> list[Entry]:
             if position == 0:
                 adapted.append(Entry(str(path) if ambiguous else name, run, cut))
             else:
-                # One model wrapped by several methods has one unadapted row.
+                # One model wrapped by several methods has one unadapted entry.
                 loss = round(fmean(cell.loss for cell in cells), 5)
                 key = (str(loss), *sorted(cut.accuracies().items()))
                 sources.setdefault(key, Entry(method.method, run, cut))
@@ -107,7 +107,7 @@ def read_entries(folders: Sequence[str | Path]) -> list[Entry]:
 
 
 def _labelled_apart(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries with printable labels, no two of them the same."""
+    """The entries with printable, distinct labels."""
     seen: dict[str, int] = {}
     labelled = []
     for entry in entries:
@@ -126,7 +126,7 @@ def _shown(value: float | None, scale: float = 100, digits: int = 2) -> str:
 
 
 def rows(entries: Sequence[Entry]) -> list[list[str]]:
-    """The table's rows, header first: accuracies in %, then what they cost."""
+    """The table's rows, header first: accuracies in %, then costs."""
     table = [["accuracy in %", *(entry.label for entry in entries)]]
     columns = [entry.method.by("corruption") for entry in entries]
     table += [
@@ -140,17 +140,17 @@ def rows(entries: Sequence[Entry]) -> list[list[str]]:
     table.append(["loss in nats", *(_shown(e.per_cell("loss"), 1, 3) for e in entries)])
     table.append(["calibration error", *(_shown(e.per_cell("ece")) for e in entries)])
     table += [
-        [f"{field} an image", *(_shown(m.per_image(field), 1) for m in methods)]
+        [f"{field} per image", *(_shown(m.per_image(field), 1) for m in methods)]
         for field in ("forwards", "backwards")
     ]
-    table.append(["ms an image", *(_shown(m.per_image("seconds"), 1000, 3) for m in methods)])
+    table.append(["ms per image", *(_shown(m.per_image("seconds"), 1000, 3) for m in methods)])
     peaks = [max(cell.peak_memory for cell in m.cells) for m in methods]
     table.append(["peak memory in MB", *(_shown(peak, 1e-6, 0) for peak in peaks)])
     return table
 
 
 def differences(entries: Sequence[Entry]) -> list[str]:
-    """Sentences on what is not the same in all runs beside the method."""
+    """Sentences about differences between the runs other than the method."""
     sentences = []
 
     def note(name: str, values: list[Any]) -> None:
@@ -172,7 +172,7 @@ def differences(entries: Sequence[Entry]) -> list[str]:
 
 
 def comparison_table(entries: Sequence[Entry]) -> str:
-    """`rows` as aligned lines, what differs below."""
+    """`rows` as aligned lines, followed by `differences`."""
     return "\n".join([align(rows(entries)), *differences(entries)])
 
 
@@ -200,7 +200,7 @@ def _curve(entry: Entry) -> tuple[str, list[int], list[float]]:
 
 
 def page(entries: Sequence[Entry]) -> str:
-    """The whole page as HTML, which needs nothing beside itself: its pictures are SVG elements.
+    """The page as self-contained HTML, with figures as SVG elements.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -232,7 +232,7 @@ def page(entries: Sequence[Entry]) -> str:
 
 
 def _check_page(file: Path, folders: Sequence[str | Path]) -> None:
-    """Raise unless the page would be a new file, or replace an earlier page."""
+    """Raise unless the page would be a new file or replace an earlier page."""
     try:
         results = [(Path(folder) / "results.json").resolve() for folder in folders]
         is_input = file.resolve() in results
@@ -248,15 +248,15 @@ def _check_page(file: Path, folders: Sequence[str | Path]) -> None:
     if not has_folder:
         raise DataError(f"{file}: cannot be written ({file.parent} is no folder)")
     if exists and not is_page:
-        raise InputError(f"{file} exists and is no page of compare; it stays, name another file")
+        raise InputError(f"{file} exists and is not a page of compare; name another file")
 
 
 def compare(folders: Sequence[str | Path], html: str | Path | None = None) -> str:
-    """Put the results of several runs side by side.
+    """Compare the results of several runs.
 
     Args:
-        folders: each the OUT of a finished benchmark.
-        html: file for the page, None for none. A file of that name is replaced only if it is an
+        folders: results folders (OUT) of finished benchmarks.
+        html: file for the page, None for none. An existing file is replaced only if it is an
             earlier page.
 
     Returns:
@@ -264,8 +264,8 @@ def compare(folders: Sequence[str | Path], html: str | Path | None = None) -> st
 
     Raises:
         DataError: a folder holds no results, or the page cannot be written.
-        InputError: runs that cannot be compared, or a file other than a page under its name.
-        MissingDependencyError: a page is wanted, and matplotlib is not installed.
+        InputError: the runs cannot be compared, or ``html`` is an existing file of another kind.
+        MissingDependencyError: a page is requested, and matplotlib is not installed.
     """
     if html is not None:
         _check_page(Path(html), folders)

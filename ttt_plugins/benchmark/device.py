@@ -1,4 +1,4 @@
-"""How a run uses the device: batches on it without waiting, memory layout, precision, memory."""
+"""Use of the device in a run: asynchronous transfer, memory layout, precision, peak memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "to_unit",
 ]
 
-#: Images move to the GPU at once if they take at most this share of its free memory.
+#: Images are moved to the GPU together if they take at most this fraction of its free memory.
 _SHARE = 0.25
 
 
@@ -46,7 +46,7 @@ def gather(parts: Mapping[int, LabelledImages], picks: Tensor, field: str) -> Te
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the GPU through pinned memory, so that the copy runs beside the host's work."""
+    """Send a tensor to the GPU through pinned memory, so that the copy is asynchronous."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -57,8 +57,8 @@ def batches(
 ) -> Iterator[Tensor]:
     """uint8 batches (B, 3, H, W) on the device, of the picked (part, row) pairs (N, 2).
 
-    On a GPU all images are moved at once if they fit, and batches are picked there; otherwise
-    each batch is sent while the previous one is worked on.
+    On a GPU all images are moved together if they fit, and batches are picked there; otherwise
+    each batch is sent while the previous one is processed.
     """
     picks = rows.split(batch_size)
     if device.type != "cuda":
@@ -88,7 +88,7 @@ def batches(
 
 
 class Loader:
-    """Reads cells, keeps the latest ones, and reads those named next in a thread.
+    """Reads cells, keeps the latest ones, and prefetches the next ones in a thread.
 
     Args:
         load: reads one cell.
@@ -109,7 +109,7 @@ class Loader:
     def __call__(
         self, cells: tuple[Cell, ...], following: tuple[Cell, ...] | None = None
     ) -> dict[int, LabelledImages]:
-        """Position in ``cells`` -> images; ``following`` are read meanwhile."""
+        """Return position in ``cells`` -> images, and prefetch the cells in ``following``."""
         wanted = self._start(cells)
         # All others are dropped, so that at most two sets of cells are in memory.
         for other in [c for c in self._read if c not in (cells, following)]:
@@ -123,7 +123,7 @@ class Loader:
             raise
 
     def close(self) -> None:
-        """End the thread and forget what it has read."""
+        """End the thread and drop the cells that it has read."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._read.clear()
 
@@ -133,16 +133,16 @@ class Loader:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run uses the machine; the defaults change nothing, and all of it is recorded.
+    """How a run uses the machine; the defaults change nothing, and the results record it.
 
     Attributes:
-        channels_last: images and convolution weights in NHWC memory layout. The model's own
-            weights are moved there; their values stay.
-        autocast: ``"bfloat16"`` or ``"float16"``: run the model under ``torch.autocast``.
+        channels_last: whether images and convolution weights use the NHWC memory layout. The
+            model's own weights are converted; their values do not change.
+        autocast: ``"bfloat16"`` or ``"float16"`` to run the model under ``torch.autocast``.
         compile: backend of ``torch.compile`` for the model, such as ``"inductor"``.
 
     Raises:
-        InputError: no such type or compile backend.
+        InputError: there is no such type or compile backend.
     """
 
     channels_last: bool = False
@@ -158,7 +158,7 @@ class Execution:
                 raise InputError(f"no compile backend {self.compile!r}; there are {known}")
 
     def prepare(self, net: AdaptiveModel) -> None:
-        """Bring an adapter into this form, in place."""
+        """Apply these settings to an adapter, in place."""
         if self.channels_last:
             net.to(memory_format=torch.channels_last)
         if self.compile is not None:
@@ -166,7 +166,7 @@ class Execution:
             net.backbone.model.compile(backend=self.compile)
 
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """What the model runs inside."""
+        """The context manager to run the model in."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=getattr(torch, self.autocast))
@@ -180,27 +180,27 @@ class Execution:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 images -> float32 in [0, 1], as exact as RobustBench's on the CPU.
+    """uint8 images -> float32 in [0, 1], exactly as in RobustBench on the CPU.
 
-    CUDA multiplies by the reciprocal of a Python number; by a tensor it divides. That tensor is
-    filled on the device: a copy from the host would wait.
+    CUDA multiplies by the reciprocal of a Python number, but divides by a tensor. That tensor is
+    filled on the device, because copying it from the host would synchronise.
     """
     return images.float().div_(torch.full((), 255.0, device=images.device))
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin to measure anew what `peak_memory` returns; without effect on the CPU."""
+    """Restart the measurement of `peak_memory`; this has no effect on the CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on the GPU; on the CPU, that the process has taken."""
+    """Peak memory in bytes: of tensors on the GPU, or of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # not available on Windows
         return 0
     # Linux counts kilobytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""Show images to a model batch by batch: what it got right, and what that cost."""
+"""Evaluation of a model batch by batch: its predictions and their cost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
     "predict",
 ]
 
-#: Bins of the calibration error, of equal width, as in the paper's experiments.
+#: Number of bins of the calibration error, of equal width, as in the paper's experiments.
 ECE_BINS = 15
 
 #: Images in [0, 1] -> logits.
@@ -43,11 +43,11 @@ Predictor = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model said about some images, in the order met; tensors (N,) on the CPU.
+    """A model's predictions for some images, in their order; tensors (N,) on the CPU.
 
     Attributes:
-        predictions: classes, int64.
-        right: whether the predicted class is the label's.
+        predictions: predicted classes, int64.
+        right: whether the predicted class is the label.
         losses: cross-entropies in nats, float32.
         confidences: probabilities of the predicted classes, float32.
     """
@@ -60,15 +60,15 @@ class Answers:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an adapter did with some images.
+    """An adapter's predictions for some images, and their cost.
 
     Attributes:
-        answers: what it said.
-        seconds: wall time of adapting and predicting, images already in memory.
-        forwards, backwards: passes of an image through the model, in either direction.
-        skipped: updates that were skipped.
-        peak_memory: bytes that tensors took at most on the GPU; on a CPU, that the process had
-            taken so far.
+        answers: the predictions.
+        seconds: wall time for adapting and predicting, with images already in memory.
+        forwards, backwards: numbers of images passed through the model, in each direction.
+        skipped: number of skipped updates.
+        peak_memory: peak memory in bytes: of tensors on the GPU; on the CPU, of the process so
+            far.
     """
 
     answers: Answers
@@ -89,22 +89,22 @@ def predict(
     execution: Execution | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> Answers:
-    """Show a model images batch by batch: the one loop of this package that counts right answers.
+    """Predict images batch by batch; every accuracy in this package is computed here.
 
     Args:
         model: images (B, 3, H, W) in [0, 1] on the device -> logits (B, classes).
         parts: labelled uint8 images by number.
-        rows: (N, 2) int64, number of a part and row of it, in the order in which they are shown.
-        batch_size: at least 1.
-        device: where the model is.
+        rows: int64 pairs (N, 2) of a part's number and a row in it, in the order to predict them.
+        batch_size: number of images in a batch, at least 1.
+        device: device of the model.
         execution: memory layout and precision.
         advance: called after every batch.
 
     Returns:
-        one answer for each of the rows.
+        one prediction for each row.
 
     Raises:
-        InputError: labels beyond the classes of the model, or a batch size below 1.
+        InputError: a label is beyond the classes of the model, or the batch size is below 1.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -112,7 +112,7 @@ def predict(
     labels = gather(parts, rows, "labels")
     highest = int(labels.max())
     targets = labels.to(device).split(batch_size)
-    # Made once: small tensors that stay from every batch would scatter over the allocator's memory.
+    # Allocated once: keeping small tensors of every batch would fragment the allocator's memory.
     predictions = torch.empty_like(labels, device=device)
     right = torch.empty_like(predictions, dtype=torch.bool)
     losses = torch.empty_like(predictions, dtype=torch.float32)
@@ -128,7 +128,7 @@ def predict(
                 f"label {highest} in the data, but the model has only classes "
                 f"0 to {logits.shape[1] - 1}"
             )
-        # Ties go where robustbench's clean_accuracy puts them.
+        # Ties are resolved as in robustbench's clean_accuracy.
         predicted = logits.max(1)[1]
         values = (
             predicted,
@@ -148,17 +148,17 @@ def accuracy(
     batch_size: int = 500,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Share of right answers of a model on all images in their order, in [0, 1].
+    """Accuracy of a model on all images in their order, in [0, 1].
 
     Args:
-        model: images (B, 3, H, W) in [0, 1] on the device -> logits (B, classes). An adapter goes
-            on from the state that it is in.
+        model: images (B, 3, H, W) in [0, 1] on the device -> logits (B, classes). An adapter
+            continues from its current state.
         data: uint8 images and their labels.
-        batch_size: images at a time.
-        device: where the model is.
+        batch_size: number of images in a batch, at least 1.
+        device: device of the model.
 
     Returns:
-        the share.
+        the accuracy.
     """
     answers = predict(model, {0: data}, _all_rows(len(data)), batch_size, torch.device(device))
     return int(answers.right.sum()) / len(data)
@@ -171,7 +171,7 @@ def _all_rows(count: int) -> Tensor:
 
 @contextlib.contextmanager
 def _trusting_pixels(net: AdaptiveModel) -> Iterator[None]:
-    """8-bit images divided by 255 need no look at their pixels, which a GPU would wait for."""
+    """Disable the check of pixel ranges, which would synchronise; scaled 8-bit images pass it."""
     before = net.checks_pixels
     net.checks_pixels = False
     try:
@@ -188,7 +188,7 @@ def classify(
     advance: Callable[[], object] = lambda: None,
     execution: Execution | None = None,
 ) -> Evaluation:
-    """Show an adapter images, and measure what that costs; it is not reset.
+    """Predict images with an adapter, without a reset, and measure the cost.
 
     Arguments and errors are those of `predict`.
     """
@@ -200,7 +200,7 @@ def classify(
         answers = predict(
             net, parts, rows, batch_size, device, execution=execution, advance=advance
         )
-    # The answers were moved to the CPU, which waits for the device: that belongs to the time.
+    # Moving the predictions to the CPU waits for the device, which is part of the time.
     seconds = time.perf_counter() - start
     return Evaluation(
         answers,
@@ -213,7 +213,7 @@ def classify(
 
 
 def join(evaluations: list[Evaluation]) -> Evaluation:
-    """The evaluation of images that were met one part after another."""
+    """Join the evaluations of consecutive parts of the images."""
     tensors = ("predictions", "right", "losses", "confidences")
     answers = [e.answers for e in evaluations]
     return Evaluation(
@@ -236,11 +236,11 @@ def calibration_error(confidences: Tensor, right: Tensor) -> float:
     1706.04599, equation 3).
 
     Args:
-        confidences: (N,) probabilities of the predicted classes.
-        right: (N,) whether each prediction was right.
+        confidences: probabilities of the predicted classes (N,).
+        right: whether each prediction is correct (N,).
 
     Returns:
-        the error; NaN if a confidence is.
+        the error; NaN if a confidence is NaN.
     """
     if confidences.isnan().any():
         return float("nan")
@@ -258,7 +258,7 @@ def cell_records(
     seed: int | None = None,
     stream: int = 0,
 ) -> list[CellRecord]:
-    """One record for each cell of a stretch, from what `classify` returned for it."""
+    """One record for each cell of a stretch, from the result of `classify`."""
     records, answers = [], evaluation.answers
     for part, (corruption, severity) in enumerate(stretch.cells):
         in_cell = stretch.rows[:, 0] == part
@@ -297,7 +297,7 @@ def evaluate_cell(
     severity: int = 0,
     advance: Callable[[], object] = lambda: None,
 ) -> CellRecord:
-    """Show an adapter images (N, 3, H, W) uint8 in the given order; it is not reset.
+    """Evaluate an adapter, without a reset, on uint8 images (N, 3, H, W) in the given order.
 
     ``corruption`` and ``severity`` are only written into the record; ``advance`` is called after
     every batch.

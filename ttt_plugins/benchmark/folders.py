@@ -1,7 +1,7 @@
-"""From a data folder to checked cells, whichever of the two layouts it has.
+"""Opens a data folder of either layout and checks its cells.
 
-Everything that can be wrong with a folder is found when it is opened, before the first image is
-adapted to. What is on disk is used; what is missing is downloaded only where that is asked for.
+A folder is checked completely when it is opened, before the adapter sees the first image. Data on
+disk is used; missing data is downloaded only on request.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ def open_dataset(
 
     Args:
         dataset: a key of `DATASETS`, such as ``"cifar10"``.
-        data_dir: holds ``CIFAR-10-C`` (or the like), or is it; or holds ``<corruption>.npz``
-            files, or a folder ``cifar10c`` of them.
-        corruptions: the benchmark's own by default.
-        severities: 1 to 5; by default all that the folder has.
-        n_examples: how many images of each cell to use, from its first; by default all.
+        data_dir: the folder ``CIFAR-10-C`` (or that of another data set) or its parent, or a folder
+            of ``<corruption>.npz`` files or the parent of such a folder ``cifar10c``.
+        corruptions: names of the corruptions; by default the benchmark's own.
+        severities: integers from 1 to 5; by default all that the folder has.
+        n_examples: number of images to use of each cell, from its first; by default all.
         labels: parquet file of the uncorrupted test images and their labels, if it is not
             ``test.parquet`` in ``data_dir``, beside it, or in a folder ``cifar10`` there.
-        download: fetch CIFAR-10-C or CIFAR-100-C (about 2.9 GB, over the network) with
-            RobustBench's downloader if ``data_dir`` has neither layout; a line on standard
-            output says so first. RobustBench cannot download the ImageNet ones.
+        download: whether to download CIFAR-10-C or CIFAR-100-C (about 2.9 GB) with RobustBench's
+            downloader if ``data_dir`` has neither layout; this is announced on standard output.
+            RobustBench cannot download the ImageNet data sets.
 
     Returns:
         the cells, in the order of ``corruptions`` and ``severities``.
 
     Raises:
         InputError: an unknown dataset, corruption or severity.
-        DataError: a file is missing, damaged, of another shape or type, or has too few rows.
+        DataError: a file is missing or damaged, has another shape or type, or too few rows.
     """
     if dataset not in DATASETS:
         raise InputError(f"unknown dataset {dataset!r}; there are {', '.join(DATASETS)}")
@@ -109,8 +109,8 @@ def _download(spec: Dataset, root: Path, folder: Path, allowed: bool) -> None:
         raise DataError(f"{folder}: holds no folder {spec.title}{also}; nothing was downloaded")
     if spec.download_size is not None:
         print(
-            f"{root / spec.title} is not there: fetching {spec.download_size} with RobustBench's "
-            "downloader (Ctrl-C, and --no-download, if that is a mistake)",
+            f"{root / spec.title} does not exist: downloading {spec.download_size} with "
+            "RobustBench's downloader (if that is a mistake, press Ctrl-C and give --no-download)",
             flush=True,
         )
     bridge.download_corruptions(spec.robustbench, root)
@@ -120,9 +120,9 @@ def _download(spec: Dataset, root: Path, folder: Path, allowed: bool) -> None:
 
 
 def _enough(path: Path, count: int, n_examples: int | None, what: str) -> int:
-    """How many images to use of ``count``."""
+    """The number of images to use out of ``count``."""
     if n_examples is not None and n_examples > count:
-        raise DataError(f"{path}: {what} has {count} images, {n_examples} are asked for")
+        raise DataError(f"{path}: {what} has {count} images, but {n_examples} are requested")
     return n_examples or count
 
 
@@ -150,7 +150,7 @@ def _read_clean(file: Path, n_examples: int | None) -> LabelledImages:
 
 
 def _read_npz(path: Path, spec: Dataset, severities: Sequence[int] | None) -> dict[int, np.ndarray]:
-    """Arrays of the wanted severities (of all that the file has if None)."""
+    """Read the arrays of the given severities, or of all in the file if None."""
     file = NpzImages(path, spec.side, spec.rows)
     present = [s for s in spec.severities if f"severity_{s}" in file.names]
     wanted = severities or present
@@ -174,13 +174,13 @@ def _open_compact(
     test = _find_test_parquet(spec.compact, folder, labels)
     if test is None:
         raise DataError(
-            f"{folder}: no test.parquet with the labels here, beside it or in "
+            f"{folder}: no test.parquet with the labels in this folder, beside it or in "
             f"{spec.compact.clean_folder}/; name it with --labels"
         )
     read = functools.cache(read_labels)
     cells: dict[Cell, LabelledImages] = {}
     paths = [folder / f"{name}.npz" for name in names]
-    with ThreadPoolExecutor() as threads:  # decompression lets other threads run
+    with ThreadPoolExecutor() as threads:  # decompression releases the GIL
         read_file = functools.partial(_read_npz, spec=spec, severities=severities)
         arrays = list(threads.map(read_file, paths))
     for name, path, by_severity in zip(names, paths, arrays, strict=True):
@@ -213,12 +213,12 @@ def _open_compact(
 
 
 def _to_bytes(images: Tensor, labels: Tensor) -> LabelledImages:
-    """RobustBench's floats k/255 back to the bytes they came from, which is exact."""
+    """Convert RobustBench's floats k/255 back to the original bytes, exactly."""
     return LabelledImages(images.mul(255).round_().to(torch.uint8), labels.long())
 
 
 def _check_arrays(folder: Path, names: list[str], spec: Dataset) -> Tensor:
-    """Check the headers of all files; returns the labels (rows,), the same for every cell."""
+    """Check the headers of all files, and return the labels (rows,) that all cells share."""
     levels = len(spec.severities)
     shape = (levels * spec.rows, spec.side, spec.side, 3)
     file = folder / "labels.npy"
@@ -242,20 +242,20 @@ def _check_arrays(folder: Path, names: list[str], spec: Dataset) -> Tensor:
 
 
 def _picture_labels() -> Tensor:
-    """Of the images in RobustBench's order: positions in the sorted list of classes."""
+    """Labels of the images in RobustBench's order: indices in the sorted list of classes."""
     names = [file.split("/")[0] for file in bridge.imagenet_test_files()]
     places = {name: i for i, name in enumerate(sorted(set(names)))}
     return torch.tensor([places[name] for name in names])
 
 
 def _check_pictures(folder: Path, n_examples: int) -> None:
-    """Check one cell's folder: all classes are there, and the files that will be read."""
+    """Check that one cell's folder has all classes and all files that will be read."""
     files = bridge.imagenet_test_files()
     classes = {file.split("/")[0] for file in files}
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     present = {entry.name for entry in folder.iterdir() if entry.is_dir()}
-    # Labels are positions in the sorted list of folders: one more or less shifts them all.
+    # Labels are indices in the sorted list of folders: an extra or missing one shifts the others.
     if present != classes:
         odd = min(present ^ classes)
         state = "is missing" if odd in classes else "is not one of ImageNet's classes"
@@ -292,13 +292,13 @@ def _open_robustbench(
     def read(loader: Callable, *what: Any) -> LabelledImages:
         try:
             return _to_bytes(*loader(spec.robustbench, *what, used, root))
-        except Exception as error:  # a damaged picture surfaces as whatever the decoder raises
+        except Exception as error:  # decoders raise anything for damaged pictures
             raise DataError(
                 f"{root}: RobustBench's loader failed on {what or 'the clean images'} ({error})"
             ) from error
 
     clean: Callable[[], LabelledImages] | None = None
-    # The published clean images, if they are there, before re-encoded ones.
+    # The published clean images, if present, take precedence over re-encoded ones.
     if published:
         if pictures:
             _check_pictures(root / spec.clean_images, used)

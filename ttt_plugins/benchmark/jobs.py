@@ -1,4 +1,4 @@
-"""The independent jobs of a run: one method on one stream, piece by piece."""
+"""The independent jobs of a run: one method on one stream, evaluated in pieces."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .resume import Progress
 
 __all__ = ["Job", "claim", "job_records", "run_job"]
 
-#: Images of a piece at most; longer stretches are stored in several. More than the 10,000 of a
-#: CIFAR cell, so that a cell is one piece, and few enough that little is lost with one.
+#: Largest number of images in a piece; longer stretches are stored in several. It exceeds the
+#: 10,000 of a CIFAR cell, so that a cell is one piece, and is small enough to be cheap to lose.
 PIECE = 16_384
 
 
@@ -31,10 +31,10 @@ class Job:
 
     Attributes:
         name: unique in a run, and the same in every process of it.
-        method: position of the method in the run.
-        seed: of the order of the images.
-        stream: position of the stream in the protocol's plan.
-        stretches: what is met; empty for the clean images, which are not in a plan.
+        method: index of the method in the run.
+        seed: seed for the order of the images.
+        stream: index of the stream in the protocol's plan.
+        stretches: stretches of the stream; empty for the clean images, which are not in a plan.
     """
 
     name: str
@@ -48,33 +48,33 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What a progress bar says."""
+        """Text for the progress bar."""
         cells = self.stretches[0].cells if self.stretches else ()
         return "clean" if not cells else cells[0][0] if len(cells) == 1 else "mixed"
 
     @property
     def first_cells(self) -> tuple[Cell, ...] | None:
-        """The cells to be read first, None if there are none."""
+        """The first cells to read, None if there are none."""
         return self.stretches[0].cells if self.stretches else None
 
     def batches(self, batch_size: int) -> int:
-        """How many batches it takes."""
+        """Number of batches."""
         return sum(-(-len(stretch) // batch_size) for stretch in self.stretches)
 
     def pieces(self, batch_size: int) -> list[tuple[Stretch, Tensor]]:
-        """(stretch, rows of it), cut between batches."""
+        """The pieces as (stretch, rows in it), split between batches."""
         size = max(1, PIECE // batch_size) * batch_size
         return [(stretch, rows) for stretch in self.stretches for rows in stretch.rows.split(size)]
 
 
 def _restore(job: Job, net: AdaptiveModel, progress: Progress, count: int) -> int:
-    """Bring a reset adapter to where the finished pieces end; returns how many can be kept."""
+    """Restore a reset adapter to the end of the finished pieces; return how many are usable."""
     done = len(progress.evaluations(job.name, count))
     if not 0 < done < count:
         return done
     stored = progress.state(job.name)
     if stored is None or stored[0] >= done:
-        return 0  # no state, or one from after a piece that is lost
+        return 0  # there is no state, or it was taken after a piece that is lost
     net.load_adaptation_state(stored[1])
     return stored[0] + 1
 
@@ -89,19 +89,19 @@ def run_job(
     advance: Callable[[int], object],
     following: tuple[Cell, ...] | None = None,
 ) -> None:
-    """Show an adapter a stream, and store each piece of it before the next begins.
+    """Evaluate an adapter on a stream, and store each piece before the next begins.
 
-    Resumes after the last piece that is stored, with the adapter's state stored there.
+    The job resumes after the last stored piece, with the adapter's state stored with it.
 
     Args:
-        job: the stream.
+        job: the job.
         net: the adapter, which is reset.
         loader: reads the cells.
-        progress: where pieces are stored.
-        batch_size: images in a batch.
+        progress: stores the pieces.
+        batch_size: number of images in a batch.
         execution: memory layout and precision.
-        advance: called with 1 after every batch, and with the batches of pieces stored before.
-        following: cells that the caller will ask for next; they are read meanwhile.
+        advance: called with 1 after every batch, and with the number of batches in stored pieces.
+        following: cells that the caller will request next, which are prefetched.
     """
     pieces = job.pieces(batch_size)
     net.reset()
@@ -138,9 +138,9 @@ def job_records(job: Job, progress: Progress, batch_size: int) -> tuple[list[Cel
 
 
 def claim(progress: Progress, name: str, do: Callable[..., object], *args: Any) -> bool:
-    """Do something unless another process is at it; whether it is done now.
+    """Call ``do`` unless another process is doing so; return whether the work is done.
 
-    The claim is a lock on a file, which the system drops when the process ends, however it ends.
+    The claim is a lock on a file, which the system releases whenever the process ends.
     """
     try:
         with FileLock(progress.header.with_name(f"{name}.lock")) as lock:
@@ -151,5 +151,5 @@ def claim(progress: Progress, name: str, do: Callable[..., object], *args: Any) 
     except (DataError, FileNotFoundError):
         if progress.header.exists():
             raise
-        # Another process has put the run together meanwhile.
+        # Another process has assembled the results meanwhile.
     return True

@@ -1,8 +1,8 @@
 """RobustBench's two result files: ``unaggregated_results.csv`` and ``<Name>.json``.
 
 The schema is that of RobustBench 1.1.1 (``utils.ModelInfo``, ``eval.corruptions_evaluation``).
-RobustBench's rules exclude models with an optimization loop, so the files of an adapter are for
-comparison and say so.
+RobustBench's rules exclude models with an optimization loop, so the files of an adapter are meant
+for comparison and are marked accordingly.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ INELIGIBLE = "not leaderboard-eligible: optimizes at test time"
 
 
 def mean_corruption_error(method: MethodRecord, dataset: str) -> float | None:
-    """mCE, 1 for AlexNet itself: the mean over corruptions of error over AlexNet's error.
+    """mCE: the mean over corruptions of the error divided by AlexNet's error (1 for AlexNet).
 
-    Both errors are means of the five severities (arXiv 1903.12261, section 4.2).
+    Both errors are means over the five severities (arXiv 1903.12261, section 4.2).
 
     Args:
-        method: what was measured.
+        method: record of the method.
         dataset: a key of `DATASETS`.
 
     Returns:
-        None where a cell is missing, or no errors of AlexNet are published.
+        the mCE; None if a cell is missing, or no errors of AlexNet are published.
     """
     spec, accuracy = DATASETS[dataset], method.accuracies()
     if spec.reference_errors is None or not accuracy.keys() >= set(spec.cells):
@@ -47,12 +47,12 @@ def mean_corruption_error(method: MethodRecord, dataset: str) -> float | None:
 
 
 def _suffix(spec: Dataset) -> str:
-    """What RobustBench appends to names of files and fields: ``"_3d"`` for ImageNet-3DCC."""
+    """RobustBench's suffix for names of files and fields: ``"_3d"`` for ImageNet-3DCC."""
     return spec.robustbench.threat.removeprefix("corruptions")
 
 
 def leaderboard_files(results: Results) -> dict[str, str]:
-    """Contents of the two files by file name."""
+    """The contents of the two files by file name."""
     suffix = _suffix(DATASETS[results.settings["dataset"]])
     name = re.sub(r"[^\w.-]+", "_", results.methods[0].name)
     return {
@@ -62,10 +62,10 @@ def leaderboard_files(results: Results) -> dict[str, str]:
 
 
 def unaggregated_csv(results: Results) -> str:
-    """Two header rows (corruption, severity), then one row a model; accuracies in [0, 1].
+    """Two header rows (corruption, severity), then one row per model; accuracies in [0, 1].
 
-    The columns are always all of the benchmark's cells; those that were not run are blank, and
-    corruptions that the benchmark does not have are left out.
+    The columns are always all of the benchmark's cells; cells that were not evaluated are blank,
+    and corruptions that are not in the benchmark are omitted.
     """
     columns = DATASETS[results.settings["dataset"]].cells
     text = io.StringIO()
@@ -83,7 +83,7 @@ def _percent(accuracy: float | None) -> str | None:
 
 
 def model_info(results: Results) -> dict[str, Any]:
-    """RobustBench's description of the adapter, its protocol in the ``footnote``."""
+    """RobustBench's description of the adapter, with the protocol in the ``footnote``."""
     settings, method = results.settings, results.methods[0]
     spec = DATASETS[settings["dataset"]]
     info = {
@@ -112,7 +112,7 @@ def model_info(results: Results) -> dict[str, Any]:
 
 
 def footnote(results: Results, method: MethodRecord) -> str:
-    """How the figures came about: protocol, batches, order, cells, cost, the source beside it."""
+    """Conditions of the figures: protocol, batches, order, cells, cost, and the source model."""
     settings, circumstances = results.settings, results.circumstances
     spec = DATASETS[settings["dataset"]]
     run = [c for c in method.cells if c.corruption in spec.corruptions]
@@ -130,7 +130,7 @@ def footnote(results: Results, method: MethodRecord) -> str:
         f"resets: {PROTOCOLS[settings['protocol']].resets}",
         f"seeds {', '.join(map(str, settings['seeds']))}",
         f"{cells} of {len(spec.cells)} cells, {images} images each",
-        f"{forwards:.2f} forward and {backwards:.2f} backward passes an image",
+        f"{forwards:.2f} forward and {backwards:.2f} backward passes per image",
     ]
     if (error := method.standard_error(spec.corruptions)) is not None:
         parts.append(f"standard error over the seeds {_percent(error)}")

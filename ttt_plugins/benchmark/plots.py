@@ -1,4 +1,4 @@
-"""Pictures of runs; matplotlib is imported here only, and only when something is drawn."""
+"""Figures of runs; matplotlib is imported only when something is drawn."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = [
     "to_svg",
 ]
 
-#: Colours of the source model and of the adapters after it (Okabe & Ito, told apart by
+#: Colours of the source model and of the adapters after it (Okabe & Ito, distinguishable for
 #: colour-blind readers).
 COLOURS = ["#999999", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442"]
-#: Points of a curve at most; more would be noise.
+#: Largest number of points in a curve; more would only show noise.
 _POINTS = 50
 
 
 def figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, sizes in inches, that leaves the user's backend alone.
+    """An empty matplotlib figure with sizes in inches, independent of the user's backend.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -45,9 +45,9 @@ def figure(width: float, height: float) -> Any:
 
 
 def _name(text: str) -> str:
-    """A name as matplotlib shows it unchanged.
+    """Escape a name so that matplotlib shows it unchanged.
 
-    Dollar signs would begin mathematics, and legends leave out labels with a leading underscore.
+    Dollar signs would start a formula, and legends omit labels with a leading underscore.
     """
     shown = printable(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
@@ -61,7 +61,7 @@ def to_png(drawn: Any, dpi: int = 120) -> bytes:
 
 
 def to_svg(drawn: Any) -> str:
-    """A figure as an ``<svg>`` element to put into a page; its text stays text."""
+    """A figure as an ``<svg>`` element for an HTML page; its text remains text."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -76,7 +76,7 @@ def to_svg(drawn: Any) -> str:
 
 
 def bars(columns: Mapping[str, Mapping[str, float]], colours: Sequence[str], width: float) -> Any:
-    """Accuracy in % by corruption and its mean, for each label in ``columns``."""
+    """Bar chart of accuracy in % by corruption and its mean, for each label in ``columns``."""
     drawn = figure(width, 4.2)
     axes = drawn.add_subplot()
     thickness = 0.8 / len(columns)
@@ -102,7 +102,7 @@ def bars(columns: Mapping[str, Mapping[str, float]], colours: Sequence[str], wid
 def curves(
     lines: Sequence[tuple[str, Sequence[int], Sequence[float]]], colours: Sequence[str]
 ) -> Any:
-    """(label, images since the last reset, accuracy so far in [0, 1]) of each method."""
+    """Curves of (label, images since the last reset, accuracy so far in [0, 1]) per method."""
     drawn = figure(8, 4)
     axes = drawn.add_subplot()
     for (label, places, values), colour in zip(lines, colours, strict=True):
@@ -116,7 +116,7 @@ def curves(
 
 
 def scatter(methods: Sequence[tuple[str, MethodRecord]], colours: Sequence[str]) -> Any:
-    """Mean accuracy of each labelled method against its time and its passes."""
+    """Scatter plots of each method's mean accuracy against its time and its passes."""
     drawn = figure(8, 4)
     panels = drawn.subplots(1, 2, sharey=True)
     for (label, method), colour in zip(methods, colours, strict=True):
@@ -124,8 +124,8 @@ def scatter(methods: Sequence[tuple[str, MethodRecord]], colours: Sequence[str])
         share = percentages(method)["mean"]
         for axes, cost in zip(panels, (1000 * method.per_image("seconds"), passes), strict=True):
             axes.scatter(cost, share, color=colour, label=_name(label), zorder=2)
-    panels[0].set_xlabel("ms an image")
-    panels[1].set_xlabel("passes an image (forward and backward)")
+    panels[0].set_xlabel("ms per image")
+    panels[1].set_xlabel("passes per image (forward and backward)")
     panels[0].set_ylabel("mean accuracy in %")
     for axes in panels:
         axes.grid(alpha=0.3)
@@ -135,7 +135,7 @@ def scatter(methods: Sequence[tuple[str, MethodRecord]], colours: Sequence[str])
 
 
 def plot_results(results: Results) -> bytes:
-    """Accuracy of each corruption as bars, the source model beside the adapter, as PNG."""
+    """Bar chart of accuracy by corruption for the source model and the adapter, as PNG."""
     settings = results.settings
     methods = results.methods[::-1]  # the source first, so that the gain is to its right
     shares = [percentages(m) for m in methods]
@@ -160,13 +160,13 @@ def plot_results(results: Results) -> bytes:
 
 
 def percentages(method: MethodRecord) -> dict[str, float]:
-    """Accuracy in % of each corruption, and of all as ``mean``."""
+    """Accuracy in % on each corruption, and the mean over them as ``mean``."""
     shares = {name: 100 * value for name, value in method.by("corruption").items()}
     return {**shares, "mean": 100 * (method.mean() or 0.0)}
 
 
 def _batches(cells: Sequence[CellRecord], batch_size: int, interleaved: bool) -> list[list[int]]:
-    """[right, images] of each batch of one stream."""
+    """[number correct, number of images] for each batch of one stream."""
     if interleaved:
         total = sum(cell.n for cell in cells)
         right = [sum(column) for column in zip(*(c.correct_per_batch for c in cells), strict=True)]
@@ -181,16 +181,17 @@ def _batches(cells: Sequence[CellRecord], batch_size: int, interleaved: bool) ->
 def accuracy_along(
     method: MethodRecord, batch_size: int, interleaved: bool
 ) -> tuple[list[int], list[float]]:
-    """How the accuracy develops from one reset to the next.
+    """Cumulative accuracy from one reset to the next.
 
     Args:
-        method: what was measured.
-        batch_size: images in a batch.
-        interleaved: a batch holds images of several cells.
+        method: record of the method.
+        batch_size: number of images in a batch.
+        interleaved: whether a batch holds images of several cells.
 
     Returns:
-        images since the last reset, and the accuracy in [0, 1] up to there, over all streams that
-        are cut into batches like the longest one, so that the streams do not change on the way.
+        numbers of images since the last reset, and the accuracy in [0, 1] on the images so far,
+        over all streams with the same batches as the longest one, so that every point covers the
+        same streams.
     """
     grouped: dict[tuple[int | None, int], list[CellRecord]] = {}
     for cell in method.cells:
@@ -205,7 +206,7 @@ def accuracy_along(
         shown += sum(batch[1] for batch in column)
         places.append(shown // len(chosen))
         values.append(right / shown)
-    # Every so many, counted from the end, whose value is the stream's.
+    # Thinned from the end, so that the last point is the accuracy on the whole stream.
     step = -(-len(places) // _POINTS)
     thinned = slice((len(places) - 1) % step, None, step)
     return places[thinned], values[thinned]

@@ -1,8 +1,8 @@
-"""Protocols: in which order images are met, and where the adapter is reset.
+"""Protocols: the order of the images, and where the adapter is reset.
 
-A protocol turns the cells of a data folder into stretches. An adapter that is reset where a
-stretch says so, and shown the stretch's rows batch by batch, follows the protocol; batches
-never cross from one stretch into the next.
+A protocol converts the cells of a data folder into stretches. To follow it, reset the adapter where
+a stretch requires it, and pass the stretch's rows to the adapter batch by batch; a batch never
+contains images of two stretches.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ __all__ = [
     "streams",
 ]
 
-#: Of the Dirichlet distribution of class-correlated streams, as in NOTE and RoTTA.
+#: Concentration of the Dirichlet distribution for class-correlated streams, as in NOTE and RoTTA.
 CONCENTRATION = 0.1
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Images met one after another.
+    """A sequence of consecutive images.
 
     Attributes:
-        reset: the adapter goes back to its source before the first image.
+        reset: whether the adapter is reset to its source before the first image.
         cells: the cells that the images come from.
-        rows: (N, 2) int64, position in ``cells`` and row of that cell, in the order met.
-        visit: how many times its cells were met before.
+        rows: int64 pairs (N, 2) of an index in ``cells`` and a row of that cell, in order.
+        visit: number of times that its cells occurred before in the stream.
     """
 
     reset: bool
@@ -57,7 +57,7 @@ class Stretch:
 
 
 def shuffled(count: int, seed: int | None) -> Tensor:
-    """Rows 0..count-1, drawn by ``torch.Generator().manual_seed(seed)``; in order if None."""
+    """Rows 0..count-1, shuffled with ``torch.Generator().manual_seed(seed)``; in order if None."""
     if seed is None:
         return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -66,22 +66,23 @@ def shuffled(count: int, seed: int | None) -> Tensor:
 def correlated(labels: Tensor, concentration: float, seed: int | None) -> Tensor:
     """Rows in an order in which neighbouring images tend to be of one class.
 
-    There are as many slots in time as classes. The images of each class are spread over the slots
-    in proportions drawn from a symmetric Dirichlet distribution; in a slot the classes follow one
-    another in random order (the construction of NOTE, Gong et al., arXiv 2208.05117, and RoTTA,
+    There are as many time slots as classes. The images of each class are distributed over the slots
+    in proportions drawn from a symmetric Dirichlet distribution; within a slot the classes follow
+    one another in random order (the construction of NOTE, Gong et al., arXiv 2208.05117, and RoTTA,
     Yuan et al., arXiv 2303.13899).
 
     Args:
-        labels: (N,) int64.
-        concentration: of the Dirichlet distribution, above 0: 0.1 gives slots of one or two
-            classes (the papers' setting), 100 nearly equal shares of all classes in every slot.
-        seed: of ``numpy.random.RandomState``, whose draws no numpy version changes; None is 0.
+        labels: int64 classes (N,).
+        concentration: concentration of the Dirichlet distribution, above 0: 0.1 gives slots of one
+            or two classes (the papers' setting), 100 nearly equal shares of all classes per slot.
+        seed: seed of ``numpy.random.RandomState``, which is stable across numpy versions; None
+            is 0.
 
     Returns:
-        every row once, (N,) int64.
+        every row once, int64 (N,).
 
     Raises:
-        InputError: a concentration that is not positive and finite.
+        InputError: the concentration is not positive and finite.
     """
     if not 0 < concentration < float("inf"):
         raise InputError(f"concentration must be a finite number above 0, got {concentration}")
@@ -91,7 +92,7 @@ def correlated(labels: Tensor, concentration: float, seed: int | None) -> Tensor
     for label in classes:
         rows = random.permutation(np.flatnonzero(labels.numpy() == label))
         shares = random.dirichlet([concentration] * len(classes))
-        # A tiny concentration underflows to 0/0: the whole class in one slot is its limit.
+        # A tiny concentration underflows to 0/0; its limit is the whole class in one slot.
         if not np.isfinite(shares).all():
             shares = np.eye(len(classes))[random.randint(len(classes))]
         cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(int)
@@ -111,7 +112,7 @@ Planner = Callable[[CorruptionData, int | None, Order], list[Stretch]]
 def _one_by_one(
     cells: Iterable[Cell], data: CorruptionData, order: Order, resets: Resets
 ) -> list[Stretch]:
-    """One stretch for each cell named, in this order; ``resets(previous, cell)``."""
+    """One stretch per cell, in this order, reset where ``resets(previous, cell)`` is true."""
     stretches: list[Stretch] = []
     previous: Cell | None = None
     met: dict[Cell, int] = {}
@@ -163,10 +164,10 @@ class StreamProtocol:
     """A protocol.
 
     Attributes:
-        stretches: makes the plan from the cells, the seed and the order of a cell's rows.
-        resets: where the adapter is reset, in words.
-        interleaved: a batch may hold images of several cells.
-        by_class: images come by class, in the order of `correlated`.
+        stretches: creates the plan from the cells, the seed and the order of a cell's rows.
+        resets: description of where the adapter is reset.
+        interleaved: whether a batch may hold images of several cells.
+        by_class: whether images come by class, in the order of `correlated`.
     """
 
     stretches: Planner
@@ -175,12 +176,12 @@ class StreamProtocol:
     by_class: bool = False
 
 
-#: ``reset-per-cell``; ``reset-per-corruption``, the severities of one corruption without a reset
-#: between them; ``continual``, one reset before the first cell only; ``gradual``, the same, with
-#: each corruption's severities going up and down again (1, 2, .., 5, .., 2, 1; CoTTA, arXiv
-#: 2203.13591), so that all but the highest are met twice; ``mixed``, the images of all cells
-#: shuffled together, one reset before them; ``correlated``, a reset before each cell, whose images
-#: come by class.
+#: ``reset-per-cell``: a reset before each cell. ``reset-per-corruption``: a reset before each
+#: corruption, but none between its severities. ``continual``: a single reset before the first cell.
+#: ``gradual``: like ``continual``, but the severities of each corruption rise and fall again (1, 2,
+#: .., 5, .., 2, 1; CoTTA, arXiv 2203.13591), so that all but the highest occur twice. ``mixed``:
+#: the images of all cells shuffled together, with a single reset before them. ``correlated``: a
+#: reset before each cell, whose images come by class.
 PROTOCOLS = {
     "reset-per-cell": StreamProtocol(_cells_in_order(_each_cell), "before each cell"),
     "reset-per-corruption": StreamProtocol(
@@ -206,15 +207,16 @@ def plan(
     Args:
         protocol: a key of `PROTOCOLS`.
         data: the cells.
-        seed: of the order of the images in each cell (the same for cells of equal size and
-            labels); None keeps the stored order, where ``mixed`` and ``correlated`` take seed 0.
-        concentration: of the Dirichlet distribution of ``correlated``.
+        seed: seed for the order of the images in each cell (the same order for cells of equal size
+            and labels); None keeps the stored order, but ``mixed`` and ``correlated`` use seed 0.
+        concentration: concentration of the Dirichlet distribution for ``correlated``, above 0.
 
     Returns:
-        stretches that together meet every cell.
+        stretches that together cover every cell.
 
     Raises:
-        InputError: no such protocol, no cells, or a concentration that is not positive.
+        InputError: there is no such protocol, there are no cells, or the concentration is not
+            positive.
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"unknown protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
@@ -231,7 +233,7 @@ def plan(
 
 
 def streams(stretches: list[Stretch]) -> list[list[Stretch]]:
-    """Stretches from one reset to the next; nothing passes from one stream to another."""
+    """Group stretches into streams, from one reset to the next, which are independent."""
     grouped: list[list[Stretch]] = []
     for stretch in stretches:
         if stretch.reset or not grouped:
@@ -241,7 +243,7 @@ def streams(stretches: list[Stretch]) -> list[list[Stretch]]:
 
 
 def describe_order(protocol: str, seeds: list[int | None], concentration: float | None) -> str:
-    """The order of the images in words, for result files."""
+    """A description of the order of the images, for result files."""
     chosen, drawn = PROTOCOLS[protocol], " and ".join(str(seed or 0) for seed in seeds)
     if chosen.interleaved:
         return f"all cells shuffled together by torch.Generator().manual_seed({drawn})"

@@ -1,4 +1,4 @@
-"""What a run found: records of cells and methods, ``results.json``, and the table."""
+"""Results of a run: records of cells and methods, ``results.json``, and the table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 FORMAT_VERSION = 2
 Record = TypeVar("Record")
-#: Bytes; the results of 75 cells of 10,000 images at batch size 1 have about 5 MB for each method.
+#: Largest size in bytes; 75 cells of 10,000 images at batch size 1 take about 5 MB per method.
 _MAX_FILE = 1 << 30
 
 
@@ -42,21 +42,21 @@ class CellRecord:
     """One method on one cell.
 
     Attributes:
-        corruption, severity: the cell; severity 1 to 5.
-        n: images.
-        accuracy: share of right predictions, in [0, 1].
+        corruption, severity: the cell; the severity is from 1 to 5.
+        n: number of images.
+        accuracy: fraction of correct predictions, in [0, 1].
         loss: mean cross-entropy in nats.
         ece: expected calibration error in [0, 1], see `evaluate.calibration_error`.
-        seconds: wall time of adapting and predicting, data already in memory.
-        forwards, backwards: passes of an image through the model, in either direction. Where
-            cells are mixed in one stream, each has its images' share of time and passes.
-        peak_memory: bytes that tensors took at most on the GPU; on a CPU, that the process had
-            taken so far.
-        correct_per_batch: right predictions among this cell's images, batch by batch.
-        seed: of the order.
-        stream: which stream of this method and seed the cell was met in, from 0; there is a
-            reset between one stream and the next.
-        visit: how many times the stream had met the cell before.
+        seconds: wall time for adapting and predicting, with data already in memory.
+        forwards, backwards: numbers of images passed through the model, in each direction. If
+            cells are mixed in one stream, each gets its images' share of time and passes.
+        peak_memory: peak memory in bytes: of tensors on the GPU; on the CPU, of the process so
+            far.
+        correct_per_batch: numbers of correct predictions among this cell's images, per batch.
+        seed: seed for the order of the images.
+        stream: number of the stream of this method and seed, from 0; there is a reset between one
+            stream and the next.
+        visit: number of times that the cell occurred before in the stream.
     """
 
     corruption: str
@@ -77,16 +77,16 @@ class CellRecord:
 
 @dataclass(frozen=True)
 class MethodRecord:
-    """One method on all cells: the adapter, or the unadapted source model beside it.
+    """One method on all cells: the adapter, or the unadapted source model.
 
     Attributes:
         name: model and method, as in RobustBench's files.
         method: the method's name.
-        config: the method's fields.
-        description: what adapts, in words.
-        clean_accuracy: on the uncorrupted images, in [0, 1]; None if it was not measured.
-        skipped_updates: updates left out because a loss or gradient was not finite.
-        cells: in the order met.
+        config: fields of the method's config.
+        description: description of what adapts, in words.
+        clean_accuracy: accuracy on the uncorrupted images, in [0, 1]; None if not measured.
+        skipped_updates: number of updates skipped because a loss or gradient was not finite.
+        cells: records of the cells in the order of evaluation.
     """
 
     name: str
@@ -98,21 +98,21 @@ class MethodRecord:
     cells: list[CellRecord]
 
     def accuracies(self) -> dict[Cell, float]:
-        """Accuracy of each cell, the mean of its visits and seeds."""
+        """Accuracy on each cell, the mean over its visits and seeds."""
         by_cell: dict[Cell, list[float]] = {}
         for cell in self.cells:
             by_cell.setdefault((cell.corruption, cell.severity), []).append(cell.accuracy)
         return {cell: fmean(values) for cell, values in by_cell.items()}
 
     def mean(self, corruptions: Sequence[str] | None = None) -> float | None:
-        """Mean accuracy of the cells (of these corruptions), each counting the same."""
+        """Mean accuracy over the cells (of these corruptions) with equal weights."""
         chosen = [
             a for c, a in self.accuracies().items() if corruptions is None or c[0] in corruptions
         ]
         return fmean(chosen) if chosen else None
 
     def standard_error(self, corruptions: Sequence[str] | None = None) -> float | None:
-        """Of `mean` over the seeds: their sample deviation over the root of their number.
+        """Standard error of `mean`: the sample deviation over seeds by the root of their number.
 
         None for a single seed.
         """
@@ -124,18 +124,18 @@ class MethodRecord:
         return stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
 
     def by(self, field: str) -> dict[Any, float]:
-        """Mean accuracy by ``corruption`` or ``severity``, in the order met."""
+        """Mean accuracy by ``corruption`` or ``severity``, in the order of evaluation."""
         place = ("corruption", "severity").index(field)
         cells = self.accuracies()
         keys = dict.fromkeys(cell[place] for cell in cells)
         return {k: fmean(a for cell, a in cells.items() if cell[place] == k) for k in keys}
 
     def per_image(self, field: str) -> float:
-        """Mean ``forwards``, ``backwards`` or ``seconds`` of an image."""
+        """Mean ``forwards``, ``backwards`` or ``seconds`` per image."""
         return sum(getattr(c, field) for c in self.cells) / sum(c.n for c in self.cells)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as it stands in ``results.json``, with averages for readers."""
+        """The record in the form of ``results.json``, with averages for readers."""
         averages = {
             "accuracy": self.mean(),
             "standard_error": self.standard_error(),
@@ -156,9 +156,9 @@ class Results:
     """A finished run.
 
     Attributes:
-        settings: what makes two runs the same experiment.
-        circumstances: the rest, such as versions, machine and command.
-        methods: the adapter first, then the source model if it ran.
+        settings: settings that define the experiment.
+        circumstances: other facts, such as versions, machine and command.
+        methods: the adapter first, then the source model if it was evaluated.
     """
 
     settings: dict[str, Any]
@@ -166,7 +166,7 @@ class Results:
     methods: list[MethodRecord]
 
     def to_json(self) -> str:
-        """The text of ``results.json``; a figure that is not finite is null."""
+        """The text of ``results.json``; figures that are not finite are written as null."""
         methods = [m.to_dict() for m in self.methods]
         text = json.dumps(
             finite(
@@ -186,10 +186,10 @@ class Results:
 
     @classmethod
     def from_json(cls, text: str) -> Results:
-        """What `to_json` wrote; a figure that was not finite is NaN again.
+        """Read the text of `to_json`; null figures become NaN.
 
         Raises:
-            ValueError: the text is anything else.
+            ValueError: the text has another form.
         """
         try:
             stored = json.loads(text)
@@ -212,7 +212,7 @@ class Results:
         return cls(settings, stored, records)
 
     def table(self) -> str:
-        """Accuracy in percent for each corruption (mean of its severities), aligned."""
+        """Aligned table of accuracy in percent on each corruption (mean over its severities)."""
         rows = [["corruption", "images", *(m.method for m in self.methods)]]
         columns = [m.by("corruption") for m in self.methods]
         images: dict[str, int] = {}
@@ -246,7 +246,7 @@ def _one_line(match: re.Match[str]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN: a loss that is not finite is written as null."""
+    """Replace numbers that are not finite by None, because JSON has no NaN."""
     if isinstance(value, Mapping):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -256,7 +256,7 @@ def finite(value: Any) -> Any:
 
 # -- reading -----------------------------------------------------------------------------
 
-#: Settings that other parts of the package read, where they are there, and their types.
+#: Settings that other parts of the package read if present, and their types.
 _SETTINGS: dict[str, Any] = {
     "model": str,
     "dataset": str,
@@ -279,15 +279,15 @@ _CIRCUMSTANCES: dict[str, Any] = {
 }
 #: Figures of a cell that may be unknown: written as null, read as NaN.
 _MAY_BE_NAN = ("loss", "ece")
-#: No number that a run finds is as large, and sums of smaller ones do not overflow.
+#: Upper limit of numbers: no result of a run is as large, and sums of smaller ones do not overflow.
 _LARGEST = 1e100
 
 
 def read_results(file: Path) -> Results:
-    """A whole ``results.json``: the one reader of the benchmark's results.
+    """Read and check a ``results.json`` of the benchmark.
 
     Raises:
-        DataError: it is missing, damaged, or not the results of this version.
+        DataError: it is missing, damaged, or not written by this version.
     """
     try:
         if not file.is_file():
@@ -329,7 +329,7 @@ def _check_types(stored: Any, kinds: Mapping[str, Any], where: str) -> None:
 
 
 def _read_record(cls: type[Record], stored: Any, where: str, **read: Any) -> Record:
-    """A record from its JSON object, whose keys are its fields and nothing else."""
+    """A record from its JSON object, whose keys must be exactly its fields."""
     _check_types(stored, typing.get_type_hints(cls), where)
     stored = stored | read
     needed = {f.name for f in fields(cls)}  # pyright: ignore[reportArgumentType]
@@ -356,7 +356,7 @@ def _read_method(stored: Any, where: str) -> MethodRecord:
 
 
 def _check_complete(results: Results) -> None:
-    """What a whole file has beyond the right types.
+    """Check that a file with the right types is complete and consistent.
 
     Raises:
         ValueError: a setting is missing, or the figures contradict each other.

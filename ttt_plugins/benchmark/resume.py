@@ -1,10 +1,10 @@
-"""The results folder, and what an unfinished run has done so far in it.
+"""The results folder, and the progress of an unfinished run in it.
 
-``OUT/unfinished`` holds ``run.json`` (the settings), and for each job a folder with one file for
-each finished piece and ``state.safetensors``, the adapter after the last of them. Every file
-appears whole or not at all, so that a process may be killed at any moment; several processes may
-write beside each other, for pieces are named by what they are. Every file says which run it
-belongs to and carries a checksum: one that is another run's or damaged counts as missing.
+``OUT/unfinished`` holds ``run.json`` (the settings), and for each job a folder with one file per
+finished piece and ``state.safetensors``, the adapter's state after the last of them. Every file is
+written atomically, so a process may be killed at any time; several processes may write
+concurrently, because pieces are named by job and number. Every file records its run and a checksum:
+a file of another run and a damaged file count as missing.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ State = dict[str, Tensor]
 
 
 def check_out(out: str | Path) -> Path:
-    """Whether a run may write into this folder at all, which need not exist yet.
+    """Check that a run may write into this folder, which need not exist yet.
 
     Raises:
-        InputError: it is an artifact, whose own ``results.json`` has another form, or no folder.
+        InputError: it is not a folder, or it is an artifact, whose ``results.json`` has another
+            form.
     """
     out = Path(out)
     try:
@@ -57,9 +58,9 @@ def check_out(out: str | Path) -> Path:
         usable = nearest.is_dir()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{str(out)[:200]!r}: cannot make this folder ({reason})") from error
+        raise InputError(f"{str(out)[:200]!r}: cannot create this folder ({reason})") from error
     if not usable:
-        raise InputError(f"{out}: cannot make this folder ({nearest} is no folder)")
+        raise InputError(f"{out}: cannot create this folder ({nearest} is no folder)")
     if is_artifact:
         raise InputError(
             f"{out} holds a {CONFIG}: it is an artifact or a model, which a benchmark's files "
@@ -69,10 +70,10 @@ def check_out(out: str | Path) -> Path:
 
 
 def write_files(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files, or none; the first of them appears last.
+    """Write all files or none; the first of them appears last.
 
     Raises:
-        DataError: the disk refuses; what was there before stays.
+        DataError: the files cannot be written; existing files are unchanged.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -83,14 +84,14 @@ def write_files(out: Path, files: Mapping[str, bytes]) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what the figures depend on; None for what is not installed."""
+    """Versions of the packages that the figures depend on; None if not installed."""
     names = ("torch", "torchvision", "timm", "robustbench", "numpy")
     installed = {name: version(name) for name in names}
     return {"ttt_plugins": __version__, "python": platform.python_version(), **installed}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Processor, its threads, and the accelerator if one is used."""
+    """The processor, its number of threads, and the accelerator if one is used."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
@@ -100,7 +101,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty if it is anything else."""
+    """The JSON object in a file; an empty one if the file holds anything else."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -112,11 +113,11 @@ def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
     """Refuse a folder that holds results of other settings.
 
     Args:
-        file: a JSON file with what is there under ``settings``; the folder is free without it.
-        settings: those wanted.
+        file: a JSON file with the existing ``settings``; if it is missing, the folder is free.
+        settings: settings of this run.
 
     Raises:
-        InputError: other settings, or a file that is not of ours.
+        InputError: the file has other settings, or was not written by this package.
     """
     if not file.exists():
         return
@@ -132,14 +133,14 @@ def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
 
 
 def begin_run(out: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> Results | None:
-    """Make the results folder ready; the results in it if ``resume`` finds them finished.
+    """Prepare the results folder; return its results if ``resume`` finds a finished run.
 
     Raises:
         InputError: it holds another run, or an unfinished one that is not to be resumed.
         DataError: the folder cannot be written, or its results cannot be read.
     """
     finished, unfinished = out / "results.json", Progress(out / UNFINISHED)
-    for stray in out.glob(".*.tmp"):  # of a process that was killed while it wrote
+    for stray in out.glob(".*.tmp"):  # left by a process that was killed while writing
         stray.unlink(missing_ok=True)
     if not overwrite:
         _check_settings(finished, settings)
@@ -163,18 +164,18 @@ def _check_versions(out: Path, header: Path) -> None:
     stored = stored if isinstance(stored, dict) else {}
     if odd := [f"{n} {stored.get(n)}, now {now[n]}" for n in now if stored.get(n) != now[n]]:
         raise InputError(
-            f"{out} was begun by other versions ({'; '.join(odd)}), whose figures may differ; "
+            f"{out} was started with other versions ({'; '.join(odd)}), whose figures may differ; "
             "start over (--overwrite)"
         )
 
 
 def join_run(out: Path, settings: dict[str, Any]) -> Results | None:
-    """What `begin_run` returned in the process that began; errors likewise."""
+    """The result of `begin_run` in the process that started the run; errors are the same."""
     header = Progress(out / UNFINISHED).header
     if header.exists():
         _check_settings(header, settings)
         return None
-    _check_settings(out / "results.json", settings)  # the others were done before this one came
+    _check_settings(out / "results.json", settings)  # the others finished before this one joined
     return read_results(out / "results.json")
 
 
@@ -189,7 +190,7 @@ def _checksum(tensors: State, about: dict[str, Any]) -> str:
 def _write(path: Path, tensors: State, about: dict[str, Any]) -> None:
     content = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps({**about, "sha256": _checksum(content, about)})
-    # As a tensor: safetensors shows the metadata of a file only to readers that open it by its
+    # Stored as a tensor: safetensors gives access to a file's metadata only when it is opened by
     # name, which must then be valid Unicode.
     content["about"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
     try:
@@ -201,7 +202,7 @@ def _write(path: Path, tensors: State, about: dict[str, Any]) -> None:
 
 
 def _read(path: Path, run: str) -> tuple[State, dict[str, Any]] | None:
-    """Tensors and description in a file; None if it is missing, damaged or of another run."""
+    """Read tensors and description; None if the file is missing, damaged or of another run."""
     try:
         tensors = load(path.read_bytes())
         about = json.loads(bytes(tensors.pop("about").tolist()))
@@ -213,10 +214,10 @@ def _read(path: Path, run: str) -> tuple[State, dict[str, Any]] | None:
 
 
 class Progress:
-    """Pieces of jobs by name and number.
+    """Storage of jobs' pieces by name and number.
 
     Args:
-        folder: where they are kept; in memory only if it is None.
+        folder: folder for the pieces; None keeps them in memory.
     """
 
     def __init__(self, folder: Path | None):
@@ -230,15 +231,15 @@ class Progress:
 
     @property
     def header(self) -> Path:
-        """The file that says which run this is; while it is there, the run is unfinished."""
+        """The file that identifies the run; while it exists, the run is unfinished."""
         return self._file("run.json")
 
     @property
     def _run(self) -> str:
-        """Which run the pieces belong to: it stands for the settings, the versions and the start.
+        """Identity of the run of the pieces: a hash of its settings, versions and start.
 
         Raises:
-            DataError: the header is gone.
+            DataError: the header no longer exists.
         """
         try:
             return hashlib.sha256(self.header.read_bytes()).hexdigest()
@@ -246,12 +247,12 @@ class Progress:
             raise DataError(f"{self.header}: cannot be read ({error.strerror})") from error
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Start from nothing.
+        """Start an empty run.
 
         Raises:
-            DataError: the disk refuses.
+            DataError: the header cannot be written.
         """
-        self.discard()  # what a process left that was killed while it discarded
+        self.discard()  # leftovers of a process that was killed in `discard`
         # Pieces that could not be deleted do not match the new identity.
         header = {"settings": finite(settings), "versions": versions(), "id": uuid.uuid4().hex}
         try:
@@ -263,10 +264,10 @@ class Progress:
             raise DataError(f"{self.header}: cannot be written ({error.strerror})") from error
 
     def save(self, name: str, piece: int, evaluation: Evaluation, state: State | None) -> None:
-        """Keep a finished piece, and the adapter's state after it where more is to come.
+        """Store a finished piece, and the adapter's state after it if more pieces follow.
 
         Raises:
-            DataError: the disk refuses; what was there before stays.
+            DataError: a file cannot be written; existing files are unchanged.
         """
         if self.folder is None:
             self._pieces[name, piece] = evaluation
@@ -277,19 +278,19 @@ class Progress:
         _write(file, dict(vars(answers)), {**numbers, "run": run})
         if state is None:
             return
-        # A kernel may depend on the memory layout, so that it belongs to the state.
+        # Kernels may depend on the memory layout, so it is part of the state.
         layout = torch.channels_last
         moved = [n for n, t in state.items() if t.ndim == 4 and not t.is_contiguous()]
         moved = [n for n in moved if state[n].is_contiguous(memory_format=layout)]
-        # After the piece: if only the piece is there, it is done again.
+        # Written after the piece: a piece without its state is evaluated again.
         about = {"after": piece, "channels_last": moved, "run": run}
         _write(file.with_name("state.safetensors"), state, about)
 
     def evaluations(self, name: str, pieces: int) -> list[Evaluation]:
-        """The finished pieces of a job, from its first to the first that is missing.
+        """The finished pieces of a job, up to the first that is missing.
 
         Raises:
-            DataError: the run is over, and another process is deleting its pieces.
+            DataError: the run is finished, and another process is deleting its pieces.
         """
         finished: list[Evaluation] = []
         run = "" if self.folder is None else self._run
@@ -307,7 +308,7 @@ class Progress:
         return finished
 
     def state(self, name: str) -> tuple[int, State] | None:
-        """(number of the piece before it, state of the adapter) of a job, if there is one."""
+        """(number of the last piece, adapter's state after it) of a job, None if not stored."""
         if self.folder is None:
             return None
         stored = _read(self._file(name, "state.safetensors"), self._run)
@@ -319,24 +320,24 @@ class Progress:
         return about["after"], tensors
 
     def save_value(self, name: str, value: float) -> None:
-        """Keep a number; errors as for `save`."""
+        """Store a number; errors as for `save`."""
         self._values[name] = value
         if self.folder is not None:
             tensors = {"value": torch.tensor(value, dtype=torch.float64)}
             _write(self._file(f"{name}.safetensors"), tensors, {"run": self._run})
 
     def value(self, name: str) -> float | None:
-        """What `save_value` kept, None if nothing."""
+        """The number that `save_value` stored, None if there is none."""
         if self.folder is None:
             return self._values.get(name)
         stored = _read(self._file(f"{name}.safetensors"), self._run)
         return None if stored is None else stored[0]["value"].item()
 
     def discard(self) -> None:
-        """Forget everything."""
+        """Delete everything."""
         self._pieces.clear()
         self._values.clear()
         if self.folder is not None:
             with contextlib.suppress(OSError):
-                self.header.unlink()  # first, so that the rest is not taken for a run
+                self.header.unlink()  # first, so that the rest is not mistaken for a run
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A run: an adapter over the cells of a data folder, the unadapted model beside it."""
+"""A run: evaluation of an adapter and its unadapted model on the cells of a data folder."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from .resume import (
 
 __all__ = ["run_benchmark"]
 
-#: What the last of several processes claims: putting the finished jobs together.
+#: Name of the claim for assembling the results, which one of several processes takes at the end.
 _MERGE = "merge"
-#: Seconds between two looks at jobs that other processes are at.
+#: Seconds between two checks of jobs that other processes are working on.
 _POLL = 0.1
 
 
@@ -68,38 +68,39 @@ def run_benchmark(
 ) -> Results:
     """Evaluate an adapter on every cell, and its unadapted model on the same images.
 
-    Clean accuracy is ``robustbench.utils.clean_accuracy`` of a freshly reset adapter, where the
-    data has clean images; of the first seed's order.
+    Clean accuracy is ``robustbench.utils.clean_accuracy`` of a freshly reset adapter, if the data
+    has clean images, in the order of the first seed.
 
     Args:
         net: the adapter.
-        data: from `open_dataset`, or `CorruptionData.from_arrays`.
+        data: cells from `open_dataset` or `CorruptionData.from_arrays`.
         baseline: the same model wrapped as ``"source"``.
-        out: folder that gets ``results.json``, RobustBench's two files and ``plot.png``, at the
-            end and all together; until then every finished piece is kept in its folder
+        out: folder for ``results.json``, RobustBench's two files and ``plot.png``, which are
+            written together at the end; until then finished pieces are stored in its subfolder
             ``unfinished``. None writes nothing.
-        protocol: a key of `PROTOCOLS`: in which order images are met, and where ``net`` is reset.
-        concentration: of the Dirichlet distribution of the protocol ``correlated``, above 0.
-        batch_size: images in a batch, at least 1.
-        seed: of the images' order; None keeps the stored one. Several: the run is made once for
-            each, with the adapter's own draws from it too, and figures are means.
+        protocol: a key of `PROTOCOLS`: the order of the images, and where ``net`` is reset.
+        concentration: concentration of the Dirichlet distribution for the protocol ``correlated``,
+            above 0.
+        batch_size: number of images in a batch, at least 1.
+        seed: seed for the order of the images; None keeps the stored order. With several seeds the
+            run is repeated for each, which then also seeds the adapter, and figures are means.
         execution: memory layout, precision, compilation.
-        model_name: how the model is called in the files.
-        command: the command line that started this, for the record.
-        overwrite: replace other results or an unfinished run in ``out``.
-        resume: resume an unfinished run of the same settings, to the figures of an unbroken one;
-            return the results of a finished one; begin if there is neither.
-        worker: this process among several that make the run together and share ``out``.
-        progress: show a progress bar.
+        model_name: name of the model in the files.
+        command: the command line that started the run, for the record.
+        overwrite: whether to replace other results or an unfinished run in ``out``.
+        resume: whether to resume an unfinished run of the same settings, which gives the figures of
+            an uninterrupted one, or return the results of a finished one; otherwise a run starts.
+        worker: this process, if several share the run and ``out``.
+        progress: whether to show a progress bar.
 
     Returns:
-        the results; of several processes each returns those of all, as a single one would.
+        the results; each of several processes returns the results of all.
 
     Raises:
-        InputError: settings that do not fit each other, the model, or what ``out`` holds, such as
-            an artifact.
+        InputError: the settings do not fit each other, the model, or the contents of ``out``, such
+            as an artifact.
         DataError: the data cannot be read, or ``out`` cannot be written.
-        DistributedError: the processes lost each other.
+        DistributedError: the processes lost their connection.
     """
     nets = [net] if baseline is None else [net, baseline]
     seeds = [seed] if seed is None or isinstance(seed, int) else list(dict.fromkeys(seed))
@@ -107,14 +108,14 @@ def run_benchmark(
     if out is not None:
         out = check_out(out)
     elif worker is not None:
-        raise InputError("several processes need a folder that they share: give out")
+        raise InputError("several processes need a shared folder: give out")
     execution = execution or Execution()
     order = {"protocol": protocol, "concentration": concentration, "batch_size": batch_size}
     settings = _settings(model_name, nets, data, order, seeds, execution)
     run = _Run(nets, data, settings, execution, command, progress)
     if out is None:
         return run.in_memory()
-    plots.figure(1, 1)  # a missing matplotlib is found now, not after hours
+    plots.figure(1, 1)  # reports a missing matplotlib now rather than after hours
     with _begun(out, settings, resume, overwrite, worker) as stored:
         return run.into(out, worker) if stored is None else stored
 
@@ -151,14 +152,14 @@ def _settings(
     seeds: Sequence[int | None],
     execution: Execution,
 ) -> dict[str, Any]:
-    """What makes two runs the same experiment."""
+    """The settings that define the experiment."""
     net, device = nets[0], device_of(nets[0])
     protocol = PROTOCOLS.get(order["protocol"])
     if protocol is None or not protocol.by_class:
         order = order | {"concentration": None}
     return {
         "model": model_name,
-        # Of the wrapped model and of what the method learned beforehand.
+        # Fingerprints of the wrapped model and of the tensors that the method learned beforehand.
         "weights": fingerprint(net.backbone.source_state_dict() | net.learned_tensors()),
         "method": net.method,
         "config": dataclasses.asdict(net.config),
@@ -170,7 +171,7 @@ def _settings(
         "seeds": seeds,
         "adapter_seeds": seeds if len(seeds) > 1 else [net.seed],
         "device": device.type,
-        # Sums are cut where the threads are, so that their number is in the last bits.
+        # The number of threads affects the order of summation, and so the last bits.
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "execution": dataclasses.asdict(execution),
     }
@@ -180,7 +181,7 @@ def _settings(
 def _begun(
     out: Path, settings: dict[str, Any], resume: bool, overwrite: bool, worker: Worker | None
 ) -> Iterator[Results | None]:
-    """Hold the results folder against other runs and make it ready; yields finished results."""
+    """Lock the results folder against other runs and prepare it; yields finished results."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -195,23 +196,23 @@ def _begun(
             stored = join_run(out, settings)
         if worker is not None:
             lock.take(shared=True)
-        stack.close()  # the other processes may follow
+        stack.close()  # lets the other processes continue
         yield stored
 
 
 class _Run:
-    """The jobs of a run, done by one process or by several, and put together at the end.
+    """The jobs of a run, executed by one or several processes, whose results are then joined.
 
     Args:
-        nets: the adapter, and the unadapted model if it is to run too.
+        nets: the adapter, and the unadapted model if it is evaluated too.
         data: the cells.
-        settings: as in ``results.json``.
+        settings: settings of the run, as in ``results.json``.
         execution: memory layout, precision, compilation.
-        command: the command line that started this.
-        show: show a progress bar.
+        command: the command line that started the run.
+        show: whether to show a progress bar.
 
     Raises:
-        InputError: a protocol that does not exist or does not fit the data.
+        InputError: the protocol does not exist or does not fit the data.
     """
 
     def __init__(
@@ -243,16 +244,16 @@ class _Run:
             first = [Job(f"method{i}-clean", i, seed, 0) for i in range(len(nets))]
             self.jobs = first + self.jobs
 
-    # -- doing the jobs --------------------------------------------------------------------
+    # -- executing the jobs ----------------------------------------------------------------
 
     def in_memory(self) -> Results:
-        """Do all jobs in this process and write nothing."""
+        """Execute all jobs in this process and write nothing."""
         progress = Progress(None)
         self._do_all(progress)
         return self._assemble(progress)
 
     def into(self, out: Path, worker: Worker | None) -> Results:
-        """Do all jobs, or with other processes those that they leave, and write the results."""
+        """Execute all jobs, or a share of them if there are several processes; write results."""
         progress = Progress(out / UNFINISHED)
         if worker is None:
             self._do_all(progress)
@@ -268,9 +269,9 @@ class _Run:
                 self._do(job, loader, progress, bar.update, following)
 
     def _share(self, out: Path, progress: Progress, worker: Worker) -> None:
-        """Do jobs until none are left in any process; one of them writes the results."""
+        """Execute jobs until no process has any left; one process writes the results."""
         self.show = self.show and worker.rank == 0
-        # The longest first, so that no process waits long for the last one.
+        # The longest jobs come first, so that no process waits long for the last one.
         waiting = sorted(self.jobs, key=len, reverse=True)
         with self._working() as (loader, bar):
             while waiting:
@@ -316,7 +317,7 @@ class _Run:
                 advance(-(-len(self.clean) // self.batch_size))
 
     def _net(self, job: Job) -> AdaptiveModel:
-        """The method; of several seeds, a copy on the same model that draws from the job's."""
+        """The job's adapter; with several seeds, a copy on the same model with the job's seed."""
         net = self.nets[job.method]
         if len(self.settings["seeds"]) < 2:
             return net
@@ -330,7 +331,7 @@ class _Run:
     def _clean_accuracy(
         self, net: AdaptiveModel, clean: LabelledImages, advance: Callable[[int], object]
     ) -> float:
-        """On its own: a fresh adapter before, and nothing learned from it after."""
+        """Accuracy on clean images, measured with a reset adapter that is reset again after."""
         device = device_of(net)
 
         def model(images: Tensor) -> Tensor:
@@ -354,7 +355,7 @@ class _Run:
         progress.discard()
 
     def _assemble(self, progress: Progress) -> Results:
-        """Put the finished jobs together, in the order of the plan."""
+        """Join the results of the finished jobs, in the order of the plan."""
         settings = self.settings
         cells: list[list[CellRecord]] = [[] for _ in self.nets]
         clean: list[float | None] = [None for _ in self.nets]

@@ -1,1 +1,1 @@
-"""Small things that every part of the package uses."""
+"""Helpers that all parts of the package use."""

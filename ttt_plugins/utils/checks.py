@@ -1,4 +1,4 @@
-"""Checks of numbers, choices, devices and seeds that users pass."""
+"""Checks of numbers, choices, devices and seeds given by users."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..errors import InputError
 __all__ = ["check_choice", "check_device", "check_integer", "check_number", "check_seed"]
 
 
-#: One more than the largest seed that every generator takes: numpy's RandomState has 32 bits.
+#: One more than the largest seed that all generators accept: numpy's RandomState has 32 bits.
 _SEEDS = 1 << 32
 
 
 def check_device(device: Any) -> None:
-    """Raise `InputError` unless tensors can be made on the device; None is torch's own."""
+    """Raise `InputError` unless tensors can be created on the device; None is torch's default."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
@@ -25,7 +25,7 @@ def check_device(device: Any) -> None:
 
 
 def check_seed(seed: Any, name: str = "seed") -> None:
-    """Raise `InputError` unless the seed is one that every generator takes."""
+    """Raise `InputError` unless all generators accept the seed."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
         raise InputError(f"{name} must be an integer from 0 to {_SEEDS - 1}, got {seed!r}")
 

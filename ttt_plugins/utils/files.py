@@ -1,4 +1,4 @@
-"""Replacing files and folders as a whole or not at all, and asking what is at a path."""
+"""Atomic replacement of files and folders, and queries about paths."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def nearest_path(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists.
 
     Raises:
-        OSError, ValueError: the system does not accept such a name: too long, or with a zero byte.
+        OSError, ValueError: the system does not accept the name: too long, or with a null byte.
     """
     for place in (path.absolute(), *path.absolute().parents):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -53,10 +53,10 @@ def nearest_path(path: Path) -> Path:
 
 
 def can_write(path: Path) -> bool:
-    """Whether the system lets this process write to a folder, or make it where it is missing.
+    """Whether this process may write to a folder, or create it if it is missing.
 
     Raises:
-        OSError, ValueError: as `nearest_path`.
+        OSError, ValueError: as for `nearest_path`.
     """
     return os.access(nearest_path(path), os.W_OK)
 
@@ -68,7 +68,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a crash of the system, where the file system can."""
+    """Flush the entries of a folder to the disk, if the file system supports it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -82,14 +82,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Replace a file as a whole or not at all: the one way in which this package writes files.
+    """Replace a file atomically: this package writes all of its files in this way.
 
     The block writes to the temporary path it is given. When it ends without an error, the file is
-    flushed to the disk and takes the place of ``path``; otherwise it is removed and whatever was at
-    ``path`` stays.
+    flushed to the disk and replaces ``path``; otherwise it is removed and ``path`` is unchanged.
 
     Raises:
-        OSError: the disk refuses; the caller says what could not be written.
+        OSError: the file cannot be written; the caller reports which one.
     """
     temporary = temporary_path(path)
     try:
@@ -104,10 +103,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file as a whole or not at all.
+    """Write a UTF-8 text file atomically.
 
     Raises:
-        OSError: the disk refuses; what was there before stays.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -127,11 +126,11 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
 
     Args:
         folder: an existing folder; nothing is written into it.
-        wait: wait until the lock is free; otherwise find out whether it is.
+        wait: whether to wait until the lock is free.
 
     Yields:
-        Whether the lock is held. It is not where another process or thread holds it, or the file
-        system or the platform has no such locks.
+        Whether the lock is held. It is not if another process or thread holds it, or if the file
+        system or the platform does not support such locks.
     """
     if fcntl is None:
         yield False
@@ -145,23 +144,23 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
         yield held
     finally:
         if handle is not None:
-            if held:  # a child forked meanwhile would otherwise keep it
+            if held:  # otherwise a child forked meanwhile would keep the lock
                 fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
 
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Replace a folder as a whole or not at all, as `replacing` does with a file.
+    """Replace a folder atomically, as `replacing` does with a file.
 
     The block fills the new folder that it is given, which lies beside ``folder``. When it ends
-    without an error, its files are flushed to the disk and the two folders change places: in one
-    step where the system has one (Linux), otherwise in two renames, between which
-    `recover_folder` restores the earlier folder. A link is followed: the folder that it names is
-    replaced. What processes that died here have left behind is removed first.
+    without an error, its files are flushed to the disk and the two folders are exchanged: in one
+    step if the system supports it (Linux), otherwise by two renames, between which
+    `recover_folder` restores the earlier folder. A link is followed: the folder that it points to
+    is replaced. Temporary folders of processes that died are removed first.
 
     Raises:
-        OSError: the disk refuses; whatever was at ``folder`` stays.
+        OSError: the folder cannot be written; an existing folder is unchanged.
     """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +170,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             made = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent)
             new = Path(made)
             stack.callback(shutil.rmtree, new, ignore_errors=True)
-            stack.enter_context(locked(new))  # says that its owner is alive
+            stack.enter_context(locked(new))  # shows that its owner is alive
         yield new
         for path in new.rglob("*"):
             if path.is_file() and not path.is_symlink():
@@ -184,21 +183,21 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def read_unchanged(folder: Path, read: Callable[[], Result]) -> Result:
-    """Call ``read``, again if the folder that it reads was replaced meanwhile.
+    """Call ``read``, and again if the folder that it reads was replaced meanwhile.
 
     Raises:
         OSError: the folder was replaced during every one of many attempts.
-        Exception: whatever ``read`` raises about a folder that stayed.
+        Exception: any exception of ``read`` if the folder was not replaced.
     """
     for attempt in range(_ATTEMPTS):
         recover_folder(folder)
         try:
-            # The open folder keeps its number from being given to its successor.
+            # While the folder is open, its inode number is not reused for its successor.
             handle = os.open(folder, os.O_RDONLY)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS // 2:
                 continue  # perhaps between two renames
-            return read()  # nothing is there, or a system that does not open folders
+            return read()  # the folder does not exist, or the system cannot open folders
         try:
             result = read()
             if _is_at(handle, folder):
@@ -212,7 +211,7 @@ def read_unchanged(folder: Path, read: Callable[[], Result]) -> Result:
 
 
 def _is_at(handle: int, folder: Path) -> bool:
-    """Whether an open folder is still the one at a path."""
+    """Whether an open folder is still the folder at a path."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(folder))
     except OSError:
@@ -225,7 +224,7 @@ def longest_neighbour(folder: Path) -> Path:
 
 
 def recover_folder(folder: Path) -> None:
-    """Restore a folder whose replacement was interrupted between two renames; else do nothing."""
+    """Restore a folder if its replacement was interrupted between the two renames."""
     folder = Path(os.path.realpath(folder))
     if not _old(folder).is_dir():
         return
@@ -234,7 +233,7 @@ def recover_folder(folder: Path) -> None:
 
 
 def _old(folder: Path) -> Path:
-    """Where the earlier folder is between the two renames of a system that needs two."""
+    """Path of the earlier folder between the two renames."""
     return folder.with_name(f".{folder.name}.old")
 
 
@@ -244,9 +243,9 @@ def _restore(folder: Path) -> None:
 
 
 def _exchange(new: Path, folder: Path) -> None:
-    """Put ``new`` in the place of ``folder``, and what was there, if anything, in its own."""
+    """Exchange ``new`` and ``folder``, or rename ``new`` if ``folder`` does not exist."""
     try:
-        os.rename(new, folder)  # only where nothing is there, or an empty folder
+        os.rename(new, folder)  # succeeds only if nothing or an empty folder is there
         return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -261,7 +260,7 @@ def _exchange(new: Path, folder: Path) -> None:
 
 
 def _exchange_at_once(one: Path, other: Path) -> bool:
-    """Whether the system can exchange two paths in one step, and did."""
+    """Exchange two paths in one step; return False if the system cannot."""
     if sys.platform != "linux":
         return False
     try:
@@ -272,19 +271,19 @@ def _exchange_at_once(one: Path, other: Path) -> bool:
     if rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.EPERM):  # the file system has no such step
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EPERM):  # not supported by the file system
         return False
     raise OSError(number, os.strerror(number), str(other))
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the folders of replacements whose processes died, which hold no lock any more."""
+    """Remove temporary folders whose processes have died, which are no longer locked."""
     pattern = f".{folder.name}."
     with contextlib.suppress(OSError), os.scandir(folder.parent) as entries:
         found = [e.path for e in entries if e.name.startswith(pattern) and e.name.endswith(".tmp")]
     for path in map(Path, found):
         middle = path.name.removeprefix(pattern).removesuffix(".tmp")
-        # Our own random part has no dot; others are files of `replacing`, or of another folder.
+        # The random part has no dot; other names are files of `replacing`, or of another folder.
         if "." in middle or not path.is_dir():
             continue
         with contextlib.suppress(OSError), locked(path, wait=False) as free:

@@ -1,4 +1,4 @@
-"""Processes: locks that end with them, and what torchrun says about them."""
+"""Locks that end with their process, and the processes started by torchrun."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
     "worker_from_environment",
 ]
 
-#: Seconds between two looks at a lock or a store that this process waits for.
+#: Seconds between two checks of a lock or a store that this process waits for.
 _POLL = 0.05
 #: Seconds that process 0 waits for the others to have read its last message.
 _FAREWELL = 10.0
@@ -34,10 +34,9 @@ _FAREWELL = 10.0
 
 
 class FileLock:
-    """A lock on a file or an existing folder, which the system drops when its process ends.
+    """A lock on a file or an existing folder, which the system releases when its process ends.
 
-    A file is made if it is not there. On systems and file systems without locks every attempt
-    succeeds.
+    A missing file is created. On systems and file systems without locks every attempt succeeds.
 
     Raises:
         OSError: the file cannot be opened.
@@ -48,10 +47,10 @@ class FileLock:
         self._handle = os.open(path, flags, 0o666)
 
     def take(self, *, shared: bool = False, patience: float = 0.0) -> bool:
-        """Try for at most ``patience`` seconds; a lock that is held already changes its kind.
+        """Try to lock for at most ``patience`` seconds; a lock already held changes its kind.
 
         Returns:
-            whether this process has the lock now.
+            whether this process now holds the lock.
         """
         try:
             import fcntl
@@ -83,13 +82,13 @@ class FileLock:
 
 @dataclass(frozen=True)
 class Place:
-    """What torchrun says in the environment about this process.
+    """The description of this process in torchrun's environment variables.
 
     Attributes:
-        rank: number of this process among all, from 0.
-        world_size: number of all processes.
-        local_rank: number of this process on its machine, from 0.
-        restarts: how many times torchrun has started all processes again.
+        rank: rank of this process among all processes, from 0.
+        world_size: number of processes.
+        local_rank: rank of this process on its machine, from 0.
+        restarts: number of times that torchrun has restarted all processes.
     """
 
     rank: int = 0
@@ -102,7 +101,7 @@ def place_from_environment() -> Place:
     """Read WORLD_SIZE, RANK, LOCAL_RANK and TORCHELASTIC_RESTART_COUNT.
 
     Returns:
-        the place; that of a single process if WORLD_SIZE is not set, or 1.
+        the place; that of a single process if WORLD_SIZE is not set or is 1.
 
     Raises:
         DistributedError: a value is not a number, or they contradict each other.
@@ -113,7 +112,7 @@ def place_from_environment() -> Place:
         if not text.isascii() or not text.isdigit() or len(text) > 9:
             raise DistributedError(
                 f"cannot join the other processes: {name} must be a whole number, got "
-                f"{text[:40]!r}; torchrun sets it, for a single process leave it unset"
+                f"{text[:40]!r}; torchrun sets it, leave it unset for a single process"
             )
         return int(text)
 
@@ -129,15 +128,15 @@ def place_from_environment() -> Place:
 
 
 class Worker:
-    """One process among several that make the same runs in the same order.
+    """One of several processes that execute the same runs in the same order.
 
     Args:
-        store: of torch.distributed, the same for all processes.
-        rank: number of this process, from 0.
-        world_size: number of all processes.
+        store: store of torch.distributed, the same for all processes.
+        rank: rank of this process, from 0.
+        world_size: number of processes.
 
     Raises:
-        DistributedError: from every method, if the store is gone.
+        DistributedError: raised by every method if the store cannot be reached.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int):
@@ -155,7 +154,7 @@ class Worker:
 
     @staticmethod
     def _wait(ready: Callable[[], bool], patience: float = float("inf")) -> None:
-        # Not by the store's own wait, which neither Ctrl-C nor SIGTERM would interrupt.
+        # The store's own wait cannot be interrupted by Ctrl-C or SIGTERM.
         end = time.monotonic() + patience
         while not ready() and time.monotonic() < end:
             time.sleep(_POLL)
@@ -165,7 +164,7 @@ class Worker:
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[bool]:
-        """Process 0 goes through the block before the others, once all have arrived at it.
+        """Process 0 runs the block before the others, once all processes have reached it.
 
         Yields:
             whether this is process 0.
@@ -195,7 +194,7 @@ class Worker:
         self._ask("set", key, "ok")
 
     def leave(self) -> None:
-        """The end: process 0, in which the store may live, lets the others read its last word."""
+        """Leave: process 0, which may host the store, waits until its last message is read."""
         if self.rank or not self._blocks:
             return
         with contextlib.suppress(DistributedError):
@@ -203,10 +202,10 @@ class Worker:
 
 
 def worker_from_environment() -> Worker | None:
-    """The process that torchrun (or RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says this is.
+    """This process, from the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of torchrun.
 
     Returns:
-        None if it was started alone.
+        the worker, None for a single process.
 
     Raises:
         DistributedError: the other processes cannot be reached.
@@ -219,6 +218,6 @@ def worker_from_environment() -> Worker | None:
         store, rank, world_size = next(iter(places))
     except (RuntimeError, ValueError) as error:
         raise DistributedError(f"cannot join the other processes ({error})") from error
-    # The store may outlive processes that torchrun starts again.
+    # The store may outlive processes that torchrun restarts.
     store = dist.PrefixStore(f"ttt_plugins/{place.restarts}", store)  # pyright: ignore[reportPrivateImportUsage]
     return Worker(store, rank, world_size)

@@ -1,4 +1,4 @@
-"""What training shows while it runs."""
+"""Output of training while it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["write_entry"]
 def write_entry(entry: Mapping[str, Any]) -> None:
     """Print a log entry as one line above the progress bar.
 
-    Values that are neither numbers nor numbers by name are left out.
+    Values other than numbers and dicts of numbers are omitted.
     """
     words = [f"epoch {entry['epoch']:3d}"]
     for name, value in entry.items():

@@ -1,8 +1,8 @@
-"""RobustBench, imported lazily and nowhere else.
+"""Access to RobustBench, which only this module imports, and only when it is needed.
 
 RobustBench 1.1.1 imports ``autoattack``, while its dependency pyautoattack installs that module
-as ``pyautoattack``. The old name exists for the duration of the import only, so that no other
-package finds an ``autoattack`` that is not installed.
+as ``pyautoattack``. The old name is defined only during the import, so that no other package finds
+an ``autoattack`` that is not installed.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ _ZOO = ("cifar10", "cifar100", "imagenet")
 
 @dataclass(frozen=True)
 class RobustBenchDataset:
-    """What RobustBench calls a data set of corrupted images.
+    """RobustBench's names for a data set of corrupted images.
 
     Attributes:
-        name: value of its ``BenchmarkDataset``.
-        threat: name of its ``ThreatModel``.
-        preprocessing: key of its ``PREPROCESSINGS`` for corrupted images, None for none.
-        clean_preprocessing: key for uncorrupted images.
+        name: value in its ``BenchmarkDataset``.
+        threat: name in its ``ThreatModel``.
+        preprocessing: key in its ``PREPROCESSINGS`` for corrupted images, None for none.
+        clean_preprocessing: key in its ``PREPROCESSINGS`` for uncorrupted images, None for none.
     """
 
     name: str
@@ -84,7 +84,7 @@ def _autoattack_alias() -> Iterator[None]:
 
 
 def _explain(error: Exception) -> str:
-    """Cause and remedy of a failed import, on one line."""
+    """Cause and remedy of a failed import, in one line."""
     text = " ".join(str(error).split())
     if version("robustbench") is None:
         return f"this needs RobustBench, which is not installed: {_INSTALL}"
@@ -96,12 +96,12 @@ def _explain(error: Exception) -> str:
         )
     if "torchvision" in text:
         return (
-            f"torch {torch.__version__} and torchvision {version('torchvision')} do not fit "
-            f"({text}): install the two of one release, from the same index"
+            f"torch {torch.__version__} and torchvision {version('torchvision')} do not match "
+            f"({text}): install matching releases of both, from the same index"
         )
     packages = ("robustbench", "timm", "huggingface_hub", "setuptools", "pyautoattack")
     installed = ", ".join(f"{name} {version(name) or 'missing'}" for name in packages)
-    return f"RobustBench does not import beside {installed} ({text}): {_INSTALL}"
+    return f"RobustBench cannot be imported together with {installed} ({text}): {_INSTALL}"
 
 
 def _submodules() -> set[str]:
@@ -109,21 +109,21 @@ def _submodules() -> set[str]:
 
 
 def _forget(names: set[str]) -> None:
-    """Drop submodules that a failed import has left behind.
+    """Remove submodules that a failed import has left in ``sys.modules``.
 
-    Python drops only the package itself. The next import would find the old submodules and would
-    not make them attributes of the new package.
+    Python removes only the package itself. The next import would find the old submodules and not
+    make them attributes of the new package.
     """
     for name in names:
         del sys.modules[name]
 
 
 def import_robustbench() -> ModuleType:
-    """The package ``robustbench`` with its submodules data, utils, loaders and model_zoo.
+    """Import ``robustbench`` with its submodules data, utils, loaders and model_zoo.
 
     Raises:
-        MissingDependencyError: it is not installed, or does not import beside the installed
-            versions of other packages; the message says which, and what to install.
+        MissingDependencyError: it is not installed, or cannot be imported together with the
+            installed versions of other packages; the message says which, and what to install.
     """
     if {"robustbench", "robustbench.eval"} <= sys.modules.keys():
         return sys.modules["robustbench"]
@@ -147,12 +147,12 @@ def _enums(dataset: RobustBenchDataset):
 
 
 def load_zoo_model(spec: str, model_dir: str | Path) -> nn.Module:
-    """A classifier of RobustBench's corruptions zoo, in eval mode; it normalises by itself.
+    """Load a classifier of RobustBench's corruptions zoo, in eval mode, with its normalisation.
 
     Args:
-        spec: ``robustbench:<dataset>/<name>``, the dataset one of cifar10, cifar100, imagenet.
+        spec: ``robustbench:<dataset>/<name>``, where the dataset is cifar10, cifar100 or imagenet.
         model_dir: the weights are read from ``<model_dir>/<dataset>/corruptions/<name>.pt``;
-            RobustBench downloads them to there if they are missing.
+            RobustBench downloads them to that file if they are missing.
 
     Raises:
         InputError: no such dataset or name; the message lists the closest names.
@@ -175,20 +175,20 @@ def load_zoo_model(spec: str, model_dir: str | Path) -> nn.Module:
         )
     drive_ids = zoo[name]["gdrive_id"]
     file = Path(model_dir) / dataset / "corruptions" / f"{name}.pt"
-    # The members of an ensemble are files of their own: <name>.pt_m0.pt, <name>.pt_m1.pt, ...
+    # Each member of an ensemble has its own file: <name>.pt_m0.pt, <name>.pt_m1.pt, ...
     many = isinstance(drive_ids, list)
     files = [Path(f"{file}_m{i}.pt") for i in range(len(drive_ids))] if many else [file]
     missing = [f for f in files if not f.is_file()]
     try:
         return robustbench.utils.load_model(name, str(model_dir), dataset, "corruptions")
-    except Exception as error:  # the downloaders raise whatever requests, gdown and timm raise
+    except Exception as error:  # the downloaders raise any exception of requests, gdown and timm
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if not missing:
             raise DataError(f"{file}: these are not the weights of {spec} ({reason})") from error
         where = f" (Google Drive id {drive_ids})" if drive_ids else ""
         raise DataError(
             f"{missing[0]}: no such file, and RobustBench could not download it ({reason}); "
-            f"fetch the weights of {spec}{where} elsewhere and put them there"
+            f"download the weights of {spec}{where} in another way and put them there"
         ) from error
 
 
@@ -206,10 +206,10 @@ def clean_accuracy(
 def load_corrupted_images(
     dataset: RobustBenchDataset, corruption: str, severity: int, n_examples: int, data_dir: Path
 ) -> tuple[Tensor, Tensor]:
-    """One cell by RobustBench's loader: float images (N, 3, H, W) in [0, 1], labels (N,).
+    """Read one cell with RobustBench's loader: float images (N, 3, H, W) in [0, 1], labels (N,).
 
     ImageNet images are resized to 224x224, as RobustBench does for corruptions. The loader
-    downloads a missing folder without asking: check first.
+    downloads a missing folder without asking, so check that the folder exists first.
     """
     data = import_robustbench().data
     key, threat = _enums(dataset)
@@ -220,10 +220,10 @@ def load_corrupted_images(
 
 
 def download_corruptions(dataset: RobustBenchDataset, data_dir: Path) -> None:
-    """Fetch the folder of corrupted images into ``data_dir`` by RobustBench's own downloader.
+    """Download the folder of corrupted images into ``data_dir`` with RobustBench's downloader.
 
-    It appears there complete or not at all: the downloader takes an archive that an interrupted
-    download left behind for a finished one, so it works in a folder of its own.
+    The folder appears only when it is complete: the downloader mistakes the archive of an
+    interrupted download for a finished one, so it works in a temporary folder.
 
     Raises:
         DataError: RobustBench has no downloader for the dataset, or the download fails.
@@ -234,22 +234,22 @@ def download_corruptions(dataset: RobustBenchDataset, data_dir: Path) -> None:
     if threat not in data.CORRUPTIONS_DICT[key] or key not in data.ZENODO_CORRUPTIONS_LINKS:
         raise DataError(
             f"{data_dir}: holds no folder {name}, and RobustBench has no downloader for it; "
-            f"fetch it from the dataset's authors and unpack it there"
+            f"download it from the dataset's authors and unpack it there"
         )
     with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
         try:
             data.zenodo_download(*data.ZENODO_CORRUPTIONS_LINKS[key], save_dir=Path(folder))
             os.replace(Path(folder) / name, data_dir / name)
-        except Exception as error:  # whatever requests, json, tarfile or the disk raise
+        except Exception as error:  # any exception of requests, json, tarfile or the disk
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
                 f"{data_dir / name}: no such folder, and RobustBench could not download it "
-                f"({reason}); fetch it elsewhere and put it there"
+                f"({reason}); download it in another way and put it there"
             ) from error
 
 
 def has_clean_arrays(reader: str, data_dir: Path) -> bool:
-    """Whether torchvision's reader finds its test images in a folder, without a download."""
+    """Whether torchvision's reader finds its test images in a folder, without downloading."""
     from torchvision import datasets
 
     try:
@@ -262,7 +262,7 @@ def has_clean_arrays(reader: str, data_dir: Path) -> bool:
 def load_clean_images(
     dataset: RobustBenchDataset, n_examples: int, data_dir: Path
 ) -> tuple[Tensor, Tensor]:
-    """The uncorrupted test images as `load_corrupted_images` returns them."""
+    """Read the uncorrupted test images, in the form of `load_corrupted_images`."""
     data = import_robustbench().data
     key, _ = _enums(dataset)
     preprocessing = data.PREPROCESSINGS[dataset.clean_preprocessing]

@@ -1,6 +1,6 @@
-"""How the command line ends when it is interrupted (SIGINT) or asked to end (SIGTERM).
+"""Handling of interruption (SIGINT) and termination (SIGTERM) on the command line.
 
-This module imports nothing large: it is at work while everything else is being imported.
+This module imports nothing large, because it is needed while everything else is being imported.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ __all__ = ["Terminated", "exit_on_interrupt", "raise_on_interrupt", "raising_on_
 def _is_command_line() -> bool:
     """Whether this process was started as ``ttt-plugins`` or ``python -m ttt_plugins``."""
     name, words = Path(sys.argv[0]).stem, sys.orig_argv
-    if name == "-m":  # as long as Python has not found the package's __main__
+    if name == "-m":  # until Python has found the package's __main__
         return words[words.index("-m") + 1 :][:1] == ["ttt_plugins"]
     return name == "ttt-plugins"
 
 
 def _exit(number: int, _: object) -> None:
-    # Nothing has begun, so nothing needs to be tidied up.
+    # Nothing has started yet, so nothing needs to be cleaned up.
     os.write(2, b"ttt-plugins: stopped: before anything was done\n")
     os._exit(128 + number)
 
 
 def exit_on_interrupt() -> None:
-    """In the first seconds of the command line, Ctrl-C or SIGTERM ends the process in one line.
+    """End the process with one line on Ctrl-C or SIGTERM while the command line is starting.
 
-    Without effect where the package is imported by another program.
+    This has no effect if the package is imported by another program.
     """
     if _is_command_line() and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _exit)
@@ -49,17 +49,17 @@ def raise_on_interrupt() -> None:
 
 
 class Terminated(BaseException):
-    """The process was asked to end by SIGTERM; like KeyboardInterrupt, it is no error."""
+    """SIGTERM asked the process to end; like KeyboardInterrupt, this is not an error."""
 
 
 @contextlib.contextmanager
 def raising_on_sigterm(advice: str) -> Iterator[None]:
-    """SIGTERM raises `Terminated` inside the block, so that files and bars are left tidy.
+    """Let SIGTERM raise `Terminated` inside the block, so that files and progress bars are closed.
 
-    Without effect outside the main thread, which alone may handle signals.
+    This has no effect outside the main thread, because only that may handle signals.
 
     Args:
-        advice: what the user can do next, the exception's text.
+        advice: what the user can do next; the text of the exception.
 
     Yields:
         nothing.

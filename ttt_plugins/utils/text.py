@@ -1,4 +1,4 @@
-"""Text for the terminal: names that came from outside, and tables."""
+"""Text for the terminal: escaping of untrusted names, and tables."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ __all__ = ["align", "printable"]
 
 
 def printable(text: str) -> str:
-    r"""The text on one line, with everything escaped that a terminal would obey or cannot show.
+    r"""The text on one line, with control characters and unprintable characters escaped.
 
-    Names of folders, models and corruptions may hold control characters (``\x1b`` begins a
-    sequence that a terminal obeys) and bytes that are not UTF-8.
+    Names of folders, models and corruptions may contain control characters (``\x1b`` starts a
+    terminal command) and bytes that are not UTF-8.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines: the first column to the left, the others to the right."""
+    """Rows of cells as lines: the first column is left-aligned, the others are right-aligned."""
     shown = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = []
