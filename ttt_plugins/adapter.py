@@ -28,6 +28,7 @@ from .core.registry import SOURCE_STATISTICS, Method, get_method
 from .core.window import Window
 from .data.images import batch_images
 from .errors import InputError
+from .utils.precision import transformed
 
 __all__ = ["Adapter"]
 
@@ -228,11 +229,11 @@ class Adapter(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)
-        for held in (self._tensors, self._params or {}, self._waiting):
+        for held in (self._tensors, self._waiting):
             held.update({name: fn(t) for name, t in held.items()})
+        self._params = self._params and {n: transformed(fn, t) for n, t in self._params.items()}
         self._algorithm = None  # it holds the tensors from before the move
-        if self._state is not None:
-            # A rule chooses its own precision, whatever the model's is.
+        if self._state is not None:  # whose precision the rule chooses, whatever the model's is
             start = self._algorithm_now().init()
             self._state = {n: t.to(start[n].device, start[n].dtype) for n, t in self._state.items()}
         return self

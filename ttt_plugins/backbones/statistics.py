@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..utils.checks import check_choice, check_number
+from ..utils.precision import single
 
 __all__ = [
     "HORIZON",
@@ -173,8 +174,9 @@ def _bounded(count: Tensor | int) -> Tensor | int:
 
 def _moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (C,) of a layer's input (N, C, ...)."""
-    mean, squares = _mean_and_squares(x, (0, *range(2, x.ndim)))
-    return mean, squares * (len(mean) / x.numel())
+    # Sums of squares exceed float16's range.
+    mean, squares = _mean_and_squares(single(x), (0, *range(2, x.ndim)))
+    return mean.to(x.dtype), (squares * (len(mean) / x.numel())).to(x.dtype)
 
 
 def joined(count: Tensor | int, images: int) -> Tensor | int:
@@ -248,12 +250,12 @@ class Feature(NamedTuple):
         """The source's mean (C,) and the reciprocal of its deviation (C,), where there are any.
 
         Args:
-            double: in double precision, whatever the model's is.
+            double: in double precision, whatever the model's is; otherwise at least single.
         """
         if self.norm is None or self.norm.running_mean is None or self.norm.running_var is None:
             return None
         mean, var = self.norm.running_mean, self.norm.running_var
-        mean, var = (mean.double(), var.double()) if double else (mean, var)
+        mean, var = (mean.double(), var.double()) if double else (single(mean), single(var))
         return mean, torch.rsqrt(var + self.norm.eps)
 
 
@@ -269,7 +271,8 @@ def feature_statistics(features: Sequence[Feature], correction: int = 1) -> tupl
     """
     means, deviations = [], []
     for feature in features:
-        var, mean = _Moments.apply(feature.values, feature.axes, correction)
+        # Sums of squares exceed float16's range.
+        var, mean = _Moments.apply(single(feature.values), feature.axes, correction)
         # The square root's slope is infinite at zero (a dead channel, a batch of one).
         std = torch.sqrt(var + 1e-12)
         if (unit := feature.unit()) is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..utils.precision import single
 from .algorithm import Tensors
 
 __all__ = ["describe_tensors", "matching_state"]
@@ -18,7 +19,8 @@ def matching_state(expected: Tensors, state: object) -> Tensors:
 
     Args:
         expected: an adaptation state of the adapter that is to resume.
-        state: a state as `Adapter.adaptation_state` made it, its names in any order.
+        state: a state as `Adapter.adaptation_state` made it, its names in any order. Tensors of
+            half precision, from versions that adapted in the model's own, become float32.
 
     Raises:
         InputError: it belongs to another method, model or parameter choice, or is damaged.
@@ -30,6 +32,8 @@ def matching_state(expected: Tensors, state: object) -> Tensors:
             f"this adaptation state belongs to another adapter: {differing[0]!r} is "
             f"{'missing' if differing[0] in expected else 'unknown here'}"
         )
+    halves = (torch.bfloat16, torch.float16)
+    state = {n: single(t) if t.dtype in halves else t for n, t in state.items()}
     for name, own in expected.items():
         given = state[name]
         if given.shape != own.shape or given.dtype != own.dtype:

@@ -81,6 +81,8 @@ def rotation_logits(
     """Images (N, C, H, W) -> logits (N, 4) of how far each was rotated."""
     rest = {n.removeprefix("rest."): t for n, t in head.items() if n.startswith("rest.")}
     features = call(backbone, params, images, pooled=True, replaced=rest)
+    # A head that adapts is of single precision whatever the model's is.
+    features = features.to(head["head.weight"].dtype)
     return F.linear(features, head["head.weight"], head["head.bias"])
 
 
@@ -119,6 +121,7 @@ def init_byol(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]
 
 def project(head: Mapping[str, Tensor], part: str, x: Tensor) -> Tensor:
     """``part`` ("projector" or "predictor") on (N, D) -> (N, 128)."""
+    x = x.to(head[f"{part}.in.weight"].dtype)
     x = F.linear(x, head[f"{part}.in.weight"], head[f"{part}.in.bias"]).relu()
     return F.linear(x, head[f"{part}.out.weight"], head[f"{part}.out.bias"])
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..utils.precision import single
+
 __all__ = ["all_finite", "cosine_distance", "entropy", "feature_discrepancy", "reliable"]
 
 
@@ -16,7 +18,7 @@ def entropy(logits: Tensor) -> Tensor:
 
     Source: Wang et al., Tent, arXiv 2006.10726, section 3.1.
     """
-    log_p = logits.log_softmax(1)
+    log_p = single(logits).log_softmax(1)
     return -(log_p.exp() * log_p).sum(1)
 
 

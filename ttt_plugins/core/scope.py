@@ -2,6 +2,9 @@
 
 An adapted tensor is either a parameter of the model (``"model.<name>"``), or one factor of a
 low-rank change to one (``"lora.<name>.A"`` and ``".B"``). `call` runs the backbone on them.
+
+Adapted tensors are of single precision at least, because usual steps are smaller than the distance
+between neighbouring numbers in half precision. `call` casts them to the dtype of the model.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from ..backbones.backbone import Backbone
 from ..backbones.norms import norm_parameters
 from ..backbones.stages import classifier_names
 from ..errors import InputError
+from ..utils.precision import single, single_dtype
 
 __all__ = [
     "call",
@@ -138,26 +142,31 @@ def parameters(
 ) -> dict[str, Tensor]:
     """The tensors that adapt, at their start, under the names `call` wants.
 
-    The backbone's own tensors, not copied; or, with ``lora_rank``, the two factors of a change to
-    each: A (rank, inputs) drawn from ``seed``, B (outputs, rank) zero, so that the start is the
-    model itself. Source: Hu et al., LoRA, arXiv 2106.09685, section 4.1.
+    The backbone's own tensors, not copied, or in float32 where they are of half precision; or, with
+    ``lora_rank``, the two factors of a change to each: A (rank, inputs) drawn from ``seed``, B
+    (outputs, rank) zero, so that the start is the model itself.
+    Source: Hu et al., LoRA, arXiv 2106.09685, section 4.1.
     """
     named = dict(backbone.model.named_parameters())
     if not lora_rank:
-        return {_PREFIX + n: named[n].detach() for n in names}
+        return {_PREFIX + n: single(named[n].detach()) for n in names}
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name in names:
         rows, columns = named[name].shape[:2]
         rank = min(lora_rank, rows, columns)
         a = torch.randn(rank, columns, generator=generator) / columns**0.5
-        factors[f"{_LORA}{name}.A"] = a.to(named[name])
-        factors[f"{_LORA}{name}.B"] = named[name].new_zeros(rows, rank)
+        like = single(named[name].detach())
+        factors[f"{_LORA}{name}.A"] = a.to(like)
+        factors[f"{_LORA}{name}.B"] = like.new_zeros(rows, rank)
     return factors
 
 
 def materialise(backbone: Backbone, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adapted tensors -> the model's parameters that differ from its own, by their full names."""
+    """Adapted tensors -> the model's parameters that differ from its own, by their full names.
+
+    They keep the precision in which they adapt, float32 for a model in half precision.
+    """
     whole = {n: t for n, t in params.items() if n.startswith(_PREFIX)}
     factors = [n.removesuffix(".A") for n in params if n.startswith(_LORA) and n.endswith(".A")]
     if factors:
@@ -217,6 +226,7 @@ def call(
     """
     tensors = materialise(backbone, params)
     tensors |= {_PREFIX + n: t for n, t in (replaced or {}).items()}
+    tensors = _in_own_precision(backbone, tensors)
     # functional_call's own ties would put a module's tensors back wrongly where that module is
     # registered in several places: it exchanges them twice and restores the first exchange.
     tensors |= {
@@ -228,13 +238,24 @@ def call(
     return functional_call(backbone, tensors, (images, pooled), tie_weights=False)
 
 
+def _in_own_precision(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their full names, cast to half precision where the model has it."""
+    named = dict(backbone.named_parameters(remove_duplicate=False)) | dict(
+        backbone.named_buffers(remove_duplicate=False)
+    )
+    # Any other difference is the caller's choice.
+    return {
+        n: t.to(named[n].dtype) if n in named and t.dtype == single_dtype(named[n].dtype) else t
+        for n, t in tensors.items()
+    }
+
+
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
     """Tensors -> one vector (n,) of at least single precision, in the mapping's order.
 
-    In half precision the rules' squared gradients would underflow.
+    In half precision the rules' squared gradients would underflow or overflow.
     """
-    vector = torch.cat([t.reshape(-1) for t in tensors.values()])
-    return vector.to(torch.promote_types(vector.dtype, torch.float32))
+    return single(torch.cat([t.reshape(-1) for t in tensors.values()]))
 
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

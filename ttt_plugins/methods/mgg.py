@@ -55,6 +55,7 @@ from ..core.window import OnlineFields
 from ..data.images import batch_images
 from ..errors import ArtifactError, InputError
 from ..utils.checks import check_choice, check_number
+from ..utils.precision import single
 
 __all__ = ["MGG"]
 
@@ -132,9 +133,7 @@ def step_size(config: MGG, source_statistics: tuple[Tensor, Tensor] | None) -> f
 def build(config: MGG, backbone: Backbone, source: Tensors, tensors: Tensors, *_: object) -> Online:
     """Online adaptation whose rule is the learned optimizer, or a hand-made one."""
     slow = {
-        n.removeprefix("memory."): t.to(torch.promote_types(t.dtype, torch.float32))
-        for n, t in tensors.items()
-        if n.startswith("memory.")
+        n.removeprefix("memory."): single(t) for n, t in tensors.items() if n.startswith("memory.")
     }
     statistics = None
     if "source.mean" in tensors:

@@ -50,6 +50,7 @@ from ..core.scope import call
 from ..core.views import BYOL_NUMBERS, byol_view, uniforms
 from ..errors import InputError
 from ..utils.checks import check_choice, check_integer, check_number
+from ..utils.precision import single
 
 __all__ = ["MT3", "byol_loss", "features_loss", "rate_names"]
 
@@ -131,7 +132,7 @@ def build(
     rates = {n.removeprefix(RATE): t for n, t in tensors.items() if n.startswith(RATE)}
     tensors = {n: t for n, t in tensors.items() if not n.startswith(RATE)}
     if config.params == "all" and config.steps > 1:
-        source = source | tensors
+        source = source | {n: single(t) for n, t in tensors.items()}
     lr: float | dict[str, Tensor] = config.lr
     if rates:  # low-rank changes have none
         one = torch.ones((), device=backbone.device)

@@ -56,6 +56,7 @@ from ..core.views import crop_and_flip, quarter_turns, uniforms
 from ..data.images import gather_images
 from ..errors import ArtifactError, InputError
 from ..utils.checks import check_choice, check_integer, check_number
+from ..utils.precision import single
 from .ttt_head import HeadRecipe, fit_head
 
 __all__ = ["TTT"]
@@ -156,7 +157,7 @@ def build(
     moves = config.params == "all" if config.adapt_head is None else config.adapt_head
     if moves:
         statistics = ("running_mean", "running_var")
-        source = source | {n: t for n, t in tensors.items() if not n.endswith(statistics)}
+        source = source | {n: single(t) for n, t in tensors.items() if not n.endswith(statistics)}
     online = config.mode == "online"
     steps = (1 if online else 10) if config.steps is None else config.steps
     task = rotation_task(config, backbone, tensors)

@@ -27,6 +27,7 @@ from ..core.views import BYOL_NUMBERS, SHARED_NUMBERS, byol_view, random_crop, s
 from ..data.images import to_float
 from ..methods.mt3 import RATE, byol_loss
 from ..utils.checks import check_choice, check_integer, check_number, check_seed
+from ..utils.precision import single
 
 __all__ = ["MT3Recipe", "clip_each", "draw_tasks", "meta_gradient", "task_loss"]
 
@@ -153,7 +154,7 @@ def task_loss(
 
     def inner(params, first, second):
         with _precision(first, recipe):
-            return _at_least_single(byol_loss(backbone, params, params, first, second))
+            return single(byol_loss(backbone, params, params, first, second))
 
     start = {n: p for n, p in meta.items() if not n.startswith(RATE)}
     rates = _inner_rates(meta, start, recipe.inner_lr)
@@ -169,7 +170,7 @@ def task_loss(
         moved = descend(moved, clip_each(grads, recipe.clip), rates)
         inner_losses.append(value.detach())
     with _precision(x1, recipe):
-        logits = _at_least_single(call(backbone, moved, images))
+        logits = single(call(backbone, moved, images))
         judged = F.cross_entropy(logits, labels)
         with torch.no_grad():  # only for the log: 4 % of the work
             before = call(backbone, start, images)
@@ -193,10 +194,6 @@ def _precision(images: Tensor, recipe: MT3Recipe):
     if not recipe.autocast:
         return nullcontext()
     return torch.autocast(images.device.type, torch.bfloat16)
-
-
-def _at_least_single(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def draw_tasks(

@@ -1,0 +1,27 @@
+"""Single precision for what half precision cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["single", "single_dtype", "transformed"]
+
+
+def single_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the types of half precision, otherwise the floating-point type itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def single(tensor: Tensor) -> Tensor:
+    """The tensor in float32 if it is of half precision, otherwise the tensor itself."""
+    return tensor.to(single_dtype(tensor.dtype))
+
+
+def transformed(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """``fn(tensor)`` for a move or cast ``fn``; a cast to half precision becomes one to float32."""
+    result = fn(tensor)
+    wanted = single_dtype(result.dtype)
+    return result if result.dtype == wanted else tensor.to(result.device, wanted)
