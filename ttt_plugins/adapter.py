@@ -28,7 +28,6 @@ from .core.registry import SOURCE_STATISTICS, Method, get_method
 from .core.window import Window
 from .data.images import batch_images
 from .errors import InputError
-from .utils.precision import transformed
 
 __all__ = ["Adapter"]
 
@@ -231,7 +230,7 @@ class Adapter(nn.Module):
         super()._apply(fn, recurse)
         for held in (self._tensors, self._waiting):
             held.update({name: fn(t) for name, t in held.items()})
-        self._params = self._params and {n: transformed(fn, t) for n, t in self._params.items()}
+        self._params = self._params and scope.moved(self._params, fn)
         self._algorithm = None  # it holds the tensors from before the move
         if self._state is not None:  # whose precision the rule chooses, whatever the model's is
             start = self._algorithm_now().init()

@@ -10,7 +10,7 @@ between neighbouring numbers in half precision. `call` casts them to the dtype o
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "call",
     "flatten",
     "materialise",
+    "moved",
     "no_recomputation",
     "parameters",
     "select",
@@ -247,6 +248,15 @@ def _in_own_precision(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict
     return {
         n: t.to(named[n].dtype) if n in named and t.dtype == single_dtype(named[n].dtype) else t
         for n, t in tensors.items()
+    }
+
+
+def moved(params: Mapping[str, Tensor], fn: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Adapted tensors after a move or cast ``fn``; a cast to half precision leaves float32."""
+    results = {n: fn(t) for n, t in params.items()}
+    return {
+        n: t if t.dtype == single_dtype(t.dtype) else params[n].to(t.device, single_dtype(t.dtype))
+        for n, t in results.items()
     }
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-__all__ = ["single", "single_dtype", "transformed"]
+__all__ = ["single", "single_dtype"]
 
 
 def single_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -18,10 +16,3 @@ def single_dtype(dtype: torch.dtype) -> torch.dtype:
 def single(tensor: Tensor) -> Tensor:
     """The tensor in float32 if it is of half precision, otherwise the tensor itself."""
     return tensor.to(single_dtype(tensor.dtype))
-
-
-def transformed(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """``fn(tensor)`` for a move or cast ``fn``; a cast to half precision becomes one to float32."""
-    result = fn(tensor)
-    wanted = single_dtype(result.dtype)
-    return result if result.dtype == wanted else tensor.to(result.device, wanted)
