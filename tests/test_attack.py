@@ -68,7 +68,7 @@ def test_a_head_that_diverges(make_model):
 
 
 def test_a_config_that_does_not_fit_comes_before_the_work(make_model, monkeypatch):
-    monkeypatch.setattr("ttt_plugins.train.joint.rotation_logits", None)  # no step is made
+    monkeypatch.setattr("ttt_plugins.methods.ttt_head.rotation_logits", None)  # no step is made
     with pytest.raises(tp.InputError, match="selects nothing"):
         tp.wrap(
             make_model("groupnorm"), "ttt", head="train", data=rand(8, 3, 32, 32), params="nope"

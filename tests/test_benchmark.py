@@ -714,7 +714,7 @@ def test_benchmark_command_end_to_end(robustbench, compact_folder, tmp_path, cap
 def test_train_source_command_makes_an_artifact(tmp_path, monkeypatch, capsys):
     write_parquet(tmp_path / "train.parquet", 20, 3)
     write_parquet(tmp_path / "test.parquet", 5, 4)
-    monkeypatch.setattr("ttt_plugins.cli.train.EXTRA_ROWS", 4)
+    monkeypatch.setattr("ttt_plugins.cli.pictures.EXTRA_ROWS", 4)
     out = tmp_path / "model"
     argv = ["train", "source", "--data-dir", str(tmp_path), "--out", str(out), "--epochs", "1"]
     small = ["--model-args", '{"width": 8, "depth": 8}']

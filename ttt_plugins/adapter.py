@@ -334,8 +334,7 @@ class Adapter(nn.Module):
         """What adapts, the split, statistics, preprocessing and size, and what a step costs."""
         own = sum(p.numel() for p in self.backbone.model.parameters())
         lines = [f"{self.method} around {type(self.backbone.model).__name__} ({own:,} parameters)"]
-        fields = dataclasses.fields(self.config)
-        lines += [f"  {field.name}: {getattr(self.config, field.name)!r}" for field in fields]
+        lines += [f"  {n}: {value!r}" for n, value in dataclasses.asdict(self.config).items()]
         lines += self.backbone.describe()
         if not self.names:
             return "\n".join([*lines, "adapts: nothing; one forward pass a batch"])
@@ -346,8 +345,10 @@ class Adapter(nn.Module):
             lines += self._record.describe(self.config, self.backbone)
         lines += algorithm.describe() + self._window.describe()
         if isinstance(algorithm, Chunked):
-            size = self.input_size
-            lines.append(algorithm.describe_memory(self._last_size if None in size else size))
+            size = self._last_size if None in self.input_size else self.input_size
+            chunk = min((c for key, c in self._chunks.items() if key[0] == size), default=None)
+            algorithm = algorithm if chunk is None else algorithm.with_chunk(chunk)
+            lines.append(algorithm.describe_memory(size))
         return "\n".join([*lines, memory])
 
     def export(self) -> nn.Module:

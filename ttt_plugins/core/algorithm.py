@@ -67,14 +67,14 @@ class Algorithm(Protocol):
 
 
 @runtime_checkable
-class Chunked(Protocol):
+class Chunked(Algorithm, Protocol):
     """An `Algorithm` that adapts to several images at a time, as many as fit into memory."""
 
     def plan(self, image: Tensor) -> int:
         """How many images like this one (1, C, H, W) adapt together; takes as long as a step."""
         ...
 
-    def with_chunk(self, chunk: int) -> Algorithm:
+    def with_chunk(self, chunk: int) -> Chunked:
         """The same algorithm, which adapts to that many images together."""
         ...
 

@@ -63,6 +63,10 @@ class MGGEngine(Engine):
     method = "mgg"
     kept = MappingProxyType({})
 
+    def __init__(self, model: nn.Module, optimization_parameters=None, **options):
+        # Every call is an update, as with torch-ttt's own engines, unless the user says otherwise.
+        super().__init__(model, optimization_parameters, **({"window": 1} | options))
+
     def step(self, net, images):
         """Meta-training of the optimizer."""
         logits, loss, self.sequence = memory_step(net, self.learned(), images, self.sequence)

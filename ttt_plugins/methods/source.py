@@ -15,8 +15,8 @@ class Source(StatisticsFields):
     """The unadapted model.
 
     Attributes:
-        statistics: BatchNorm on ``"source"`` (default), ``"batch"``, ``"mix"`` or ``"stream"`` statistics; with
-            ``"batch"`` this is the batch-statistics baseline (Nado et al., arXiv 2006.10963).
+        statistics: BatchNorm on ``"source"`` (default), ``"batch"``, ``"mix"`` or ``"stream"``
+            statistics; with ``"batch"`` this is the batch-statistics baseline (Nado et al., arXiv 2006.10963).
         prior: images the source statistics count for in ``"mix"``.
     """
 
