@@ -52,8 +52,7 @@ class Adapter(nn.Module):
         forwards: images passed forward through the model so far.
         backwards: images passed backward so far.
         batches: batches adapted to since the last reset.
-        loss: the last batch's mean self-supervised loss before its last update, a scalar tensor;
-            None where there was none.
+        loss: the last batch's mean loss before its last update, a tensor (); None without one.
         checks_pixels: whether a batch is refused that has pixels outside [0, 1] or not finite. On
             an accelerator that check waits for the device; False saves it where the images are
             known to be good. Type, shape and device are always checked.
@@ -339,15 +338,15 @@ class Adapter(nn.Module):
         if not self.names:
             return "\n".join([*lines, "adapts: nothing; one forward pass a batch"])
         algorithm = self._algorithm_now()
-        adapted, memory = describe_tensors(self.names, algorithm.source, algorithm.init())
-        lines.append(adapted)
+        *adapted, memory = describe_tensors(self.names, algorithm.source, algorithm.init())
+        lines += adapted
         if self._record.describe is not None:
             lines += self._record.describe(self.config, self.backbone)
         lines += algorithm.describe() + self._window.describe()
         if isinstance(algorithm, Chunked):
             size = self._last_size if None in self.input_size else self.input_size
-            chunk = min((c for key, c in self._chunks.items() if key[0] == size), default=None)
-            algorithm = algorithm if chunk is None else algorithm.with_chunk(chunk)
+            for chunk in [c for key, c in self._chunks.items() if key[0] == size]:
+                algorithm = algorithm.with_chunk(chunk)
             lines.append(algorithm.describe_memory(size))
         return "\n".join([*lines, memory])
 

@@ -16,7 +16,8 @@ class Source(StatisticsFields):
 
     Attributes:
         statistics: BatchNorm on ``"source"`` (default), ``"batch"``, ``"mix"`` or ``"stream"``
-            statistics; with ``"batch"`` this is the batch-statistics baseline (Nado et al., arXiv 2006.10963).
+            statistics; with ``"batch"`` this is the batch-statistics baseline (Nado et al., arXiv
+            2006.10963).
         prior: images the source statistics count for in ``"mix"``.
     """
 
