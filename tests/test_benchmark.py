@@ -360,7 +360,7 @@ def test_truncated_npz_and_missing_labels(compact_folder, tmp_path, capsys):
         "cifar10", compact_folder, corruptions=["fog"], labels=tmp_path / "labels.parquet"
     )
     assert data.counts["fog", 5] == 20
-    with pytest.raises(DataError, match="has 8 images, 9 are asked for"):
+    with pytest.raises(DataError, match="has 8 images, but 9 are requested"):
         open_dataset(
             "cifar10",
             compact_folder,
@@ -411,7 +411,7 @@ def test_a_truncated_npy_is_found_before_the_first_image(robustbench, tmp_path, 
 
 
 def test_too_many_examples_and_unknown_names(robustbench, big_folder, tmp_path):
-    with pytest.raises(DataError, match="10000 images, 10001 are asked for"):
+    with pytest.raises(DataError, match="10000 images, but 10001 are requested"):
         open_dataset("cifar10", big_folder, corruptions=["fog"], n_examples=10_001)
     for change, message in (
         ({"corruptions": ["frog"]}, "unknown corruption 'frog'"),
@@ -563,7 +563,7 @@ def test_a_full_disk_leaves_what_was_there(finished, monkeypatch):
 
 def test_out_that_cannot_be_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot make this folder"):
+    with pytest.raises(InputError, match="cannot create this folder"):
         run_benchmark(FakeAdapter(), memory_data({("fog", 5): 3}), out=tmp_path / "file" / "out")
 
 

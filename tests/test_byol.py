@@ -219,8 +219,8 @@ def test_from_joint_training_to_meta_training(data, tmp_path, monkeypatch, capsy
     assert json.loads((out / "config.json").read_text())["training"]["chosen"]["epoch"] == 1
     capsys.readouterr()
     for more, words in (
-        (["--batch-size", "8"], "--batch-size has no meaning without --joint"),
-        (["--joint", "--tasks", "2"], "--tasks has no meaning with --joint"),
+        (["--batch-size", "8"], "--batch-size has no effect without --joint"),
+        (["--joint", "--tasks", "2"], "--tasks has no effect with --joint"),
         (["--extras-images", "0"], "--extras-images must be at least 1"),
     ):
         assert main([*base, "--out", str(tmp_path / "no"), *more]) == 2

@@ -93,9 +93,9 @@ def test_label_sets_are_timms():
         assert [label_set("imagenet-1k")[i] for i in chosen] == list(label_set(name))
     assert label_set("imagenet-1k") == tuple(ImageNetInfo().label_names())
     assert LABEL_SETS == ("imagenet-1k", "imagenet-a", "imagenet-r")
-    with pytest.raises(InputError, match="no set of labels 'imagenet-q'"):
+    with pytest.raises(InputError, match="unknown set of labels 'imagenet-q'"):
         label_set("imagenet-q")
-    with pytest.raises(InputError, match="no part of"):
+    with pytest.raises(InputError, match="is not a subset of"):
         positions("imagenet-r", "imagenet-a")
 
 

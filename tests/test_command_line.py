@@ -136,7 +136,7 @@ def test_a_benchmark_spoils_no_artifact(more, here, no_work, refused):
 @pytest.mark.parametrize("out", ["file", "file/below", "a\0b", "x" * 300])
 def test_a_benchmark_into_no_folder(out, here, no_work, refused):
     (here / "file").write_text("mine")
-    assert "cannot make this folder" in refused(*benchmark("--method", "tent", out=out))
+    assert "cannot create this folder" in refused(*benchmark("--method", "tent", out=out))
 
 
 @pytest.mark.parametrize("more", [["--compile", "nope"], ["--overwrite", "--compile", "nope"]])
@@ -172,7 +172,7 @@ def test_a_demo_into_no_folder(out, here, monkeypatch, refused):
 
     monkeypatch.setattr("ttt_plugins.demo.compare", work)
     (here / "file").write_text("mine")
-    assert "cannot make this folder" in refused("demo", "--out", out)
+    assert "cannot create this folder" in refused("demo", "--out", out)
 
 
 # -- --set -------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_where_a_training_cannot_write(kind, out, words, here, no_work, refused)
 @pytest.mark.parametrize("kind", [kind for kind in TRAININGS if kind != "head"])
 def test_where_checkpoints_cannot_go(kind, here, no_work, refused):
     (here / "out-training").write_text("mine")
-    assert "out-training is to hold the training's checkpoints" in refused(*train(kind))
+    assert "out-training must hold the training's checkpoints" in refused(*train(kind))
     (here / "out-training").unlink()
     (here / "out-training" / "checkpoint.pt").mkdir(parents=True)
     for more in ([], ["--resume"]):

@@ -67,7 +67,7 @@ def test_the_table_by_hand(folders):
     losses = [cell["loss"] for cell in found[0]["cells"]]
     assert table["loss in nats"][1] == f"{sum(losses) / len(losses):.3f}"
     assert table["forwards per image"] == ["1.00"] * 3
-    assert table["backwards an image"] == ["0.00", "1.00", "1.00"]
+    assert table["backwards per image"] == ["0.00", "1.00", "1.00"]
     assert table["mCE"] == ["-"] * 3
     assert table["clean"] == ["-"] * 3
 

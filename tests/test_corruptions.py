@@ -114,7 +114,7 @@ def test_other_floats_keep_their_type(dtype):
     [
         ((torch.zeros(3, 8, 8), "saturate", 1), r"must be \(B, 3, H, W\)"),
         ((torch.zeros(1, 3, 8, 8, dtype=torch.int64), "saturate", 1), "uint8 or floats"),
-        ((torch.zeros(1, 3, 8, 8), "snow", 1), "no corruption 'snow'"),
+        ((torch.zeros(1, 3, 8, 8), "snow", 1), "unknown corruption 'snow'"),
         ((torch.zeros(1, 3, 8, 8), "saturate", 6), "severity"),
         ((torch.zeros(1, 3, 8, 8), "saturate", True), "severity"),
     ],

@@ -185,7 +185,7 @@ def _begun(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{out}: cannot make this folder ({error.strerror})") from error
+        raise InputError(f"{out}: cannot create this folder ({error.strerror})") from error
     with FileLock(out) as lock, contextlib.ExitStack() as stack:
         leading = worker is None or stack.enter_context(worker.main_process_first())
         if leading:
