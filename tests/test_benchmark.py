@@ -599,7 +599,7 @@ def test_a_missing_robustbench_is_explained(monkeypatch):
     [
         (ModuleNotFoundError("No module named 'pkg_resources'"), "setuptools>=77.0.3,<82"),
         (RuntimeError("operator torchvision::nms does not exist"), "torch .* and torchvision"),
-        (ImportError("cannot import name 'x' from 'timm'"), "beside robustbench .* timm"),
+        (ImportError("cannot import name 'x' from 'timm'"), "together with robustbench .* timm"),
     ],
 )
 def test_pairs_of_versions_that_cannot_work_are_named(error, message, monkeypatch):
