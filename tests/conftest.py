@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from ttt_plugins.core.registry import get_method
 # These models are too small for a second thread to help, and on busy cores threads that wait for
 # each other made the suite five times slower.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 KINDS = ("batchnorm", "groupnorm", "layernorm")
 
