@@ -16,6 +16,7 @@ from ttt_plugins.core.schedules import cosine
 from ttt_plugins.data.cifar10 import EXTRA_ROWS
 from ttt_plugins.data.images import LabelledImages, to_float
 from ttt_plugins.train import mgg as meta
+from ttt_plugins.train import network
 from ttt_plugins.train import source as supervised
 from ttt_plugins.train.byol import ByolRecipe, train_byol
 from ttt_plugins.train.joint import JointRecipe, train_joint
@@ -90,7 +91,7 @@ def test_source_training_resumes_bit_for_bit(optimizer, tmp_path, monkeypatch):
     )
     with monkeypatch.context() as patch:
         # The accuracy is measured after an epoch's steps and before its checkpoint.
-        interrupt_after(patch, supervised, "accuracy", 1)
+        interrupt_after(patch, network, "accuracy", 1)
         with pytest.raises(Interrupted):
             supervised.train_source(recipe, train, test, tmp_path / "broken", progress=False)
     torch.manual_seed(1234)  # a new process draws from elsewhere
@@ -282,7 +283,7 @@ def test_images_of_a_size_that_the_model_does_not_take(kind, more, tmp_path, cap
     (said,) = capsys.readouterr().err.splitlines()
     assert "cannot take images of shape (3, 32, 32)" in said
     assert "(3, 224, 224)" in said
-    assert "train on images that vit_tiny_patch16_224 takes" in said
+    assert "train on images that vit_tiny_patch16_224 accepts" in said
     assert not list(tmp_path.iterdir())
 
 
