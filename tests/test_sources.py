@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import shutil
 import pickle
 import tempfile
 import tracemalloc
@@ -507,16 +508,17 @@ def test_an_array_is_mapped_and_sent_as_its_path(tmp_path):
 
 def test_what_is_unpacked_goes_with_its_source(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", images=PIXELS)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    # A short path: the sockets of worker processes are there too, and theirs have a limit.
+    temporary = tempfile.mkdtemp()
+    monkeypatch.setattr(tempfile, "tempdir", temporary)
     loader = ImageLoader(open_images(tmp_path / "a.npz"), workers=2, batch_size=2)
     for _ in range(2):  # the processes of the first round are gone, the file is not
         assert sum(len(b.images) for b in loader) == 9
     assert os.listdir(temporary)
     del loader
     gc.collect()
-    assert not os.listdir(temporary)
+    assert not [name for name in os.listdir(temporary) if not name.startswith("pymp-")]
+    shutil.rmtree(temporary)
 
 
 # -- transforms --------------------------------------------------------------------------------
