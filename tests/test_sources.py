@@ -3,8 +3,8 @@
 import gc
 import io
 import os
-import shutil
 import pickle
+import shutil
 import tempfile
 import tracemalloc
 
