@@ -15,14 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .artifacts.publish import publish
 from .artifacts.saving import save_pretrained
 from .backbones.backbone import Backbone
+from .backbones.sharing import ordinary
+from .backbones.shell import Shell
 from .core import scope
 from .core.adaptation_state import describe_tensors, matching_state
 from .core.algorithm import Algorithm, Chunked, Outcome, Tensors
-from .core.inputs import check_images, check_pixels, knows_normalisation, pixels_of, refused_sizes
+from .core.inputs import (
+    check_images,
+    check_pixels,
+    knows_normalisation,
+    pixels_of,
+    refuse_tracing,
+    refused_sizes,
+)
 from .core.pictures import is_source
 from .core.registry import SOURCE_STATISTICS, Method, get_method
 from .core.window import Window
@@ -35,7 +45,7 @@ __all__ = ["Adapter"]
 _LOOK_EVERY = 64
 
 
-class Adapter(nn.Module):
+class Adapter(Shell):
     """A classifier that adapts itself to the images it classifies.
 
     Made by `ttt_plugins.wrap` and `ttt_plugins.from_pretrained`. It behaves the same in train and
@@ -178,6 +188,8 @@ class Adapter(nn.Module):
 
     def _checked(self, images: Tensor) -> Tensor:
         """The pixels in [0, 1] of a batch, whose normalisation is undone where it has one."""
+        if self.names:
+            refuse_tracing()
         check_images(self.backbone, images)
         if self.normalized_input:
             images = pixels_of(self.backbone, images)
@@ -225,6 +237,7 @@ class Adapter(nn.Module):
             return dict(algorithm.source), algorithm.init()
         return self._params, self._state
 
+    @torch.inference_mode(False)
     def _apply(self, fn, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)
         for held in (self._tensors, self._waiting):
@@ -241,23 +254,14 @@ class Adapter(nn.Module):
         return self.__dict__ | {"_algorithm": None, "_record": self.method}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # What was copied or loaded in inference mode could not adapt.
+        state = tree_map_only(Tensor, ordinary, state)
         super().__setstate__(state | {"_record": get_method(state["_record"])})
-
-    def train(self, mode: bool = True) -> Adapter:  # noqa: ARG002 - nn.Module's signature
-        """Accepted and without effect: an adapter behaves the same in both modes."""
-        return super().train(False)
 
     def reset(self) -> None:
         """Back to the source, bit for bit; costs nothing but dropping the adapted tensors."""
         self._params = self._state = self.loss = None
         self._waiting, self.batches = {}, 0
-
-    def load_state_dict(self, *_: Any, **__: Any) -> Any:
-        """Refused: the weights are shared with the wrapped model, which is never written."""
-        raise InputError(
-            "an adapter shares its model's weights: load them into the model before wrapping it, "
-            "or use load_adaptation_state for what was adapted"
-        )
 
     def adaptation_state(self) -> dict[str, Tensor]:
         """Everything that changed since the source, as a flat dict of tensors to save."""
@@ -319,16 +323,6 @@ class Adapter(nn.Module):
 
     # -- looking at it -------------------------------------------------------------------
 
-    @property
-    def num_classes(self) -> int | None:
-        """Number of classes, None while unknown (a bare module before its first batch)."""
-        return self.backbone.num_classes
-
-    @property
-    def input_size(self) -> tuple[int, int | None, int | None]:
-        """(C, H, W) the model was made for; None where a bare module does not say."""
-        return self.backbone.input_size
-
     def describe(self) -> str:
         """What adapts, the split, statistics, preprocessing and size, and what a step costs."""
         own = sum(p.numel() for p in self.backbone.model.parameters())
@@ -350,6 +344,7 @@ class Adapter(nn.Module):
             lines.append(algorithm.describe_memory(size))
         return "\n".join([*lines, memory])
 
+    @torch.inference_mode(False)
     def export(self) -> nn.Module:
         """An independent module holding the adapted parameters: images in [0, 1] -> logits."""
         plain = copy.deepcopy(self.backbone)

@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ..errors import InputError
 from .norms import BATCH_NORMS, batch_norms, channel_axis, fixed_norms, tapped_modules
 from .preprocessing import input_size, preprocessing
 from .quirks import caches, prepare, recurrent
-from .sharing import share_structure, tied_parameters
+from .sharing import leave_inference_mode, share_structure, tied_parameters
 from .stages import classifier_names, inner, pooled_features
 from .statistics import Feature, NormStatistics, joined
 
@@ -275,6 +275,14 @@ class Backbone(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"lock": threading.RLock()})
+        leave_inference_mode(self)  # where it was copied or loaded
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refused: ``torch.jit.script`` cannot compile what is done here."""
+        raise InputError(
+            "torch.jit.script cannot compile an exported classifier: use torch.jit.trace or "
+            "torch.export"
+        )
 
     # -- BatchNorm statistics ------------------------------------------------------------
 

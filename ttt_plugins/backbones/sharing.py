@@ -3,25 +3,57 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .quirks import caches
 
-__all__ = ["share_structure", "tied_parameters"]
+__all__ = ["leave_inference_mode", "ordinary", "share_structure", "tied_parameters"]
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy if it was created in inference mode: no graph takes those."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+def leave_inference_mode(model: nn.Module) -> None:
+    """Replace a module's tensors that were created in inference mode; ties are kept."""
+    replaced: dict[int, Tensor] = {}
+    for module in model.modules():
+        places: Any = (module._parameters, module._buffers, vars(module))
+        for held in places:
+            for name, tensor in held.items():
+                if not isinstance(tensor, Tensor) or not tensor.is_inference():
+                    continue
+                if id(tensor) not in replaced:
+                    new = ordinary(tensor.detach())
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                    replaced[id(tensor)] = new
+                held[name] = replaced[id(tensor)]
 
 
 def share_structure(model: nn.Module) -> nn.Module:
-    """Copy the module objects of ``model`` while sharing the storage of every tensor."""
+    """Copy the module objects of ``model`` while sharing the storage of every tensor.
+
+    Tensors created in inference mode are copied, because adaptation could not differentiate.
+    """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         # A Parameter object of its own: `.to()` rebinds our data, not the user's.
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(ordinary(parameter.detach()), requires_grad=False)
     for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach()
+        memo[id(buffer)] = ordinary(buffer.detach())
     # A cache may hold tensors of a graph, which cannot be copied.
     memo |= {id(cache): {} for cache in caches(model)}
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    leave_inference_mode(copied)  # further tensors, which are attributes
+    return copied
 
 
 def tied_parameters(model: nn.Module) -> dict[str, list[str]]:

@@ -11,7 +11,14 @@ from torch import Tensor
 from ..backbones.backbone import Backbone
 from ..errors import InputError, TTTError
 
-__all__ = ["check_images", "check_pixels", "knows_normalisation", "pixels_of", "refused_sizes"]
+__all__ = [
+    "check_images",
+    "check_pixels",
+    "knows_normalisation",
+    "pixels_of",
+    "refuse_tracing",
+    "refused_sizes",
+]
 
 #: How far outside [0, 1] a pixel may lie before it is taken for a mistake (resampling overshoots).
 _RANGE_SLACK = 0.05
@@ -86,6 +93,16 @@ def pixels_of(backbone: Backbone, images: Tensor) -> Tensor:
     pixels = images * backbone.std + backbone.mean
     eight_bit = (pixels * 255).round() / 255
     return torch.where((pixels - eight_bit).abs() < 1e-5, eight_bit, pixels)
+
+
+def refuse_tracing() -> None:
+    """Raise `InputError` if a program is being recorded, which could not hold gradient steps."""
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if tracing or torch.compiler.is_exporting():
+        raise InputError(
+            "an adapter cannot be traced or exported, because its forward pass takes gradient "
+            "steps: call export() and trace or export the module that it returns"
+        )
 
 
 @contextmanager

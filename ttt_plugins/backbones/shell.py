@@ -1,0 +1,63 @@
+"""What an adapter answers to code that knows only ``nn.Module``."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .backbone import Backbone
+
+__all__ = ["Shell"]
+
+T = TypeVar("T", bound="Shell")
+
+
+class Shell(nn.Module):
+    """A module around a `Backbone`, which is always in eval mode and whose weights are shared.
+
+    Attributes:
+        backbone: the classifier.
+    """
+
+    backbone: Backbone
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, None while unknown (a bare module before its first batch)."""
+        return self.backbone.num_classes
+
+    @property
+    def input_size(self) -> tuple[int, int | None, int | None]:
+        """(C, H, W) the model was made for; None where a bare module does not say."""
+        return self.backbone.input_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where it takes images."""
+        return self.backbone.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's parameters; images are cast to it."""
+        return self.backbone.dtype
+
+    def train(self: T, mode: bool = True) -> T:  # noqa: ARG002 - nn.Module's signature
+        """Accepted and without effect: an adapter behaves the same in both modes."""
+        return super().train(False)
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Refused: the weights are shared with the wrapped model, which is never written."""
+        raise InputError(
+            "an adapter shares its model's weights: load them into the model before wrapping it, "
+            "or use load_adaptation_state for what was adapted"
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refused: ``torch.jit.script`` cannot express gradient steps."""
+        raise InputError(
+            "an adapter cannot be scripted, because its forward pass takes gradient steps: call "
+            "export() and pass the module that it returns to torch.export or torch.jit.trace"
+        )
