@@ -6,7 +6,7 @@ from torch import nn
 
 import ttt_plugins as tp
 from ttt_plugins import testing
-from ttt_plugins.backbones.statistics import HORIZON
+from ttt_plugins.backbones.stream import CLUSTERING, GROUPS, HORIZON, Stream
 from ttt_plugins.testing import all_equal, same_state
 
 PRIOR = 5.0
@@ -33,34 +33,63 @@ def model():
 
 
 class PlainLoop:
-    """The estimate of `OneNorm`, restated: counts, means and variances batch after batch."""
+    """The statistics of `OneNorm`, restated image by image, in lists and plain numbers.
 
-    def __init__(self, norm):
-        self.source = norm.running_mean.clone(), norm.running_var.clone()
-        self.count, self.mean, self.var = 0, torch.zeros(3).double(), torch.zeros(3).double()
+    Classes are groups of their own here, because there are fewer than `GROUPS`.
+    """
 
-    def see(self, x):
-        before, total = min(self.count, HORIZON), min(self.count, HORIZON) + len(x)
-        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-        both = (before * self.mean + len(x) * mean) / total
-        self.var = (
-            before * (self.var + (self.mean - both) ** 2) + len(x) * (var + (mean - both) ** 2)
-        ) / total
-        self.mean, self.count = both, total
+    def __init__(self, net):
+        self.net, norm = net, net.backbone.model.norm
+        self.mean, self.var = norm.running_mean.clone(), norm.running_var.clone()
+        self.groups = [(0.0, torch.zeros(3).double(), torch.zeros(3).double())] * 10
+        self.repeats = None
 
-    def moments(self):
-        own = (self.mean, self.var)
-        return [
-            (PRIOR * s + self.count * t) / (PRIOR + self.count)
-            for s, t in zip(self.source, own, strict=True)
+    def repeats_of(self, labels):
+        pairs = [a == b for i, a in enumerate(labels) for j, b in enumerate(labels) if i != j]
+        excess = sum(pairs) / max(1, len(pairs)) - 0.1
+        return max(0.0, excess / 0.9), len(pairs)
+
+    def logits(self, x):
+        model, n = self.net.backbone.model, len(x)
+        if self.repeats is None and n >= 8:
+            self.repeats = self.repeats_of(self.net.backbone.source_logits(x).argmax(1).tolist())[0]
+        repeats = self.repeats or 0.0
+        batch = n / (1 + (n - 1) * CLUSTERING * repeats)
+        parts = [(batch, x.mean((0, 2, 3)), x.square().mean((0, 2, 3)))] + [
+            (min(count, HORIZON / 10), mean, square) for count, mean, square in self.groups
         ]
-
-    def logits(self, model, x):
-        mean, var = (t.view(3, 1, 1) for t in self.moments())
-        norm = model.norm
-        z = (x - mean) / (var + norm.eps).sqrt() * norm.weight.view(3, 1, 1)
+        total = sum(count for count, *_ in parts)
+        mean, square = (sum((p[0] * p[i] for p in parts), torch.zeros(3)) / total for i in (1, 2))
+        excess = 0.0
+        if total > batch:
+            alike = [0.1 + 0.9 * repeats] + [1.0] * 10
+            pairs = sum(p[0] ** 2 * a for p, a in zip(parts, alike, strict=True)) - total
+            excess = max(0.0, pairs / max(1, total * (total - 1)) - 0.1)
+        effective = total / (1 + total * CLUSTERING * excess)
+        share = effective / (effective + PRIOR)
+        own = (1 - share) * self.mean + share * mean
+        var = (1 - share) * self.var + share * (square - mean.square())
+        norm, of = model.norm, (1, 3, 1, 1)
+        z = (x - own.view(of)) / (var.view(of) + norm.eps).sqrt() * norm.weight.view(of)
         with torch.no_grad():
-            return model.head((z + norm.bias.view(3, 1, 1)).square().mean((2, 3)))
+            out = model.head((z + norm.bias.view(of)).square().mean((2, 3)))
+        self.join(x, out.argmax(1).tolist())
+        return out
+
+    def join(self, x, labels):
+        old = [(min(count, HORIZON / 10), m, s) for count, m, s in self.groups]
+        for image, label in zip(x, labels, strict=True):
+            count, mean, square = old[label]
+            new = image.mean((1, 2)), image.square().mean((1, 2))
+            old[label] = (
+                count + 1,
+                (count * mean + new[0]) / (count + 1),
+                (count * square + new[1]) / (count + 1),
+            )
+        self.groups = old
+        now, pairs = self.repeats_of(labels)
+        share = 1.0 if self.repeats is None else pairs / (pairs + 2 * GROUPS)
+        self.repeats = now * share + (self.repeats or 0.0) * (1 - share)
 
 
 def net_of(model, method="source", **fields):
@@ -69,14 +98,16 @@ def net_of(model, method="source", **fields):
 
 def test_it_equals_a_plain_loop(model, images):
     """Over more images than the estimate reaches back, in batches of every size."""
-    net, still, loop = net_of(model), net_of(model, "tent", lr=0.0, window=7), PlainLoop(model.norm)
+    net, still = net_of(model), net_of(model, "tent", lr=0.0, window=7)
+    loop = PlainLoop(net)
     for seed, n in enumerate([1, 6, 2, HORIZON, 1, 40, 3]):
         x = images(n, seed, torch.float64)
-        loop.see(x)
-        expected = loop.logits(model, x)
+        expected = loop.logits(x)
         assert torch.allclose(net(x), expected, atol=1e-6)
         assert torch.allclose(still(x), expected, atol=1e-6)
-    assert net.adaptation_state()["statistics.count"] == loop.count
+    counts = torch.tensor([count for count, *_ in loop.groups]).double()
+    assert torch.allclose(net.adaptation_state()["statistics.counts"].double(), counts)
+    assert (counts > 1).sum() > 1
 
 
 def test_the_first_batch_is_seen_as_with_mix(make_model, images):
@@ -118,7 +149,7 @@ def test_images_join_once(make_model, make_net, images):
         for seed in range(6):
             net(images(2, seed))
         net(images(5, 7))
-        assert net.adaptation_state()["statistics.count"] == 17
+        assert net.adaptation_state()["statistics.counts"].sum() == 17
 
 
 def test_the_source_alone_stops_and_goes_on(make_model, images):
@@ -133,15 +164,48 @@ def test_the_source_alone_stops_and_goes_on(make_model, images):
 
 
 def test_an_exported_model_keeps_the_estimate(model, images):
-    net, loop = net_of(model), PlainLoop(model.norm)
+    net, other = net_of(model), images(2, 1, torch.float64)
     before = model.norm.running_mean.clone()
-    x = images(6, 0, torch.float64)
-    loop.see(x)
-    net(x)
-    other = images(2, 1, torch.float64)
+    net(images(200, 0, torch.float64))
+    exported = net.export()
     with torch.no_grad():
-        assert torch.allclose(net.export()(other), loop.logits(model, other), atol=1e-6)
+        expected = exported(other)
+        together = exported(torch.cat([other, 1 - other]))[:2]
+        assert torch.allclose(together, expected, atol=1e-9), "a batch joins"
+    assert torch.allclose(net(other[:1]), expected[:1], atol=0.05)
+    assert not torch.allclose(net_of(model)(other[:1]), expected[:1], atol=0.05)
     assert torch.equal(model.norm.running_mean, before)
+
+
+def test_an_image_that_is_no_number_joins_nothing(model, images):
+    net, clean = net_of(model), net_of(model)
+    net.checks_pixels = False
+    x = images(12, 0, torch.float64)
+    net(torch.cat([x, x[:1] / 0]))
+    clean(x)
+    ours, theirs = net.adaptation_state(), clean.adaptation_state()
+    assert torch.equal(ours["statistics.counts"], theirs["statistics.counts"])
+    assert all(torch.isfinite(t).all() for t in ours.values())
+    assert torch.isfinite(net(x)).all()
+
+
+def test_a_stream_sorted_by_class_moves_little(model):
+    """Images of one class say more of the class than of the shift."""
+
+    def moved(labels):
+        stream = Stream({}, 16.0)
+        stream.start(torch.eye(10)[labels])
+        x = 1 + 0.1 * torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        stream.choose("norm", x, 32, (torch.zeros(3), torch.ones(3)))
+        later = Stream(stream.joined(torch.eye(10)[labels]), 16.0)
+        return [
+            s.choose("norm", x, 32, (torch.zeros(3), torch.ones(3)))[0] for s in (stream, later)
+        ]
+
+    several, one = moved(torch.arange(32) % 10), moved(torch.full((32,), 3))
+    for many, few in zip(several, one, strict=True):
+        assert many.min() > 0.5
+        assert few.max() < 0.15
 
 
 def test_damaged_estimates_are_refused(make_model, images):
@@ -149,8 +213,8 @@ def test_damaged_estimates_are_refused(make_model, images):
     net = tp.wrap(model, "source", statistics="stream")
     net(images(3))
     state = net.adaptation_state()
-    name = next(n for n in state if n.startswith("statistics.") and n != "statistics.count")
-    for wrong, message in ((state[name][:1], "unknown here"), (state[name] / 0, "not finite")):
+    name = next(n for n in state if n.startswith("statistics.") and state[n].ndim == 3)
+    for wrong, message in ((state[name][:, :1], "unknown here"), (state[name] / 0, "not finite")):
         with pytest.raises(tp.InputError, match=message):
             net.load_adaptation_state(state | {name: wrong})
     with pytest.raises(tp.InputError, match="unknown here"):

@@ -127,9 +127,9 @@ class Adapter(Shell):
 
     def _predict(self, images: Tensor) -> Tensor:
         if self._record.build is None:
-            with torch.no_grad(), self.backbone.streaming(self._waiting) as estimate:
+            with torch.no_grad(), self.backbone.streaming(self._waiting, images) as stream:
                 logits = self.backbone(images)
-            self._waiting = estimate
+            self._waiting = stream.joined(logits)
             self.forwards += len(images)
             return logits
         with torch.no_grad():

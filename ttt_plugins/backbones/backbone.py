@@ -23,15 +23,12 @@ from .preprocessing import input_size, preprocessing
 from .quirks import caches, prepare, recurrent
 from .sharing import leave_inference_mode, share_structure, tied_parameters
 from .stages import classifier_names, inner, pooled_features
-from .statistics import Feature, NormStatistics, joined
+from .statistics import Feature, NormStatistics
+from .stream import Stream
 
-__all__ = ["STREAM", "Backbone"]
+__all__ = ["Backbone"]
 
 _SOURCE = NormStatistics()
-
-#: What the names of a running estimate's tensors begin with.
-STREAM = "statistics."
-_COUNT = STREAM + "count"
 
 
 class Backbone(nn.Module):
@@ -120,10 +117,8 @@ class Backbone(nn.Module):
         self.statistics, self._images = statistics, 0
         self._norm_names = {m: n for n, m in batch_norms(self.model).items()}
         self._batch_norms = list(self._norm_names)
-        # The stream's estimate before and after the batch at hand; see `streaming`.
-        self._estimate: dict[str, Tensor] = {}
-        self._folded: dict[str, Tensor] = {}
-        self._in_stream = False
+        self._stream: Stream | None = None  # see `streaming`
+        self._as_source = False
         self._at_rest: dict[nn.modules.batchnorm._BatchNorm, tuple[Tensor, Tensor]] = {}
         if statistics.kind != "source":
             for module in self._batch_norms:
@@ -174,8 +169,6 @@ class Backbone(nn.Module):
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
             self._rest()
-            if not self._in_stream:
-                self._folded = {}
             for cache in self._caches:  # the next call comes with other parameters
                 cache.clear()
         if self._distilled and isinstance(out, (tuple, list)) and len({o.shape for o in out}) == 1:
@@ -298,73 +291,64 @@ class Backbone(nn.Module):
             assert module.running_mean is not None
             assert module.running_var is not None
             self._at_rest[module] = module.running_mean, module.running_var
-        if self.statistics.kind == "stream":
-            chosen = self._stream_statistics(module, args[0])
+        own = self._at_rest[module]
+        if self._as_source:
+            chosen = own
+        elif self.statistics.kind == "stream":
+            stream = self._stream or Stream({}, self.statistics.prior)
+            chosen = stream.choose(self._norm_names[module], args[0], self._images, own)
         else:
-            chosen = self.statistics.moments(args[0], *self._at_rest[module], self._images)
+            chosen = self.statistics.moments(args[0], *own, self._images)
         module.running_mean, module.running_var = (None, None) if chosen is None else chosen
 
-    def _stream_statistics(
-        self, module: nn.modules.batchnorm._BatchNorm, x: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The batch joins the stream's estimate, once in a `streaming` block."""
-        name, before = STREAM + self._norm_names[module], self._estimate
-        own, folded = self._at_rest[module], self._folded
-        count = before.get(_COUNT, 0)
-        if name not in folded:
-            folded[name] = self.statistics.running(x, self._images, before.get(name), count)
-            if _COUNT not in folded:
-                total = joined(count, self._images)
-                folded[_COUNT] = torch.as_tensor(total, dtype=torch.int64, device=self.device)
-        return self.statistics.with_source(folded[name].to(own[0]), folded[_COUNT], *own)
+    @torch.no_grad()
+    def source_logits(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> the unadapted model's logits, on its own statistics."""
+        self._as_source = True
+        try:
+            return self(images)
+        finally:
+            self._as_source = False
 
     @contextmanager
-    def streaming(self, estimate: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Normalise with a running estimate over a stream, where ``"stream"`` is chosen.
+    def streaming(self, estimate: Mapping[str, Tensor], images: Tensor) -> Iterator[Stream]:
+        """Normalise with an estimate over a stream, where ``"stream"`` is chosen.
 
-        A batch joins a layer's estimate in the layer's first run inside the block; further passes,
-        at other parameters or on a window of images that were already seen, use what came of it.
         Outside such a block a batch joins no images at all, which makes ``"stream"`` ``"mix"``.
 
         Args:
-            estimate: what the last block yielded; nothing at the start of a stream.
+            estimate: of the batches before, as `Stream.joined` returned it.
+            images: the batch, (B, C, H, W) in [0, 1].
 
         Yields:
-            the new estimate, complete after the passes; empty for other statistics.
+            the stream, which the batch may join once it is predicted.
         """
-        self._estimate = {n: t for n, t in estimate.items() if n.startswith(STREAM)}
-        self._folded = folded = {}
-        self._in_stream = True
+        stream = Stream(estimate, self.statistics.prior)
+        if self.statistics.kind == "stream" and self._batch_norms:
+            if stream.needs_start(len(images)):
+                stream.start(self.source_logits(images))
+            self._stream = stream
         try:
-            yield folded
+            yield stream
         finally:
-            self._estimate, self._folded, self._in_stream = {}, {}, False
+            self._stream = None
 
-    def check_stream(self, name: str, tensor: Tensor) -> None:
-        """Refuse a tensor that can be no part of a running estimate of this network.
-
-        Raises:
-            InputError: it cannot.
-        """
-        shapes = {STREAM + n: (2, m.num_features) for m, n in self._norm_names.items()}
-        if self.statistics.kind != "stream" or tensor.shape != ({_COUNT: ()} | shapes).get(name):
-            raise InputError(
-                f"this adaptation state belongs to another adapter: {name!r} of shape "
-                f"{tuple(tensor.shape)} is unknown here"
-            )
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"this adaptation state is damaged: {name!r} is not finite")
+    @property
+    def streamed(self) -> dict[str, int]:
+        """Channels of the layers that a stream has statistics of, by name."""
+        if self.statistics.kind != "stream":
+            return {}
+        return {n: int(m.num_features) for m, n in self._norm_names.items()}
 
     def freeze_statistics(self, estimate: Mapping[str, Tensor]) -> None:
         """Normalise with a stream's estimate as it is from now on, whatever comes."""
         if self.statistics.kind != "stream":
             return
+        stream = Stream(estimate, self.statistics.prior)
         for module, name in self._norm_names.items():
             mean, var = module.running_mean, module.running_var
-            if STREAM + name in estimate and isinstance(mean, Tensor) and isinstance(var, Tensor):
-                module.running_mean, module.running_var = self.statistics.with_source(
-                    estimate[STREAM + name], estimate[_COUNT], mean, var
-                )
+            if isinstance(mean, Tensor) and isinstance(var, Tensor):
+                module.running_mean, module.running_var = stream.at_rest(name, (mean, var))
         self.statistics = _SOURCE
 
     def _rest(self) -> None:

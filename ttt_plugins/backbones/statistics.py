@@ -15,19 +15,14 @@ from ..utils.checks import check_choice, check_number
 from ..utils.precision import single
 
 __all__ = [
-    "HORIZON",
     "Feature",
     "NormStatistics",
     "StatisticsFields",
     "feature_statistics",
     "feature_sums",
-    "joined",
 ]
 
 _KINDS = ("source", "batch", "mix", "stream")
-
-#: Images that a running estimate counts for at most when the next batch joins it.
-HORIZON = 256
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class NormStatistics:
     Attributes:
         kind: ``"source"`` (the running statistics), ``"batch"``, ``"mix"``, the two averaged
             (Schneider et al. 2020, arXiv 2006.16971, equation 1), or ``"stream"``, as ``"mix"``
-            with a running estimate over the stream in place of the batch (`running`).
+            with an estimate over the stream in place of the batch (`backbones.stream`).
         prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``,
             at least 0; a batch counts for as many as it has.
 
@@ -93,46 +88,6 @@ class NormStatistics:
             share * var + (1 - share) * batch_var,
         )
 
-    @torch.no_grad()
-    def running(self, x: Tensor, images: int, before: Tensor | None, count: Tensor | int) -> Tensor:
-        """A running estimate of a layer's input over the stream, which a batch joins.
-
-        Mean and variance of all images that the estimate stands for, where those before the batch
-        count for at most `HORIZON`.
-
-        Args:
-            x: the layer's input, (N, C, ...).
-            images: how many images the batch has.
-            before: mean and variance (2, C) over the images before; None where there are none.
-            count: how many those are.
-
-        Returns:
-            mean and variance, (2, C).
-        """
-        now = torch.stack(_moments_of(x))
-        if before is None:
-            return now
-        now = now.to(before.dtype)
-        share = images / (_bounded(count) + images)
-        mean = torch.lerp(before[0], now[0], torch.as_tensor(share).to(before))
-        spread = [part[1] + (part[0] - mean).square() for part in (before, now)]
-        return torch.stack([mean, spread[0] * (1 - share) + spread[1] * share])
-
-    @torch.no_grad()
-    def with_source(
-        self, estimate: Tensor, count: Tensor | int, mean: Tensor, var: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and variance (C,) of a running estimate (2, C) averaged with the source's.
-
-        Args:
-            estimate: what `running` returned.
-            count: how many images it stands for, the last batch among them.
-            mean: the layer's source mean, (C,).
-            var: the layer's source variance, (C,).
-        """
-        share = self.prior / (self.prior + count)
-        return share * mean + (1 - share) * estimate[0], share * var + (1 - share) * estimate[1]
-
     def describe(self) -> str:
         """The choice in words."""
         if self.kind == "source":
@@ -141,8 +96,8 @@ class NormStatistics:
             return "batch (a batch of one image uses the source's)"
         if self.kind == "stream":
             return (
-                f"stream (the source counts as {self.prior:g} images, a running estimate over the "
-                f"stream as its own, at most {HORIZON} and the batch)"
+                f"stream (the source counts as {self.prior:g} images, an estimate over the stream, "
+                "balanced by predicted class, as its own)"
             )
         alone = "" if self.prior else "; one image alone uses the source's"
         return f"mix (the source counts as {self.prior:g} images, a batch as its own){alone}"
@@ -168,20 +123,11 @@ class StatisticsFields:
         check_number(self, "prior", 0)
 
 
-def _bounded(count: Tensor | int) -> Tensor | int:
-    return count.clamp_max(HORIZON) if isinstance(count, Tensor) else min(count, HORIZON)
-
-
 def _moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (C,) of a layer's input (N, C, ...)."""
     # Sums of squares exceed float16's range.
     mean, squares = _mean_and_squares(single(x), (0, *range(2, x.ndim)))
     return mean.to(x.dtype), (squares * (len(mean) / x.numel())).to(x.dtype)
-
-
-def joined(count: Tensor | int, images: int) -> Tensor | int:
-    """How many images a running estimate stands for once a batch has joined it."""
-    return _bounded(count) + images
 
 
 def _mean_and_squares(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbones.backbone import STREAM, Backbone
+from ..backbones.backbone import Backbone
 from ..backbones.statistics import StatisticsFields
+from ..backbones.stream import STREAM, check_stream
 from ..errors import InputError
 from ..utils.checks import check_integer
 from .algorithm import Outcome, Tensors
@@ -104,9 +105,10 @@ class Window:
         Returns:
             the outcome, with logits from before the update, and what waits from now on.
         """
-        with backbone.streaming(waiting) as estimate:
+        with backbone.streaming(waiting, images) as stream:
             outcome, gathered = self._step(adapt, backbone, params, state, waiting, images)
-        return outcome, gathered | estimate
+        gathered = {n: t for n, t in gathered.items() if not n.startswith(STREAM)}
+        return outcome, gathered | stream.joined(outcome.logits)
 
     def _step(
         self,
@@ -148,7 +150,7 @@ class Window:
         }
         for name, tensor in waiting.items():
             if name.startswith(STREAM):
-                backbone.check_stream(name, tensor)
+                check_stream(name, tensor, backbone.streamed)
             else:
                 self._check(name, tensor, backbone)
         rest = {n: t for n, t in state.items() if n not in waiting}

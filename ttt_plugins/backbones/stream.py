@@ -1,0 +1,229 @@
+"""BatchNorm statistics over a stream, balanced by predicted class (``statistics="stream"``).
+
+A layer is normalised with an average of the source's statistics and of an estimate over the
+stream, so that a batch of one is predicted with what the images before it have taught. The
+estimate is kept in groups of predicted classes, because in a stream that is sorted by class the
+newest images say more about their class than about the shift.
+
+A batch goes through in three steps:
+
+1. Every layer averages the groups, each counted for at most its share of `HORIZON` images, the
+   batch, and the source, which counts for ``prior`` images (`Stream.choose`).
+2. Images count for fewer than they are where their classes repeat: ``n`` of them for
+   ``n / (1 + n * CLUSTERING * excess)``, the design effect of cluster samples (Kish, Survey
+   Sampling, 1965, section 5.4), where ``excess`` is how much more often than by chance two of them
+   are of one class. That holds for the batch, and for the whole estimate while few classes have
+   been seen. The classes of a batch are not known before it is predicted: the repetitions of the
+   batches before are taken, and for the first one those of the source's predictions
+   (`Stream.start`).
+3. Once the batch is predicted, each image joins the group of its predicted class (`Stream.joined`).
+
+Groups of classes are those of balanced BatchNorm (Su et al., TRIBE, arXiv 2309.14949, equations 4
+to 6), with a bound on how many images each stands for in place of a momentum, and with classes
+beyond `GROUPS` sharing groups, so that the memory does not grow with the number of classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..utils.precision import single
+
+__all__ = ["GROUPS", "HORIZON", "STREAM", "Stream"]
+
+#: Images that the groups count for at most, all of them together.
+HORIZON = 256
+#: Groups of classes at most.
+GROUPS = 16
+#: Variance of an image's moments between classes, in units of that within them; chosen on sorted
+#: and on independent streams of the four extra corruptions.
+CLUSTERING = 2.0
+#: Images whose classes a batch needs to tell anything of repetitions.
+_FEWEST = 8
+
+#: What the names of an estimate's tensors begin with.
+STREAM = "statistics."
+_COUNTS = STREAM + "counts"
+_REPEATS = STREAM + "repeats"
+
+_Pair = tuple[Tensor, Tensor]
+
+
+class Stream:
+    """The estimate before, during and after a batch.
+
+    Args:
+        estimate: what `joined` returned after the last batch; empty at a stream's start.
+        prior: images that the source's statistics count for.
+    """
+
+    def __init__(self, estimate: Mapping[str, Tensor], prior: float):
+        self._past = {n: t for n, t in estimate.items() if n.startswith(STREAM)}
+        self._prior = prior
+        self._weighed: _Pair | None = None
+        self._chosen: dict[str, _Pair] = {}
+        self._moments: dict[str, Tensor] = {}
+
+    def needs_start(self, images: int) -> bool:
+        """Whether a batch of this size is a stream's first that can tell of repetitions."""
+        return not self._past and images >= _FEWEST
+
+    def start(self, logits: Tensor) -> None:
+        """Learn from the source's predictions (B, classes) how much a first batch repeats."""
+        self._past = {_REPEATS: _repeats(_groups(logits))[0]}
+
+    def choose(self, name: str, x: Tensor, images: int, source: _Pair) -> _Pair:
+        """Mean and variance (C,) that a layer normalises with.
+
+        In the layer's first run for a batch; further passes, at other parameters or on a window of
+        images that were already seen, use the same.
+
+        Args:
+            name: of the layer.
+            x: its input, (N, C, ...).
+            images: how many images the batch has; a layer may see each of them in several rows.
+            source: the layer's own mean and variance, (C,) each.
+        """
+        if name not in self._chosen:
+            self._moments[name] = moments = _moments_of(x, images, source[0])
+            fine = torch.isfinite(moments).all(2).all(1)
+            mean = moments.where(fine[:, None, None], 0).sum(0) / fine.sum().clamp_min(1)
+            if self._weighed is None:
+                self._weighed = self._weigh(mean.new_tensor(float(images)))
+            self._chosen[name] = self._average(name, source, mean, *self._weighed)
+        return self._chosen[name]
+
+    def at_rest(self, name: str, source: _Pair) -> _Pair:
+        """Mean and variance (C,) of a layer as the estimate stands, without a further batch."""
+        if STREAM + name not in self._past:
+            return source
+        past = self._past[STREAM + name]
+        none = torch.zeros_like(past[0])
+        return self._average(name, source, none, *self._weigh(past.new_zeros(())))
+
+    def _weigh(self, images: Tensor) -> _Pair:
+        """Weights of the batch and of each group, which sum to one; and that of the estimate.
+
+        The second is the share of the estimate in its average with the source.
+        """
+        repeats = self._past.get(_REPEATS, images.new_zeros(())).to(images)
+        counts = (images / (1 + (images - 1).clamp_min(0) * CLUSTERING * repeats))[None]
+        total, excess = counts[0], 0.0
+        if _COUNTS in self._past:
+            groups = _bounded(self._past[_COUNTS]).to(images)
+            chance = 1 / len(groups)
+            counts = torch.cat([counts, groups])
+            total = counts.sum()
+            # Of two images of the estimate, how much more often than by chance are they alike?
+            alike = torch.ones_like(counts)
+            alike[0] = chance + (1 - chance) * repeats
+            pairs = (counts.square() * alike).sum() - total
+            excess = (pairs / (total * (total - 1)).clamp_min(1) - chance).clamp_min(0)
+        effective = total / (1 + total * CLUSTERING * excess)
+        return counts / total.clamp_min(1e-6), effective / (effective + self._prior).clamp_min(1e-6)
+
+    def _average(
+        self, name: str, source: _Pair, mean: Tensor, weights: Tensor, share: Tensor
+    ) -> _Pair:
+        """Mean and variance (C,) over the batch's moments (2, C), the groups and the source."""
+        own_mean, own_var = single(source[0]), single(source[1])
+        moments = mean[None]
+        if (past := self._past.get(STREAM + name)) is not None:
+            moments = torch.cat([moments, past.to(mean)])
+        shift, square = (weights[:, None, None] * moments).sum(0)
+        var = torch.lerp(own_var, (square - shift.square()).clamp_min(0), share)
+        return (own_mean + share * shift).to(source[0].dtype), var.to(source[1].dtype)
+
+    def joined(self, logits: Tensor) -> dict[str, Tensor]:
+        """The estimate once the batch has joined it.
+
+        An image whose logits are not finite does not join.
+
+        Args:
+            logits: the batch's predictions, (B, classes).
+        """
+        if not self._moments:
+            return {n: t for n, t in self._past.items() if _COUNTS in self._past}
+        member = _groups(logits)
+        new = member.sum(0)
+        old = _bounded(self._past[_COUNTS]) if _COUNTS in self._past else torch.zeros_like(new)
+        share = new / (old + new).clamp_min(1)
+        estimate = {_COUNTS: old + new, _REPEATS: self._repeats_after(member)}
+        for name, moments in self._moments.items():
+            fresh = (member[:, :, None, None] * moments.nan_to_num(0, 0, 0)[:, None]).sum(0)
+            fresh = fresh / new.clamp_min(1)[:, None, None]
+            past = self._past.get(STREAM + name)
+            past = torch.zeros_like(fresh) if past is None else past
+            estimate[STREAM + name] = torch.lerp(past, fresh.to(past), share[:, None, None])
+        return estimate
+
+    def _repeats_after(self, member: Tensor) -> Tensor:
+        """How much classes repeat; few images change little of what was known."""
+        now, pairs = _repeats(member)
+        known = self._past.get(_REPEATS)
+        return now if known is None else torch.lerp(known, now, pairs / (pairs + 2 * GROUPS))
+
+
+def check_stream(name: str, tensor: Tensor, channels: Mapping[str, int]) -> None:
+    """Refuse a tensor that can be no part of an estimate.
+
+    Args:
+        name: its name in an adaptation state.
+        tensor: the tensor.
+        channels: by the names of the layers; empty where statistics are others.
+
+    Raises:
+        InputError: it cannot.
+    """
+    shape, known = tuple(tensor.shape), {STREAM + n: c for n, c in channels.items()}
+    groups = shape[0] if shape and 0 < shape[0] <= GROUPS else 0
+    fits = bool(channels) and (
+        shape == {_COUNTS: (groups,), _REPEATS: ()}.get(name, (groups, 2, known.get(name)))
+    )
+    if not fits:
+        raise InputError(
+            f"this adaptation state belongs to another adapter: {name!r} of shape "
+            f"{shape} is unknown here"
+        )
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"this adaptation state is damaged: {name!r} is not finite")
+
+
+def _bounded(counts: Tensor) -> Tensor:
+    return counts.clamp_max(HORIZON / len(counts))
+
+
+def _groups(logits: Tensor) -> Tensor:
+    """Which group each image belongs to, (B, groups), one or zero; none without a prediction."""
+    groups = min(logits.shape[1], GROUPS)
+    fine = torch.isfinite(logits).all(1)
+    member = torch.nn.functional.one_hot(logits.nan_to_num().argmax(1) % groups, groups)
+    return single(member.to(logits.dtype)) * fine[:, None]
+
+
+def _repeats(member: Tensor) -> _Pair:
+    """How much more often than by chance two images are of one group, in [0, 1]; and the pairs."""
+    counts, groups = member.sum(0), member.shape[1]
+    total = counts.sum()
+    pairs = total * (total - 1)
+    same = (counts.square().sum() - total) / pairs.clamp_min(1)
+    return ((same - 1 / groups) / (1 - 1 / groups)).clamp_min(0) if groups > 1 else same * 0, pairs
+
+
+@torch.no_grad()
+def _moments_of(x: Tensor, images: int, centre: Tensor) -> Tensor:
+    """Mean and mean square of each image about ``centre`` (C,), (B, 2, C)."""
+    rows = single(x).flatten(2) if x.ndim > 2 else single(x)[:, :, None]
+    first = rows.mean(2).double()
+    # A norm reads the tensor once and writes none of its size.
+    square = torch.linalg.vector_norm(rows, dim=2).double().square() / rows.shape[2]
+    centre = centre.double()
+    square = square - 2 * centre * first + centre.square()
+    moments = torch.stack([first - centre, square], 1).to(rows.dtype)
+    return (
+        moments.view(images, -1, *moments.shape[1:]).mean(1) if len(moments) > images else moments
+    )
