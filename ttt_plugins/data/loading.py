@@ -19,7 +19,7 @@ from ..errors import DataError, InputError
 from .decode import PictureError, decode
 from .source import ImageSource, ImageStream, Sample, read_order
 
-__all__ = ["ImageBatch", "ImageLoader", "Transform"]
+__all__ = ["ImageBatch", "ImageLoader", "Transform", "default_workers", "to_pixels"]
 
 #: A function from an RGB picture to uint8 pixels (C, H, W).
 Transform = Callable[[Image.Image], Tensor]
@@ -184,7 +184,7 @@ def _assembled(reads: Iterable[Callable[[], Sample]], transform: Transform | Non
     for read, sample_of in enumerate(reads, 1):
         try:
             sample = sample_of()
-            image = _pixels(sample, transform)
+            image = to_pixels(sample, transform)
         except PictureError as error:
             damaged.append(str(error))
             continue
@@ -206,7 +206,12 @@ def _assembled(reads: Iterable[Callable[[], Sample]], transform: Transform | Non
     return _Piece(torch.stack(images), numbers, names, damaged, read)
 
 
-def _pixels(sample: Sample, transform: Transform | None) -> Tensor:
+def to_pixels(sample: Sample, transform: Transform | None) -> Tensor:
+    """A sample's pixels (C, H, W), uint8 and transformed, or the floats that it holds.
+
+    Raises:
+        PictureError: it is encoded, and damaged.
+    """
     image = sample.image
     if isinstance(image, bytes):
         image = decode(image, sample.name)
@@ -222,5 +227,10 @@ def _pixels(sample: Sample, transform: Transform | None) -> Tensor:
 def _workers(source: ImageSource, transform: Transform | None) -> int:
     if not source.decodes and transform is None:
         return 0
+    return default_workers()
+
+
+def default_workers() -> int:
+    """Number of worker processes: one for each CPU of this process, at most 8."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cpus or 1, _MOST_WORKERS)
