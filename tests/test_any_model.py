@@ -689,8 +689,18 @@ def test_what_torch_func_cannot_transform_adapts_image_by_image(layer, method, c
     assert "one image at a time" in nets[0].describe()
 
 
-@pytest.mark.parametrize("method", ["ttt", "mt3"])
-def test_a_chunk_that_does_not_fit_is_halved(method, coverage, monkeypatch):
+_SHORT = {
+    "CUDA's allocator": torch.OutOfMemoryError("no"),
+    "the CPU's": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "a library": getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "error"), [("mt3", "CUDA's allocator"), *(("ttt", error) for error in _SHORT)]
+)
+def test_a_chunk_that_does_not_fit_is_halved(method, error, coverage, monkeypatch):
     model, images = _small_network(nn.ReLU()), torch.rand(5, 3, 16, 16)
     net = _adapter(coverage, method, model, images, chunk_size=5)
     expected, sizes = net(images), []
@@ -699,7 +709,7 @@ def test_a_chunk_that_does_not_fit_is_halved(method, coverage, monkeypatch):
     def short_of_memory(self, params, part, keys):
         sizes.append(len(part))
         if len(part) > 2:
-            raise torch.OutOfMemoryError("no")
+            raise _SHORT[error]
         return of_many(self, params, part, keys)
 
     monkeypatch.setattr(per_image.PerImage, "_episode_of_many", short_of_memory)
@@ -708,6 +718,21 @@ def test_a_chunk_that_does_not_fit_is_halved(method, coverage, monkeypatch):
     assert sizes == [5, 3, 2, 2]
     net(images)
     assert sizes[4:] == [2, 2]  # what fitted is remembered
+
+
+def test_a_failing_device_is_no_refusal_of_torch_func(coverage, monkeypatch):
+    model, images = _small_network(nn.ReLU()), torch.rand(4, 3, 16, 16)
+    net = _adapter(coverage, "ttt", model, images, chunk_size=4)
+
+    def broken(*_):
+        raise getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: misaligned address")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(per_image.PerImage, "_episode_of_many", broken)
+        with pytest.raises(RuntimeError, match="misaligned"):
+            net(images)
+    net(images)
+    assert set(net._chunks.values()) == {4}  # not one at a time for good
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

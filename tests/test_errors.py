@@ -82,20 +82,52 @@ def test_images_of_a_size_the_model_cannot_take(method, make_model, make_net, im
     assert same_tensors(net.adaptation_state(), before)
 
 
-class OutOfMemory(nn.Module):
-    def __init__(self):
+def fail(message, kind=RuntimeError):
+    def now():
+        raise kind(message)
+
+    return now
+
+
+ACCELERATOR = getattr(torch, "AcceleratorError", RuntimeError)
+#: Failures of the machine, as torch and the libraries under it word them.
+FAILURES = {
+    "CUDA's allocator": (fail("tried to allocate 2 GiB", torch.OutOfMemoryError), "2 GiB"),
+    "the CPU's": (lambda: torch.empty(1 << 60), "allocate memory"),
+    "cuBLAS": (
+        fail("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+        "CUBLAS",
+    ),
+    "a kernel": (fail("CUDA error: an illegal memory access", ACCELERATOR), "illegal"),
+}
+
+
+class Failing(nn.Module):
+    """Fails on images of any size but the first."""
+
+    img_size = (24, 24)
+
+    def __init__(self, failure):
         super().__init__()
-        self.norm = nn.GroupNorm(1, 3)
+        self.norm, self.failure, self.seen = nn.GroupNorm(1, 3), failure, False
 
     def forward(self, x):
-        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        if x.shape[-1] == 24:
+            return self.norm(x).mean((2, 3))
+        return FAILURES[self.failure][0]()
 
 
-def test_running_out_of_memory_is_not_the_images_fault(images):
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("method", ["source", "tent"])
+def test_failures_of_the_machine_are_not_the_images_fault(method, failure, images):
     # Whoever halves the batch on OutOfMemoryError has to see one.
-    net = tp.wrap(OutOfMemory(), "tent", window=1, mean=0.5, std=0.25)
-    with pytest.raises(torch.OutOfMemoryError):
-        net(images(2))
+    settings = {} if method == "source" else {"window": 1}
+    net = tp.wrap(Failing(failure), method, mean=0.5, std=0.25, **settings)
+    net(images(2, size=24))
+    with pytest.raises(RuntimeError, match=FAILURES[failure][1]) as caught:
+        net(images(2, size=32))
+    assert not isinstance(caught.value, tp.TTTError)
+    assert torch.isfinite(net(images(2, size=24))).all()
 
 
 class Features(nn.Module):

@@ -6,7 +6,6 @@ batch is here: the adapted parameters, the update rule's state, and the counters
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import tempfile
 import warnings
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from .artifacts.publish import publish
 from .artifacts.saving import save_pretrained
 from .backbones.backbone import Backbone
-from .backbones.sharing import ordinary
+from .backbones.sharing import deep_copy, ordinary
 from .backbones.shell import Shell
 from .core import scope
 from .core.adaptation_state import describe_tensors, matching_state
@@ -347,7 +346,7 @@ class Adapter(Shell):
     @torch.inference_mode(False)
     def export(self) -> nn.Module:
         """An independent module holding the adapted parameters: images in [0, 1] -> logits."""
-        plain = copy.deepcopy(self.backbone)
+        plain = deep_copy(self.backbone, {})
         plain.freeze_statistics(self._waiting)
         if self._params is not None:
             named = dict(plain.named_parameters())

@@ -30,6 +30,7 @@ from .artifacts.learned import Learned, check_fits_any, find_learned, stored_fie
 from .artifacts.schema import OWN_WEIGHTS, timm_part
 from .artifacts.tensor_files import fingerprint
 from .backbones.backbone import Backbone
+from .backbones.refused import check_adaptable
 from .backbones.statistics import NormStatistics
 from .core.registry import HEAD, Method, configure, get_method
 from .data.images import gather_images
@@ -91,8 +92,8 @@ def wrap(
         model: a timm name, ``"robustbench:<dataset>/<name>"`` (corruptions zoo), an artifact that
             carries a model (``"bundled:source-resnet26-cifar10"``, a folder, ``"org/name"`` or
             ``"org/name@revision"`` on the Hub), a timm repository (``"hf-hub:org/name"``,
-            ``"local-dir:path"``, always with its weights), or any ``nn.Module`` from normalised
-            images (B, C, H, W) to logits (B, classes).
+            ``"local-dir:path"``, always with its weights), an adapter, of which the unadapted
+            model is taken, or any ``nn.Module`` from normalised images (B, C, H, W) to logits.
         method: a name from `list_methods()` or a config object (``tp.MGG(lr=1e-3)``).
         params: what adapts: ``"norm"``, ``"all"``, ``"lora"``, a regular expression, or names.
         mean: mean of the pixels per channel; from the ``pretrained_cfg`` unless given.
@@ -131,8 +132,7 @@ def wrap(
     given = None if tensors is None else Learned(tensors, "tensors")
     learned = given or find_learned(record, module, head, carried, str(model))
     config = configure(_start(method, record, learned), overrides)
-    if origin["source"] == "robustbench":
-        setting = replace(setting, normalize=False)
+    setting = _inherited(setting, model, origin)
     net = _build(module, record, config, learned, origin, setting)
     return net if source_images is None else net.fit_source_statistics(source_images)
 
@@ -169,9 +169,24 @@ def _with_new_head(
     refuse_random(model, pretrained)
     images = gather_images(data)
     module, origin, _ = load_model(model, pretrained, model_dir, setting.seed)
+    setting = _inherited(setting, model, origin)
+    return _build(module, record, config, None, origin, setting, images)
+
+
+def _inherited(setting: _Setting, model: Any, origin: Origin) -> _Setting:
+    """The setting with the preprocessing of an adapter's or a RobustBench model."""
     if origin["source"] == "robustbench":
         setting = replace(setting, normalize=False)
-    return _build(module, record, config, None, origin, setting, images)
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, Adapter):
+        return setting
+    own = model.backbone
+    setting = replace(setting, classes=own.classes if setting.classes is None else setting.classes)
+    if setting.mean is not None or setting.std is not None:
+        return setting
+    if not own.normalize:
+        return replace(setting, normalize=False)
+    return replace(setting, mean=own.mean, std=own.std, normalize=True)
 
 
 def _positions(classes: Sequence[int] | str | None) -> Sequence[int] | None:
@@ -304,7 +319,8 @@ class _Classifier:
             check_fingerprint(module, made_for, self.where, self.strict)
         elif fingerprint(module.state_dict()) != made_for.get("fingerprint"):
             # A classifier other than the artifact's has its own preprocessing.
-            own = {"normalize": origin["source"] != "robustbench", "classes": own["classes"]}
+            setting = _inherited(_Setting(classes=own["classes"]), given, origin)
+            own = {key: getattr(setting, key) for key in own}
         return module, origin, own
 
 
@@ -318,6 +334,8 @@ def _build(
     images: Tensor | None = None,
 ) -> Adapter:
     """Build the adapter from a classifier, a method, and its learned tensors or source images."""
+    if record.build is not None:
+        check_adaptable(module)
     with torch.inference_mode(False):
         backbone = Backbone(
             module,

@@ -15,6 +15,7 @@ import timm
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..core.registry import get_method
+from ..errors import ArtifactError
 from .folder import (
     CARD,
     CONFIG,
@@ -156,8 +157,13 @@ def refresh(
         The folder.
 
     Raises:
-        ArtifactError: the folder is no artifact, or the results are none, or the disk refuses.
+        ArtifactError: the folder is no artifact, the results are none or the facts no dict, or
+            the disk refuses.
     """
+    if not isinstance(folder, (str, Path)):
+        raise ArtifactError(f"{folder!r} is no folder of an artifact; name the one with the card")
+    if not isinstance(facts, (Mapping, type(None))):
+        raise ArtifactError(f"facts is a dict of license, datasets and note, not {facts!r}")
     folder = Path(folder)
     artifact = read_artifact(folder)
     texts: dict[str, str] = {}

@@ -21,6 +21,8 @@ import timm
 import torch
 from torch import nn
 
+from ..backbones.refused import check_wrappable
+from ..backbones.shell import Shell
 from ..errors import ArtifactError, InputError
 from ..utils.robustbench import load_zoo_model
 from . import hub
@@ -206,6 +208,11 @@ def _timm_repository(folder: Path, where: str) -> nn.Module:
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise ArtifactError(f"{where}: config.json is not a JSON object")
+    if not (folder / MODEL).is_file():
+        raise ArtifactError(
+            f"{where}: {MODEL} is missing, and pickled weights are not read: save the model as "
+            "safetensors"
+        )
     header = tensor_header(folder / MODEL)
     model = _described(config, header, where)
     model.load_state_dict(read_tensors(folder / MODEL), strict=True)
@@ -279,7 +286,8 @@ def load_model(
     Args:
         model: a timm name, a timm repository on the Hub or in a folder (``"hf-hub:org/name"``,
             ``"local-dir:path"``: always with its weights), a zoo name, an artifact that carries a
-            model (bundled, a folder, on the Hub), or a module.
+            model (bundled, a folder, on the Hub), an adapter, of which the unadapted model is
+            taken, or a module.
         pretrained: whether a timm name comes with timm's weights.
         model_dir: where RobustBench keeps its checkpoints.
         seed: of the random weights of a timm model; torch's global generator without it.
@@ -291,12 +299,10 @@ def load_model(
     """
     # A compiled module's own one: adapting gives it other parameters on every call.
     model = getattr(model, "_orig_mod", model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError(
-            "a TorchScript module runs with its own parameters only: wrap the Python module that "
-            "it was made from"
-        )
+    if isinstance(model, Shell):
+        return model.backbone.model, model.origin, None
     if isinstance(model, nn.Module):
+        check_wrappable(model)
         return model, _module_origin(model), None
     if not isinstance(model, (str, Path)):
         raise InputError(f"model must be a name or an nn.Module, got {type(model).__name__}")

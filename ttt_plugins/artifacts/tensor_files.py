@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ArtifactError
 from .strict_json import parse_json
@@ -53,8 +54,12 @@ class TensorInfo(NamedTuple):
 
 
 def described(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-    """Types and shapes of tensors by name."""
-    return {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    """Types and shapes of tensors by name; what else a ``state_dict()`` may hold is left out."""
+    return {
+        name: TensorInfo(t.dtype, tuple(t.shape))
+        for name, t in tensors.items()
+        if isinstance(t, Tensor)
+    }
 
 
 def _check_size(file: Path, limit: int) -> None:
@@ -133,10 +138,18 @@ def read_tensors(file: Path, limit: int = MAX_WEIGHTS) -> dict[str, Tensor]:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of a model's ``state_dict()``."""
+    """SHA-256 over names, types, shapes and bytes of a model's ``state_dict()``.
+
+    Quantized layers have tuples of tensors there, other modules whatever they call extra state.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name in sorted(state):
+        for value in tree_leaves(state[name]):
+            if not isinstance(value, Tensor):
+                digest.update(f"{name} {value!r}\n".encode())
+                continue
+            tensor = value.detach().cpu()
+            tensor = (tensor.dequantize() if tensor.is_quantized else tensor).contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"

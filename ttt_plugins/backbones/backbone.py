@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..utils.failures import device_failed
 from .norms import BATCH_NORMS, batch_norms, channel_axis, fixed_norms, tapped_modules
 from .preprocessing import input_size, preprocessing
-from .quirks import caches, prepare, recurrent
+from .quirks import caches, derived, prepare, recurrent
 from .sharing import leave_inference_mode, share_structure, tied_parameters
 from .stages import classifier_names, inner, pooled_features
 from .statistics import Feature, NormStatistics
@@ -82,7 +83,7 @@ class Backbone(nn.Module):
                 "with the head of your own on top"
             )
         self.restrict(classes)
-        self.model = share_structure(model).eval()
+        self.model = share_structure(model, Backbone).eval()  # an adapter's has hooks
         self.input_size = input_size(model)
         _, network = inner(model)  # a wrapper's input size and tokens are this one's
         described = getattr(network, "pretrained_cfg", None) or {}
@@ -106,7 +107,7 @@ class Backbone(nn.Module):
         self._class_token = bool(tokens and getattr(network, "cls_token", None) is not None)
         self.one_by_one = recurrent(self.model)
         self.tied = tied_parameters(self)
-        self._caches = caches(self.model)
+        self._caches, self._derived = caches(self.model), derived(self.model)
         prepare(self.model)
         self._hook(statistics)
         self._takes_channels_last: bool | None = None  # not known yet
@@ -171,12 +172,16 @@ class Backbone(nn.Module):
             self._rest()
             for cache in self._caches:  # the next call comes with other parameters
                 cache.clear()
+            for module, name, tensor in self._derived:
+                setattr(module, name, tensor)
         if self._distilled and isinstance(out, (tuple, list)) and len({o.shape for o in out}) == 1:
             out = sum(out) / len(out)  # the heads' average, as timm has it at inference
-        if not isinstance(out, Tensor) or out.ndim != 2:
+        if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):
             what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             wanted = "features (B, D)" if pooled else "logits (B, classes)"
-            raise InputError(f"the model must return {wanted}, it returned {what}")
+            raise InputError(
+                f"the model must return {wanted}, it returned {what} for {len(images)} images"
+            )
         if not out.is_floating_point():
             raise InputError(f"the model must return floating-point numbers, not {out.dtype}")
         if not pooled:
@@ -232,7 +237,9 @@ class Backbone(nn.Module):
                 with torch.no_grad():
                     self(images[:1].contiguous(memory_format=torch.channels_last))
                 self._takes_channels_last = True
-            except RuntimeError:
+            except RuntimeError as error:
+                if device_failed(error):
+                    raise
                 self._takes_channels_last = False
         return self._takes_channels_last
 

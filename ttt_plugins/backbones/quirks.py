@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["caches", "prepare", "recurrent"]
+__all__ = ["caches", "derived", "prepare", "recurrent"]
 
 
 def prepare(model: nn.Module) -> None:
@@ -41,3 +44,19 @@ def caches(model: nn.Module) -> list[dict]:
         for name, value in vars(module).items()
         if isinstance(value, dict) and name.endswith("cache") and not name.startswith("_")
     ]
+
+
+def derived(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Tensors that hooks compute from parameters before each forward pass: module, name, tensor.
+
+    Those of pruning and of the older ``weight_norm`` and ``spectral_norm``. They are attributes,
+    and may be part of a graph.
+    """
+    found = []
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
+                name = str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", ""))
+                if isinstance(tensor := vars(module).get(name), Tensor):
+                    found.append((module, name, tensor))
+    return found

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from .quirks import caches
+from .quirks import caches, derived
 
-__all__ = ["leave_inference_mode", "ordinary", "share_structure", "tied_parameters"]
+__all__ = ["deep_copy", "leave_inference_mode", "ordinary", "share_structure", "tied_parameters"]
 
 
 def ordinary(tensor: Tensor) -> Tensor:
@@ -38,10 +40,48 @@ def leave_inference_mode(model: nn.Module) -> None:
                 held[name] = replaced[id(tensor)]
 
 
-def share_structure(model: nn.Module) -> nn.Module:
+def _hooks(model: nn.Module) -> list[tuple[dict[int, Any], int, object]]:
+    """Forward hooks that are methods: the dict, the key in it, and the method's object."""
+    return [
+        (hooks, key, getattr(hook, "__self__", None))
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for key, hook in hooks.items()
+    ]
+
+
+def deep_copy(model: nn.Module, memo: Mapping[int, object]) -> nn.Module:
+    """As ``copy.deepcopy``, but attributes that cannot be copied, such as locks, are shared.
+
+    Args:
+        model: what to copy.
+        memo: what to use instead of a copy, by the id of the original.
+    """
+    try:
+        return copy.deepcopy(model, dict(memo))
+    except Exception:  # whatever a class raises that is not made to be copied
+        shared = dict(memo)
+    torchs = vars(nn.Module())  # parameters, modules and hooks are always copied
+    for module in model.modules():
+        own = [value for name, value in vars(module).items() if name not in torchs]
+        for value in tree_leaves(own):
+            if isinstance(value, (nn.Module, Tensor)):
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:
+                shared[id(value)] = value
+    return copy.deepcopy(model, shared)
+
+
+def share_structure(model: nn.Module, drop: type | None = None) -> nn.Module:
     """Copy the module objects of ``model`` while sharing the storage of every tensor.
 
     Tensors created in inference mode are copied, because adaptation could not differentiate.
+
+    Args:
+        model: the user's, or the one inside an adapter.
+        drop: the class whose methods are left out where they are hooks of a module outside.
     """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
@@ -51,8 +91,17 @@ def share_structure(model: nn.Module) -> nn.Module:
         memo[id(buffer)] = ordinary(buffer.detach())
     # A cache may hold tensors of a graph, which cannot be copied.
     memo |= {id(cache): {} for cache in caches(model)}
-    copied = copy.deepcopy(model, memo)
+    # As may what a hook computes before every forward pass.
+    memo |= {id(t): ordinary(t.detach()) for _, _, t in derived(model)}
+    dropped, inside = object(), set(model.modules())
+    for _, _, owner in _hooks(model):
+        if drop and isinstance(owner, drop) and owner not in inside:
+            memo[id(owner)] = dropped
+    copied = deep_copy(model, memo)
     leave_inference_mode(copied)  # further tensors, which are attributes
+    for hooks, key, owner in _hooks(copied):
+        if owner is dropped:
+            del hooks[key]
     return copied
 
 

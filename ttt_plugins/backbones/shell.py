@@ -20,9 +20,24 @@ class Shell(nn.Module):
 
     Attributes:
         backbone: the classifier.
+        origin: where the classifier came from, as `ttt_plugins.wrap` found it.
     """
 
     backbone: Backbone
+    origin: dict[str, Any]
+
+    def __call__(self, *images: Any, **named: Any) -> Any:
+        """Images (B, C, H, W) -> logits (B, classes).
+
+        Raises:
+            InputError: images come as ``pixel_values``, which is how transformers' pipelines call.
+        """
+        if "pixel_values" in named:
+            raise InputError(
+                "an adapter is no model of transformers, whose pipelines pass pixel_values and "
+                "want labels: use ttt_plugins.hosts.transformers.image_classification"
+            )
+        return super().__call__(*images, **named)
 
     @property
     def num_classes(self) -> int | None:

@@ -48,10 +48,12 @@ def inner(model: nn.Module) -> tuple[str, nn.Module]:
 def image_size(model: nn.Module) -> tuple[int, int] | None:
     """(H, W) that a network with position embeddings was made for, None if it does not say.
 
-    It need not be ``pretrained_cfg``'s: ``timm.create_model(name, img_size=64)``.
+    It need not be ``pretrained_cfg``'s: ``timm.create_model(name, img_size=64)``. torchvision's
+    networks have ``image_size``, a side.
     """
     for module in (model, *model.children()):
-        size = getattr(module, "img_size", None)
+        size = getattr(module, "img_size", None) or getattr(module, "image_size", None)
+        size = (size, size) if isinstance(size, int) else size
         if isinstance(size, (tuple, list)) and len(size) == 2:
             return int(size[0]), int(size[1])
     return None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backbones.backbone import Backbone
 from ..errors import InputError, TTTError
+from ..utils.failures import device_failed
 
 __all__ = [
     "check_images",
@@ -122,7 +123,7 @@ def refused_sizes(
     try:
         yield
     except (RuntimeError, ValueError, AssertionError) as error:
-        known = isinstance(error, (TTTError, torch.OutOfMemoryError))
+        known = isinstance(error, TTTError) or device_failed(error)
         expected, why = backbone.input_size, "it was made for"
         if None in expected:
             expected, why = last, "the last images it took had"

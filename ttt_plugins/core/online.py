@@ -16,7 +16,7 @@ from ..backbones.backbone import Backbone
 from ..backbones.statistics import Feature
 from .algorithm import Outcome, Tensors
 from .objectives import all_finite
-from .scope import call, flatten, no_recomputation
+from .scope import call, flatten, gradients, no_recomputation
 from .updates import Evaluation, Situation, UpdateRule, choose
 
 __all__ = ["Loss", "Objective", "ObjectiveLoss", "Online", "evaluate"]
@@ -84,15 +84,8 @@ def evaluate(
             features = []
             logits = call(backbone, leaves, images)
         loss = objective.loss(logits, features, first)
-        grads = torch.autograd.grad(
-            loss.value, list(leaves.values()), allow_unused=True, materialize_grads=True
-        )
-    return Evaluation(
-        logits.detach(),
-        loss.value.detach(),
-        dict(zip(leaves, grads, strict=True)),
-        loss.kept,
-    )
+        grads = gradients(loss.value, leaves)
+    return Evaluation(logits.detach(), loss.value.detach(), grads, loss.kept)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backbones.backbone import Backbone
 from ..errors import InputError
+from ..utils.failures import device_failed, out_of_memory
 from .algorithm import Outcome, Tensors
 from .chunks import chunk_size, image_bytes
-from .scope import call, no_recomputation
+from .scope import call, gradients, no_recomputation
 from .views import image_keys
 
 __all__ = ["SOURCE_ONLY", "PerImage", "Task", "check_square", "descend", "loss_and_gradient"]
@@ -92,14 +93,8 @@ def loss_and_gradient(
         params = {n: p.detach().requires_grad_() for n, p in params.items()}
     with torch.enable_grad(), no_recomputation():
         value = loss(params)
-        grads = torch.autograd.grad(
-            value,
-            list(params.values()),
-            create_graph=keep_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    return value if keep_graph else value.detach(), dict(zip(params, grads, strict=True))
+        grads = gradients(value, params, keep_graph)
+    return value if keep_graph else value.detach(), grads
 
 
 def _finite(loss: Tensor, grads: Tensors) -> Tensor:
@@ -236,14 +231,14 @@ class PerImage:
                 parts.append(self._episode(params, images[there], keys[there]))
                 start += size
                 continue
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                fitting = -(-size // 2)  # the estimate was too low
             except RuntimeError as error:
-                if size == 1:
+                short = out_of_memory(error)
+                if size == 1 or (device_failed(error) and not short):
                     raise
-                fitting, reason = 1, (str(error).splitlines() or [""])[0]
+                if short:
+                    fitting = -(-size // 2)  # the estimate was too low
+                else:
+                    fitting, reason = 1, (str(error).splitlines() or [""])[0]
             # Outside the except clauses, which hold on to the failed attempt's tensors.
             chunk = fitting
         if reason:

@@ -26,6 +26,7 @@ from ..utils.precision import single, single_dtype
 __all__ = [
     "call",
     "flatten",
+    "gradients",
     "materialise",
     "moved",
     "no_recomputation",
@@ -206,6 +207,31 @@ def no_recomputation() -> Iterator[None]:
             if _RECOMPUTED in str(error) or "torch.utils.checkpoint" in str(error):
                 raise InputError(_RECOMPUTED) from error
             raise
+
+
+def gradients(
+    loss: Tensor, leaves: Mapping[str, Tensor], create_graph: bool = False
+) -> dict[str, Tensor]:
+    """The gradient of a loss () for each tensor, zero where the loss does not depend on one.
+
+    Raises:
+        InputError: it depends on none of the model's (a self-supervised head may adapt as well).
+    """
+    found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if loss.requires_grad:
+        tensors = list(leaves.values())
+        found = torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True)
+    own = [name.startswith((_PREFIX, _LORA)) for name in leaves]
+    reached = [mine and grad is not None for mine, grad in zip(own, found, strict=True)]
+    if any(own) and not any(reached):
+        raise InputError(
+            "no gradient reaches the parameters that adapt: the model computes its logits without "
+            "a graph (torch.no_grad, detach) or without these parameters; choose others by params="
+        )
+    return {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), found, strict=True)
+    }
 
 
 def call(

@@ -1,0 +1,51 @@
+"""Models that cannot be wrapped, or not be adapted, found by what they are."""
+
+from __future__ import annotations
+
+import re
+from itertools import chain
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from ..errors import InputError
+
+__all__ = ["check_adaptable", "check_wrappable"]
+
+#: Modules of quantized layers; those of quantization-aware training are differentiable.
+_QUANTIZED = re.compile(r"torch\.(ao\.)?nn\.(intrinsic\.)?quantized(\.|$)")
+
+
+def check_wrappable(model: nn.Module) -> None:
+    """Raise `InputError` for TorchScript, and for lazy layers that are not initialised yet."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "a TorchScript module runs with its own parameters only: wrap the Python module that "
+            "it was made from"
+        )
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(
+                f"{name} of {type(model).__name__} is not initialised yet (a lazy layer): pass a "
+                "batch of images through the model before wrapping it"
+            )
+
+
+def check_adaptable(model: nn.Module) -> None:
+    """Raise `InputError` if no gradient passes through some layers, or there are no layers."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if _QUANTIZED.match(kind.__module__):
+            raise InputError(
+                f"{name or 'the model'} is a quantized {kind.__name__}, through which no gradient "
+                "passes: adapt the model from before quantization, and quantize what export() "
+                "returns"
+            )
+        if isinstance(module, torch.fx.GraphModule) and any(
+            isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
+        ):
+            raise InputError(
+                f"{name or 'the model'} is the module of an exported program, whose layers became "
+                "operations of a graph: adapt the module that was exported"
+            )
