@@ -7,13 +7,18 @@ come from ``backward``.
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 import ttt_plugins as tp
+from ttt_plugins.backbones.backbone import Backbone
+from ttt_plugins.cli.flags import fields_from_pairs
+from ttt_plugins.core.registry import get_method
 
 F64 = torch.float64
 TOLERANCE = 1e-10
@@ -264,6 +269,38 @@ def test_sar_leaves_the_last_blocks_and_the_final_norm_out():
     net = tp.wrap(model, "sar")
     assert set(net.names) == affine(model, lambda name: not name.startswith(late))
     assert len(net.names) == 9 * 2 * 2
+
+
+VIT = {"image_size": 32, "patch_size": 16, "num_layers": 12, "num_heads": 1}
+VIT |= {"hidden_dim": 4, "mlp_dim": 4}
+
+
+@pytest.mark.parametrize(
+    ("make", "by_stages", "by_names"),
+    [
+        (partial(timm.create_model, "resnet18"), 30, 30),
+        (torchvision.models.resnet18, 30, 30),
+        (partial(timm.create_model, "ttt_resnet26"), 32, 48),
+        (partial(torchvision.models.VisionTransformer, **VIT), 38, 50),
+        (partial(timm.create_model, "vit_tiny_patch16_224"), 36, 36),
+    ],
+)
+def test_sar_leaves_out_by_structure_or_by_the_released_codes_names(make, by_stages, by_names):
+    model = make()
+    given = fields_from_pairs([("exclude", "names")], tp.SAR)  # as of --set exclude=names
+    for fields, count in (({}, by_stages), (given, by_names)):
+        config = tp.SAR(**fields)
+        names = get_method("sar").select(config, Backbone(model, mean=0.5, std=0.25))
+        assert len(names) == count
+        # The released code looks at every norm, and at its name.
+        if fields:
+            skipped = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm.")
+            assert set(names) == {
+                f"{n}.{p}"
+                for n, m in model.named_modules()
+                if isinstance(m, NORMS) and n != "norm" and not any(s in n for s in skipped)
+                for p in ("weight", "bias")
+            }
 
 
 def test_sar_with_everything_or_a_choice_of_ones_own(make_model):

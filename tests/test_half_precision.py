@@ -147,3 +147,24 @@ def test_an_exported_model_has_its_own_precision(params, dtype, make_model, imag
     assert {t.dtype for t in plain.parameters()} == {dtype}
     with torch.no_grad():
         assert torch.equal(plain(images(8, 7, dtype)), net(images(8, 7, dtype)))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_was_learned_is_not_rounded(dtype, make_net, make_model, images, same_tensors):
+    """Neither by wrapping a model of half precision nor by a cast, nor by fitting statistics."""
+    single, half = make_model("groupnorm"), make_model("groupnorm", dtype)
+    for method in ("mgg", "ttt", "mt3"):
+        exact = make_net(method, single)
+        learned = exact.learned_tensors()
+        given = tp.wrap(half, exact.config, tensors=learned)
+        assert same_tensors(given.learned_tensors(), learned)
+        assert same_tensors(exact.to(dtype).learned_tensors(), learned)
+        assert given(images(4, 0, dtype)).dtype == dtype
+        assert torch.equal(given(images(4, 0, dtype)), exact(images(4, 0, dtype)))
+        assert {t.dtype for t in exact.double().learned_tensors().values()} == {torch.float64}
+    net = make_net("mgg", half).fit_source_statistics([images(16, 0, dtype)], progress=False)
+    fitted = net.learned_tensors()["source.mean"]
+    assert fitted.dtype == torch.float32
+    assert not torch.equal(fitted, fitted.to(dtype).float())
+    net(images(4, 0, dtype))
+    assert net.skipped_updates == 0

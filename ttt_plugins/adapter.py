@@ -239,8 +239,8 @@ class Adapter(Shell):
     @torch.inference_mode(False)
     def _apply(self, fn, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)
-        for held in (self._tensors, self._waiting):
-            held.update({name: fn(t) for name, t in held.items()})
+        self._waiting = {name: fn(t) for name, t in self._waiting.items()}
+        self._tensors = scope.moved(self._tensors, fn)
         self._params = self._params and scope.moved(self._params, fn)
         self._algorithm = None  # it holds the tensors from before the move
         if self._state is not None:  # whose precision the rule chooses, whatever the model's is

@@ -37,6 +37,7 @@ from .data.images import gather_images
 from .data.labels import positions
 from .errors import ArtifactError, InputError
 from .utils.checks import check_device, check_seed
+from .utils.precision import single_dtype
 
 __all__ = ["from_pretrained", "wrap"]
 
@@ -356,7 +357,8 @@ def _build(
             tensors = record.check(config, backbone, tensors, where)
         elif tensors:
             raise ArtifactError(f"{where}: {record.name} learns no tensors, got {sorted(tensors)}")
-        tensors = {n: t.to(backbone.device, backbone.dtype) for n, t in tensors.items()}
+        precision = single_dtype(backbone.dtype)
+        tensors = {n: t.to(backbone.device, precision) for n, t in tensors.items()}
         return Adapter(
             backbone,
             record,

@@ -19,6 +19,7 @@ __all__ = [
     "fixed_norms",
     "gain_modules",
     "late_norms",
+    "named_late_norms",
     "norm_modules",
     "norm_parameters",
     "tapped_modules",
@@ -125,6 +126,12 @@ def late_norms(model: nn.Module) -> set[str]:
             if position and name.startswith(first):
                 return set(norms[position:])
     return set(norms[len(norms) - len(norms) // 4 :])
+
+
+def named_late_norms(model: nn.Module) -> set[str]:
+    """Names of the norms that SAR's released code leaves out, by their names alone."""
+    parts = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm.")
+    return {n for n in norm_parameters(model) if n == "norm" or any(part in n for part in parts)}
 
 
 def tapped_modules(model: nn.Module) -> dict[str, nn.Module]:

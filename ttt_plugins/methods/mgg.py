@@ -55,7 +55,7 @@ from ..core.window import OnlineFields
 from ..data.images import batch_images
 from ..errors import ArtifactError, InputError
 from ..utils.checks import check_choice, check_number
-from ..utils.precision import single
+from ..utils.precision import single, single_dtype
 
 __all__ = ["MGG"]
 
@@ -198,7 +198,8 @@ def fit(
     mean = first / count
     variance = (second - count * mean.square()) / (count - 1).clamp_min(1)
     std = variance.clamp_min(0).sqrt()
-    return {"source.mean": mean.to(backbone.dtype), "source.std": std.to(backbone.dtype)}
+    precision = single_dtype(backbone.dtype)
+    return {"source.mean": mean.to(precision), "source.std": std.to(precision)}
 
 
 register(

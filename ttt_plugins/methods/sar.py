@@ -17,9 +17,11 @@ Equation -> function
 
 Deviations from the released code (`updates.SharpnessAware` has two more):
 1. The norms left out are those of the last quarter of the stages or blocks and all after them,
-   by structure. The released code leaves them out by name: those in ``layer4``, ``blocks.9`` to
-   ``blocks.11``, ``norm.`` and a module called ``norm``. On ResNets with four stages and ViTs with
-   12 blocks both rules agree; elsewhere the names leave out fewer.
+   by structure. The released code leaves them out by name, which ``exclude="names"`` does too:
+   those in ``layer4``, ``blocks.9`` to ``blocks.11``, ``norm.`` and a module called ``norm``. On
+   ResNets with four stages and timm's ViTs with 12 blocks both rules agree; elsewhere the names
+   leave out fewer. Tensors that adapt, by structure and by name: ResNet-18 30 and 30, ResNet-26
+   with three stages 32 and 48, torchvision's ViT with 12 blocks 38 and 50.
 2. Batches of fewer than ``window`` images gather for one update (released: one for every batch).
 """
 
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..backbones.backbone import Backbone
-from ..backbones.norms import late_norms
+from ..backbones.norms import late_norms, named_late_norms
 from ..backbones.statistics import Feature
 from ..core.algorithm import Tensors
 from ..core.objectives import entropy, reliable
@@ -57,6 +59,8 @@ class SAR(OnlineFields):
             the filtered entropy falls below it (the paper's 0.2).
         skip_late: leave out the norms of the last stage or blocks, as the paper does; with
             ``params="norm"`` only.
+        exclude: how those are found: ``"stages"`` by structure, the last quarter of the stages or
+            blocks, or ``"names"`` by the names of the released code.
         statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"``, ``"mix"`` or
             ``"stream"``.
         prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
@@ -71,6 +75,7 @@ class SAR(OnlineFields):
     radius: float = 0.05
     recovery: float = 0.2
     skip_late: bool = True
+    exclude: str = "stages"
     params: str | tuple[str, ...] = "norm"
 
     def __post_init__(self):
@@ -81,6 +86,7 @@ class SAR(OnlineFields):
         check_number(self, "radius", 0)
         check_number(self, "recovery", 0)
         check_choice(self, "skip_late", (True, False))
+        check_choice(self, "exclude", ("stages", "names"))
 
 
 def build(config: SAR, backbone: Backbone, source: Tensors, *_: object) -> Online:
@@ -100,7 +106,8 @@ def build(config: SAR, backbone: Backbone, source: Tensors, *_: object) -> Onlin
 
 def eligible(config: SAR, backbone: Backbone) -> list[str]:
     """Everything but the late norms, which SAR leaves where they are."""
-    late = late_norms(backbone.model) if config.skip_late and config.params == "norm" else set()
+    find = late_norms if config.exclude == "stages" else named_late_norms
+    late = find(backbone.model) if config.skip_late and config.params == "norm" else set()
     named = (n for n, _ in backbone.model.named_parameters())
     return [n for n in named if n.rpartition(".")[0] not in late]
 

@@ -86,7 +86,7 @@ def fit_head(
         progress: whether to show a bar, and a line an epoch.
 
     Returns:
-        the head's tensors, in the classifier's precision, and an entry for each epoch.
+        the head's tensors, of single precision at least, and an entry for each epoch.
 
     Raises:
         InputError: images that are not square, of another type, range or size than the classifier
@@ -160,4 +160,4 @@ def _descend(
             )
         if progress:
             write_entry(log[-1])
-    return {n: t.detach().to(backbone.dtype) for n, t in head.items()}, log
+    return {n: t.detach() for n, t in head.items()}, log
