@@ -157,6 +157,15 @@ def test_entropy_alone(monkeypatch, tmp_path):
     assert report.entropy_alone().splitlines()[0] == "| | source | 0.001 |"
 
 
+def test_half_precision(monkeypatch, tmp_path, capsys):
+    script = _load("half_precision")
+    random_streams(monkeypatch, script, 4)
+    script.main(["--data", str(tmp_path), "--n-examples", "4", "--batch-size", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert all("bfloat16" in line and "(4 images)" in line for line in lines)
+
+
 def test_per_image_speed():
     speed = _load("per_image_speed")
     tiny = {"width": 8, "depth": 8, "groups": 4}

@@ -213,6 +213,22 @@ def test_what_is_set_goes_before_the_artifacts_own_values(host, shipped, make_mo
 
 
 @pytest.mark.parametrize(
+    ("method", "steps", "words"),
+    [
+        ("ttt", 1, "is a mgg adapter .* needs ttt"),
+        ("mt3", 1, "is a mgg adapter .* needs mt3"),
+        ("ttt", 2, "is an adapter of mgg: MGG has no field 'steps'"),
+    ],
+)
+def test_an_artifact_of_another_method(host, config, make_model, method, steps, words):
+    cfg = sys.modules["conf"].cfg
+    cfg.MODEL.ADAPTATION, cfg.OPTIM.STEPS = method, steps
+    cfg.TTT_PLUGINS.ARTIFACT = "bundled:mgg-universal"
+    with pytest.raises(tp.InputError, match=words):
+        host.get(method)(cfg, make_model("groupnorm"), 10)
+
+
+@pytest.mark.parametrize(
     ("options", "fields"),
     [
         (("mode", "online"), {"mode": "online"}),

@@ -670,6 +670,8 @@ def test_a_batchnorm_model_is_never_on_entropy_alone(make_model):
     net = tp.wrap(make_model("batchnorm"), "mgg")
     assert net.config.lr_alone is not None
     assert "alone" not in net.describe().split("objective")[1]
+    net = tp.wrap(make_model("batchnorm"), "mgg", discrepancy=0.0)
+    assert "discrepancy=0), so lr_alone is without effect" in net.describe()
 
 
 def test_the_bound_is_a_number():

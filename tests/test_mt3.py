@@ -727,6 +727,9 @@ def test_resuming_with_held_images_remembers_the_best(data, tmp_path, monkeypatc
         patch.setattr(epochs, "save_checkpoint", stop)
         with pytest.raises(Broken):
             train_mt3(recipe, data, tmp_path / "b", gap=gap, progress=False)
+    for other in (None, StepGap({"noise": data[8:32]}, gap.config)):
+        with pytest.raises(tp.InputError, match="other held images"):
+            train_mt3(recipe, data, tmp_path / "b", gap=other, resume=True, progress=False)
     again = train_mt3(recipe, data, tmp_path / "b", gap=gap, resume=True, progress=False)
     assert same_model(whole[0], again[0])
     assert same_tensors(whole[1], again[1])

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import tempfile
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -558,3 +559,61 @@ def test_other_models_take_pictures_as_they_are_or_in_a_size():
     for bad in (0, True, 2.5):
         with pytest.raises(InputError, match="the size of images"):
             evaluation_transform(None, bad)
+
+
+def _raw_npy(shape, kind="|u1", content=b""):
+    buffer = io.BytesIO()
+    header = {"descr": kind, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue() + content
+
+
+def _raw_npz(path, **members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return path
+
+
+HUGE = 1 << 50
+_FINE = _raw_npy((2, 8, 8, 3), content=bytes(384))
+HOSTILE = {
+    "huge npy": ("a.npy", _raw_npy((HUGE, 8, 8, 3)), "cut short"),
+    "npy of objects": ("a.npy", _raw_npy((2,), "|O", b"cos\nsystem\n"), "Python objects"),
+    "npy with an endless header": (
+        "a.npy",
+        b"\x93NUMPY\x02\x00" + b"\xff" * 4,
+        "header of 4,294,967,295",
+    ),
+    "huge images": ("a.npz", {"images": _raw_npy((HUGE, 8, 8, 3))}, "size that its header"),
+    "images of objects": ("a.npz", {"images": _raw_npy((2, 8, 8, 3), "|O", b"x")}, "objects"),
+    "huge labels": ("a.npz", {"images": _FINE, "labels": _raw_npy((HUGE,), "<i8")}, "as many"),
+    "wide labels": ("a.npz", {"images": _FINE, "labels": _raw_npy((2,), "|V999999999")}, "as many"),
+    "cut labels": ("a.npz", {"images": _FINE, "labels": _raw_npy((2,), "<i8")}, "size that its"),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_headers_are_read_before_memory_is_taken(attack, tmp_path):
+    name, content, words = HOSTILE[attack]
+    file = tmp_path / name
+    if isinstance(content, dict):
+        _raw_npz(file, **content)
+    else:
+        file.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=words) as caught:
+            open_images(file)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_array_that_does_not_fit_on_the_disk(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros((400, 64, 64, 3), np.uint8))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1 << 20))
+    with pytest.raises(DataError, match=r"a\.npz\[images\]: 4,915,328 bytes have to be extracted"):
+        open_images(tmp_path / "a.npz")

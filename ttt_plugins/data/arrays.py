@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError, InputError
+from .npy_files import extract_array, map_array, read_labels
 from .source import IMAGE_COLUMNS, LABEL_COLUMNS, Columns, ImageSource, ImageStream, Sample
 
 __all__ = ["ArraySource", "DatasetSource", "LoaderStream", "open_array_file"]
@@ -32,12 +33,7 @@ class _MappedFile:
 
     @functools.cached_property
     def array(self) -> np.ndarray:
-        try:
-            return np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError as error:
-            raise DataError(f"{self.name}: no such file") from error
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{self.name}: not a readable npy file ({error})") from error
+        return map_array(self.path, self.name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "name": self.name}  # a pickled memory map contains all its data
@@ -131,14 +127,13 @@ def open_array_file(
             image_key = image_key or (others[0] if len(others) == 1 else None)
             if image_key is None:
                 raise DataError(f"{path}: which array has the images? Name one of {others}")
-            images = _unpacked(archive, f"{image_key}.npy", f"{path}[{image_key}]")
+            images = _unpacked(archive, image_key, f"{path}[{image_key}]")
             labels = None
             if label_key is not None:
-                with archive.open(f"{label_key}.npy") as file:
-                    labels = np.lib.format.read_array(file, allow_pickle=False)
+                labels = read_labels(archive, label_key, len(images.array), str(path))
+    except DataError:
+        raise
     except FileNotFoundError as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path}: no such file") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not a readable npz file ({error})") from error
@@ -151,12 +146,11 @@ def _choose(path: Path, keys: Sequence[str], given: str | None, usual: Sequence[
     return given or next((key for key in usual if key in keys), None)
 
 
-def _unpacked(archive: zipfile.ZipFile, member: str, name: str) -> _MappedFile:
+def _unpacked(archive: zipfile.ZipFile, key: str, name: str) -> _MappedFile:
     folder = Path(tempfile.mkdtemp(prefix="ttt-plugins-"))
     mapped = _MappedFile(folder / "images.npy", name)
     weakref.finalize(mapped, _remove, folder, os.getpid())
-    with archive.open(member) as packed, mapped.path.open("wb") as file:
-        shutil.copyfileobj(packed, file, 1 << 20)
+    extract_array(archive, key, mapped.path, name)
     return mapped
 
 

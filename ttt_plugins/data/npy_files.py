@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import lzma
 import math
+import shutil
 import tokenize
 import zipfile
 import zlib
@@ -17,7 +18,7 @@ from numpy.lib import format as npy
 
 from ..errors import DataError
 
-__all__ = ["ArrayHeader", "NpzImages", "map_array"]
+__all__ = ["ArrayHeader", "NpzImages", "extract_array", "map_array", "read_labels"]
 
 #: Largest number of characters in a header; that of an image array has about 80.
 _MAX_HEADER = 10_000
@@ -53,6 +54,12 @@ def _read_header(stream: IO[bytes]) -> ArrayHeader:
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
     if read is None:
         raise ValueError(f"npy format {version} is not supported")
+    # numpy would take memory for as many bytes as are announced, in format 2 up to 4 GB.
+    start = stream.tell()
+    length = int.from_bytes(stream.read(2 * version[0]), "little")
+    stream.seek(start)
+    if length > _MAX_HEADER:
+        raise ValueError(f"a header of {length:,} bytes")
     header = ArrayHeader(*read(stream, max_header_size=_MAX_HEADER))
     if header.dtype.hasobject:
         raise ValueError("it holds Python objects")
@@ -60,7 +67,7 @@ def _read_header(stream: IO[bytes]) -> ArrayHeader:
 
 
 @contextlib.contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
+def _reading(path: Path | str, kind: str) -> Iterator[None]:
     """Convert all failures into `DataError` with a message of one line."""
     try:
         yield
@@ -71,21 +78,76 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         raise DataError(f"{path}: not a readable {kind} file ({reason})") from error
 
 
-def map_array(path: Path) -> np.ndarray:
+def map_array(path: Path, name: str | None = None) -> np.ndarray:
     """Memory-map the array of an npy file: only the parts that are accessed are read.
+
+    Args:
+        path: the file.
+        name: what messages call it; its path unless given.
 
     Raises:
         DataError: the file is missing, damaged, truncated, or holds Python objects.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    with _reading(path, "npy"):
+        raise DataError(f"{name or path}: no such file")
+    with _reading(name or path, "npy"):
         with path.open("rb") as stream:
             shape, _, dtype = _read_header(stream)
             size = math.prod(shape) * dtype.itemsize
             if stream.tell() + size > path.stat().st_size:
                 raise ValueError(f"cut short: its header announces {size:,} bytes of numbers")
         return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def extract_array(archive: zipfile.ZipFile, key: str, target: Path, name: str) -> None:
+    """Write one array of an npz file to an npy file, in pieces.
+
+    Args:
+        archive: the npz file.
+        key: name of the array.
+        target: the npy file.
+        name: what messages call the array.
+
+    Raises:
+        DataError: it is damaged or encrypted, holds Python objects, or does not fit on the disk.
+    """
+    with _reading(name, "npz"):
+        total = archive.getinfo(f"{key}.npy").file_size
+        with archive.open(f"{key}.npy") as packed:
+            shape, _, dtype = _read_header(packed)
+            if packed.tell() + math.prod(shape) * dtype.itemsize != total:
+                raise ValueError(f"{key} does not have the size that its header announces")
+        if total > (free := shutil.disk_usage(target.parent).free):
+            raise DataError(
+                f"{name}: {total:,} bytes have to be extracted to {target.parent}, whose disk has "
+                f"{free:,} left"
+            )
+        with archive.open(f"{key}.npy") as packed, target.open("wb") as file:
+            shutil.copyfileobj(packed, file, 1 << 20)
+
+
+def read_labels(archive: zipfile.ZipFile, key: str, images: int, name: str) -> np.ndarray:
+    """Read one array of an npz file as the labels (N,) of its images.
+
+    Args:
+        archive: the npz file.
+        key: name of the array.
+        images: how many labels there must be.
+        name: what messages call the file.
+
+    Raises:
+        DataError: it is damaged or encrypted, or something other than as many integers.
+    """
+    with _reading(name, "npz"), archive.open(f"{key}.npy") as stream:
+        shape, _, dtype = _read_header(stream)
+        if shape != (images,) or dtype.kind not in "iu":
+            raise DataError(
+                f"{name}: {images} images need as many integer labels, got {dtype} {shape}"
+            )
+        content = stream.read(images * dtype.itemsize)
+        if len(content) < images * dtype.itemsize or stream.read(1):
+            raise ValueError(f"{key} does not have the size that its header announces")
+    return np.frombuffer(content, dtype)
 
 
 class NpzImages:

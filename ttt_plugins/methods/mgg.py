@@ -69,7 +69,8 @@ class MGG(OnlineFields):
             batch 64.
         lr_alone: an upper bound on the step size while entropy is alone, since there are no source
             statistics to compare: nothing then holds an optimizer back that was trained with them.
-            None for no other bound than ``lr``.
+            None for no other bound than ``lr``. It has no effect where there are statistics, even
+            if ``discrepancy`` is 0.
         discrepancy: weight lambda of the feature statistics' distance from the source's (the
             paper: 0.4; 0.2 on ImageNet-R). Without source statistics the term is left out.
         statistics: BatchNorm statistics, ``"batch"``, ``"source"``, ``"mix"`` or ``"stream"``.
@@ -120,6 +121,8 @@ def unlabelled_loss(config: MGG, source_statistics: tuple[Tensor, Tensor] | None
         if (bound := step_size(config, source_statistics)) < config.lr:
             name += f" and the step size is {bound:g}"
         name += "; call fit_source_statistics"
+    elif source_statistics is not None and config.lr_alone is not None:
+        name += " alone by choice (discrepancy=0), so lr_alone is without effect"
     return Objective(name, loss, compares)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..artifacts.tensor_files import fingerprint
 from ..benchmark.evaluate import accuracy
 from ..data.images import LabelledImages
 from ..methods.mt3 import MT3
@@ -37,6 +38,8 @@ class StepGap:
             torch.cat([part.labels for part in extras.values()]),
         )
         self.config = config
+        #: What tells these measurements from others: the images, their labels and the config.
+        self.mark = f"{fingerprint(vars(self.held))} {config}"
 
     def measure(self, model: nn.Module, head: Mapping[str, Tensor]) -> dict[str, float]:
         """Measure the accuracy, in [0, 1].

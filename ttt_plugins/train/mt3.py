@@ -123,10 +123,19 @@ class _MetaTraining(Training):
         self.images, self.labels = train.images.to(device), train.labels.to(device)
 
     def state(self) -> dict[str, Any]:
-        state = {"meta": self.meta, "velocity": self.velocity}
+        state = {"meta": self.meta, "velocity": self.velocity, "held": self._held()}
         return state if self.best is None else state | {"best": self.best}
 
+    def _held(self) -> str | None:
+        return None if self.gap is None else self.gap.mark
+
     def load(self, saved: Mapping[str, Any]) -> None:
+        # Checkpoints of earlier versions do not say.
+        if saved.get("held", self._held()) != self._held():
+            raise InputError(
+                "the checkpoint was made with other held images, or none, to choose the best epoch "
+                "by: resume with the same ones (--extras, --extras-images), or start anew"
+            )
         self.meta, self.velocity = saved["meta"], saved["velocity"]
         self.best = saved.get("best")
 
