@@ -345,7 +345,8 @@ class Backbone(nn.Module):
         """Channels of the layers that a stream has statistics of, by name."""
         if self.statistics.kind != "stream":
             return {}
-        return {n: int(m.num_features) for m, n in self._norm_names.items()}
+        sizes = {n: m.running_mean for m, n in self._norm_names.items()}
+        return {n: len(t) for n, t in sizes.items() if isinstance(t, Tensor)}
 
     def freeze_statistics(self, estimate: Mapping[str, Tensor]) -> None:
         """Normalise with a stream's estimate as it is from now on, whatever comes."""
