@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from .artifacts.saving import save_pretrained
 from .backbones.backbone import Backbone
 from .backbones.sharing import deep_copy, ordinary
 from .backbones.shell import Shell
-from .core import scope
-from .core.adaptation_state import describe_tensors, matching_state
-from .core.algorithm import Algorithm, Chunked, Outcome, Tensors
+from .backbones.stream import STREAM, check_stream
+from .core import chunks, scope
+from .core.adaptation_state import describe_tensors, parts, resumed, saved
+from .core.algorithm import Algorithm, Chunked, Tensors
+from .core.guard import GUARD, GUARDED, Event, Guard
 from .core.inputs import (
     check_images,
     check_pixels,
@@ -34,7 +37,7 @@ from .core.inputs import (
 )
 from .core.pictures import is_source
 from .core.registry import SOURCE_STATISTICS, Method, get_method
-from .core.window import Window
+from .core.window import WINDOW, Window
 from .data.images import batch_images
 from .errors import InputError
 
@@ -42,6 +45,11 @@ __all__ = ["Adapter"]
 
 #: Batches between two looks, on an accelerator, at whether updates were skipped.
 _LOOK_EVERY = 64
+
+_SKIPPED = (
+    "the loss or its gradient was not finite: such updates are skipped, the prediction is "
+    "returned; net.skipped_updates counts (warned once)"
+)
 
 
 class Adapter(Shell):
@@ -91,12 +99,12 @@ class Adapter(Shell):
         self.forwards = self.backwards = self.batches = 0
         self.checks_pixels = True
         self._skipped: int | Tensor = 0
-        self._warned = False
+        self._warned: set[str] = set()
         self.loss: Tensor | None = None
         self._params: Tensors | None = None
         self._state: Tensors | None = None
         self._algorithm: Algorithm | None = None
-        self._window = Window.of(config)
+        self._window, self._guard = Window.of(config), Guard.of(config)
         self._waiting: Tensors = {}
         # How many images adapt together, by what decides it; and the size of the last images.
         self._chunks: dict[tuple, int] = {}
@@ -132,8 +140,11 @@ class Adapter(Shell):
             self.forwards += len(images)
             return logits
         with torch.no_grad():
-            outcome, self._waiting = self._window.step(
-                self._adapt, self.backbone, *self._now(), self._waiting, images
+            now, algorithm = self._now(), self._algorithm_now()
+            adapt = partial(chunks.adapt, algorithm, self._chunks)
+            start = algorithm.source, algorithm.init
+            outcome, self._waiting = self._guard.step(
+                self._window, adapt, self.backbone, start, now, self._waiting, images
             )
         # Nothing above changes what was learned: an error on the way leaves the adapter as it was.
         self._params, self._state, self.loss = outcome.params, outcome.state, outcome.loss
@@ -141,29 +152,15 @@ class Adapter(Shell):
         self.backwards += outcome.backwards
         self.batches += 1
         self._skipped = self._skipped + outcome.skipped
-        if not self._warned and self._may_look() and self.skipped_updates:
-            self._warned = True
-            warnings.warn(
-                "the loss or its gradient was not finite: such updates are skipped, the "
-                "prediction is returned; net.skipped_updates counts (warned once)",
-                RuntimeWarning,
-                stacklevel=5,
-            )
+        if self._may_look():
+            self._warn(self.skipped_updates, _SKIPPED)
+            self._warn(len(self.guard_events), GUARDED)
         return outcome.logits
 
-    def _adapt(self, params: Tensors, state: Tensors, images: Tensor) -> Outcome:
-        """The algorithm on a batch; how many images adapt together is planned once a size."""
-        algorithm = self._algorithm_now()
-        if not isinstance(algorithm, Chunked):
-            return algorithm.adapt(params, state, images)
-        autocast = torch.is_autocast_enabled(images.device.type)
-        key = (images.shape[1:], images.dtype, images.device, autocast)
-        if key not in self._chunks:
-            self._chunks[key] = algorithm.plan(images[:1])
-        outcome = algorithm.with_chunk(self._chunks[key]).adapt(params, state, images)
-        if outcome.chunk is not None:
-            self._chunks[key] = outcome.chunk
-        return outcome
+    def _warn(self, happened: int, message: str) -> None:
+        if happened and message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=7)
 
     def _may_look(self) -> bool:
         """Whether a look at a tensor's value is cheap now; an accelerator is waited for."""
@@ -176,6 +173,18 @@ class Adapter(Shell):
         Batches, or images where each adapts on its own.
         """
         return int(self._skipped)
+
+    @property
+    def guard_events(self) -> list[Event]:
+        """What the guard did since the last reset, the oldest first (`ttt_plugins.core.guard`)."""
+        return self._guard.events(self._waiting)
+
+    def health(self) -> dict[str, float]:
+        """The guard's signals: see `ttt_plugins.core.guard.Guard.health`."""
+        if self._record.build is None:
+            return {}
+        source = self._algorithm_now().source
+        return self._guard.health(self._waiting, self._params, source)
 
     def check_images(self, images: Tensor) -> None:
         """What every batch is checked for.
@@ -264,15 +273,8 @@ class Adapter(Shell):
 
     def adaptation_state(self) -> dict[str, Tensor]:
         """Everything that changed since the source, as a flat dict of tensors to save."""
-        state = {"batches": torch.tensor(self.batches)}
-        state |= {n: t.clone() for n, t in self._waiting.items()}
-        if self._record.build is None:
-            return state
-        with torch.inference_mode(False), torch.no_grad():
-            params, rule = self._now()
-            state |= {f"params.{n}": t.clone() for n, t in params.items()}
-            state |= {f"rule.{n}": t.clone().contiguous() for n, t in rule.items()}
-        return state
+        params, rule = (None, None) if self._record.build is None else self._now()
+        return saved(self.batches, self._waiting, params, rule)
 
     def load_adaptation_state(self, state: dict[str, Tensor]) -> None:
         """Resume where `adaptation_state` was taken.
@@ -280,17 +282,17 @@ class Adapter(Shell):
         Raises:
             InputError: it belongs to another adapter or is damaged; nothing is loaded.
         """
-        rest, waiting = self._window.part_of(state, self.backbone)
+        checks = {
+            WINDOW: partial(self._window.check, backbone=self.backbone),
+            STREAM: partial(check_stream, channels=self.backbone.streamed),
+            GUARD: partial(self._guard.check, classes=self.num_classes),
+        }
+        rest, waiting = parts(state, checks, self.backbone.device)
         own = {n: t for n, t in self.adaptation_state().items() if n not in self._waiting}
-        moved = matching_state(own, rest)
-        self._waiting = waiting
-        self.batches = int(moved.pop("batches"))
-        if self._record.build is None:
-            return
-        self._params, self._state = (
-            {n.removeprefix(prefix): t for n, t in moved.items() if n.startswith(prefix)}
-            for prefix in ("params.", "rule.")
-        )
+        batches, params, rule = resumed(own, rest)
+        self._waiting, self.batches = waiting, batches
+        if self._record.build is not None:
+            self._params, self._state = params, rule
 
     def fit_source_statistics(self, loader: Any, *, progress: bool = True) -> Adapter:
         """Measure the source's feature statistics on clean images, for MGG's discrepancy term.
@@ -335,7 +337,7 @@ class Adapter(Shell):
         lines += adapted
         if self._record.describe is not None:
             lines += self._record.describe(self.config, self.backbone)
-        lines += algorithm.describe() + self._window.describe()
+        lines += algorithm.describe() + self._window.describe() + self._guard.describe()
         if isinstance(algorithm, Chunked):
             size = self._last_size if None in self.input_size else self.input_size
             for chunk in [c for key, c in self._chunks.items() if key[0] == size]:

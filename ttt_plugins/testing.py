@@ -307,6 +307,26 @@ def a_window_stops_and_goes_on(build: Build, images: Images) -> None:
     assert same_state(unbroken.adaptation_state(), build(window=5).adaptation_state())
 
 
+def the_guard_watches(build: Build, images: Images) -> None:
+    """One picture for ever trips the guard, which says so once and is part of the state."""
+    if not getattr(build().config, "guard", False):
+        return
+    picture = images(1, 0).repeat(16, 1, 1, 1)
+    net, resumed = build(window=16), build(window=16)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(15):
+            net(picture)
+    assert {event.reason for event in net.guard_events} == {"one class"}, net.guard_events
+    assert sum("guard_events" in str(w.message) for w in told) == 1
+    assert all(isinstance(value, float) for value in net.health().values())
+    resumed.load_adaptation_state(net.adaptation_state())
+    assert (resumed.guard_events, resumed.health()) == (net.guard_events, net.health())
+    net.reset()
+    assert net.guard_events == []
+    assert same_state(net.adaptation_state(), build(window=16).adaptation_state())
+
+
 #: All of them, by name.
 LAWS: dict[str, Callable[[Build, Images], None]] = {
     law.__name__: law
@@ -325,6 +345,7 @@ LAWS: dict[str, Callable[[Build, Images], None]] = {
         a_full_window_is_one_update,
         smaller_batches_are_predicted_at_once,
         a_window_stops_and_goes_on,
+        the_guard_watches,
     )
 }
 

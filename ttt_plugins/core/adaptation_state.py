@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,55 @@ from ..errors import InputError
 from ..utils.precision import single
 from .algorithm import Tensors
 
-__all__ = ["describe_tensors", "matching_state"]
+__all__ = ["describe_tensors", "matching_state", "parts", "resumed", "saved"]
+
+
+def saved(
+    batches: int, beside: Tensors, params: Tensors | None, rule: Tensors | None
+) -> dict[str, Tensor]:
+    """Copies of everything that changed since the source, as a flat dict.
+
+    Args:
+        batches: batches so far.
+        beside: images that wait, a stream's statistics, and what the guard knows.
+        params: the adapted tensors; None where nothing adapts.
+        rule: the rule's state; None likewise.
+    """
+    state = {"batches": torch.tensor(batches)} | {n: t.clone() for n, t in beside.items()}
+    with torch.inference_mode(False), torch.no_grad():
+        state |= {f"params.{n}": t.clone() for n, t in (params or {}).items()}
+        state |= {f"rule.{n}": t.clone().contiguous() for n, t in (rule or {}).items()}
+    return state
+
+
+def parts(
+    state: object, checks: Mapping[str, Callable[[str, Tensor], None]], device: torch.device
+) -> tuple[object, Tensors]:
+    """Split a saved state into what every adapter's has, and copies of what is beside it.
+
+    How many images wait, and whether there are statistics of a stream and a guard, differs from
+    state to state. States from before there were such things hold none.
+
+    Args:
+        state: as `saved` made it.
+        checks: for the names that begin with the key, a function of name and tensor that raises
+            `InputError` where the tensor belongs to another adapter or is damaged.
+        device: where the copies go.
+
+    Raises:
+        InputError: a check says so.
+    """
+    if not isinstance(state, dict):
+        return state, {}
+    beside = {}
+    for name, tensor in state.items():
+        prefix = next((p for p in checks if str(name).startswith(p)), None)
+        if prefix is not None and isinstance(tensor, Tensor):
+            checks[prefix](name, tensor)
+            beside[name] = tensor
+    rest = {n: t for n, t in state.items() if n not in beside}
+    with torch.inference_mode(False):
+        return rest, {n: t.detach().clone().to(device) for n, t in beside.items()}
 
 
 def matching_state(expected: Tensors, state: object) -> Tensors:
@@ -49,6 +97,20 @@ def matching_state(expected: Tensors, state: object) -> Tensors:
         # In the adapter's order: a rule's flat tensors follow the order of the parameters, and a
         # file may have sorted the names.
         return {n: state[n].detach().clone().to(own.device) for n, own in expected.items()}
+
+
+def resumed(expected: Tensors, state: object) -> tuple[int, Tensors, Tensors]:
+    """Batches so far, adapted tensors and the rule's state, as `matching_state` checks them.
+
+    Raises:
+        InputError: as for `matching_state`.
+    """
+    moved = matching_state(expected, state)
+    params, rule = (
+        {n.removeprefix(prefix): t for n, t in moved.items() if n.startswith(prefix)}
+        for prefix in ("params.", "rule.")
+    )
+    return int(moved["batches"]), params, rule
 
 
 def describe_tensors(names: Sequence[str], source: Tensors, state: Tensors) -> tuple[str, str]:

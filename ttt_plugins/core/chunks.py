@@ -10,9 +10,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .algorithm import Algorithm, Chunked, Outcome, Tensors
 from .scope import no_recomputation
 
-__all__ = ["chunk_size", "image_bytes"]
+__all__ = ["adapt", "chunk_size", "image_bytes"]
 
 #: Share of the free memory that images adapting together may take.
 _SHARE = 0.5
@@ -92,3 +93,27 @@ def chunk_size(wanted: int | str, per_image: Callable[[], int], device: torch.de
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(1, int(_SHARE * free / max(1, _AMONG_OTHERS * per_image())))
+
+
+def adapt(
+    algorithm: Algorithm, chunks: dict[tuple, int], params: Tensors, state: Tensors, images: Tensor
+) -> Outcome:
+    """The algorithm on a batch; how many images adapt together is planned once a size.
+
+    Args:
+        algorithm: the method.
+        chunks: how many that was, by what decides it; what is new is added.
+        params: the adapted tensors.
+        state: the algorithm's state.
+        images: (B, C, H, W) in [0, 1].
+    """
+    if not isinstance(algorithm, Chunked):
+        return algorithm.adapt(params, state, images)
+    autocast = torch.is_autocast_enabled(images.device.type)
+    key = (images.shape[1:], images.dtype, images.device, autocast)
+    if key not in chunks:
+        chunks[key] = algorithm.plan(images[:1])
+    outcome = algorithm.with_chunk(chunks[key]).adapt(params, state, images)
+    if outcome.chunk is not None:
+        chunks[key] = outcome.chunk
+    return outcome

@@ -121,10 +121,11 @@ class Method:
 
     Attributes:
         name: as users type it.
-        config: frozen dataclass of the method's fields. Two of its fields are the library's where
-            it has them: ``params``, what adapts (all that is eligible unless it has one), and
+        config: frozen dataclass of the method's fields. Some of its fields are the library's where
+            it has them: ``params``, what adapts (all that is eligible unless it has one),
             ``statistics`` with ``prior``, what BatchNorm normalises with (the source's unless it
-            has one).
+            has one), ``window``, images per update (each batch unless it has one), and ``guard``
+            and ``pull`` (neither unless it has them).
         build: makes the algorithm; None for a method that does not adapt.
         citation: reference of the method's paper.
         default_artifact: bundled artifact whose learned tensors `wrap` takes when it is given none

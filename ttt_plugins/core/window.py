@@ -26,16 +26,17 @@ from torch import Tensor
 
 from ..backbones.backbone import Backbone
 from ..backbones.statistics import StatisticsFields
-from ..backbones.stream import STREAM, check_stream
+from ..backbones.stream import STREAM
 from ..errors import InputError
-from ..utils.checks import check_integer
+from ..utils.checks import check_choice, check_integer, check_number
 from .algorithm import Outcome, Tensors
 from .scope import call
 
-__all__ = ["OnlineFields", "Window", "decode", "encode"]
+__all__ = ["WINDOW", "OnlineFields", "Window", "decode", "encode"]
 
-_PREFIX = "window."
-_IMAGES = _PREFIX + "images"
+#: What the names of the tensors that wait begin with.
+WINDOW = "window."
+_IMAGES = WINDOW + "images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +46,25 @@ class OnlineFields(StatisticsFields):
     Attributes:
         window: images per update, at least 1. Smaller batches are predicted at once and gather
             until there are as many; a larger one is one update. The papers: 64 on ImageNet.
+        guard: whether signals that need no label soften or reset updates that hurt
+            (`ttt_plugins.core.guard`). The papers: no.
+        pull: how far the adapted parameters go back to the source after every update, in [0, 1].
+            The papers: 0.
 
     Raises:
-        InputError: as for `NormStatistics`, or a window that is no positive integer.
+        InputError: as for `NormStatistics`, a window that is no positive integer, or a guard or
+            pull that is none.
     """
 
     window: int = 64
+    guard: bool = True
+    pull: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
         check_integer(self, "window", 1)
+        check_choice(self, "guard", (True, False))
+        check_number(self, "pull", 0, 1)
 
 
 @dataclass(frozen=True)
@@ -132,32 +142,7 @@ class Window:
         rest = gathered[self.size :]
         return outcome, {_IMAGES: encode(rest).clone()} if len(rest) else {}
 
-    def part_of(self, state: object, backbone: Backbone) -> tuple[object, Tensors]:
-        """Split a saved adaptation state into the rest and a copy of what waits.
-
-        How many images wait differs from state to state. States from before there were windows
-        hold none.
-
-        Raises:
-            InputError: what waits belongs to another adapter, or is damaged.
-        """
-        if not isinstance(state, dict):
-            return state, {}
-        waiting = {
-            n: t
-            for n, t in state.items()
-            if isinstance(t, Tensor) and str(n).startswith((_PREFIX, STREAM))
-        }
-        for name, tensor in waiting.items():
-            if name.startswith(STREAM):
-                check_stream(name, tensor, backbone.streamed)
-            else:
-                self._check(name, tensor, backbone)
-        rest = {n: t for n, t in state.items() if n not in waiting}
-        with torch.inference_mode(False):
-            return rest, {n: t.detach().clone().to(backbone.device) for n, t in waiting.items()}
-
-    def _check(self, name: str, images: Tensor, backbone: Backbone) -> None:
+    def check(self, name: str, images: Tensor, backbone: Backbone) -> None:
         """Refuse a tensor that cannot wait in this window.
 
         Raises:

@@ -27,8 +27,10 @@ def register_update_rule(
     Args:
         name: of the method, letters, digits and underscores.
         config: frozen dataclass of what the rule needs, each field with a default. Its fields
-            ``params``, ``statistics``, ``prior`` and ``window`` mean what they mean in `Tent`,
-            where it has them; without ``window`` there is an update on every batch.
+            ``params``, ``statistics``, ``prior``, ``window``, ``guard`` and ``pull`` mean what they
+            mean in `Tent`, where it has them, as one that inherits from
+            `ttt_plugins.core.window.OnlineFields` does. Without ``window`` there is an update on
+            every batch, without ``guard`` no guard.
         make: ``config -> rule``, a pair of pure functions as in `ttt_plugins.core.updates`.
         citation: reference of the rule's paper.
 

@@ -28,6 +28,7 @@ Deviations from the released code, and why:
 5. A deviation is ``sqrt(var + 1e-12)``, whose slope is finite where a feature does not vary.
 6. An update that is not finite is dropped, together with its state (`online.Online`).
 7. Batches of fewer than ``window`` images gather for one update (released: one for every batch).
+8. The guard softens or resets updates that hurt; ``guard=False`` for none (`core.guard`).
 """
 
 from __future__ import annotations
@@ -77,6 +78,9 @@ class MGG(OnlineFields):
         prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
         window: images per update; smaller batches are predicted at once and gather until there
             are as many (`ttt_plugins.core.window`). The paper: 64.
+        guard: whether updates are softened or reset where signals without labels say that they hurt
+            (`ttt_plugins.core.guard`).
+        pull: how far the parameters go back to the source after every update, in [0, 1].
         params: what adapts unless `wrap` is told otherwise.
         rule: what turns a gradient into an update: ``"memory"``, the learned optimizer, or
             ``"adam"`` or ``"sgd"`` with step size ``lr`` and their usual momenta. The hand-made

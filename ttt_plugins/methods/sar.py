@@ -23,6 +23,7 @@ Deviations from the released code (`updates.SharpnessAware` has two more):
    leave out fewer. Tensors that adapt, by structure and by name: ResNet-18 30 and 30, ResNet-26
    with three stages 32 and 48, torchvision's ViT with 12 blocks 38 and 50.
 2. Batches of fewer than ``window`` images gather for one update (released: one for every batch).
+3. The guard softens or resets updates that hurt; ``guard=False`` for none (`core.guard`).
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ class SAR(OnlineFields):
         prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
         window: images per update; smaller batches are predicted at once and gather until there
             are as many (`ttt_plugins.core.window`). The paper: 64.
+        guard: whether updates are softened or reset where signals without labels say that they hurt
+            (`ttt_plugins.core.guard`).
+        pull: how far the parameters go back to the source after every update, in [0, 1].
         params: what adapts unless `wrap` is told otherwise.
     """
 

@@ -15,6 +15,7 @@ Equation -> function
 Deviations from the released code:
 1. Batches of fewer than ``window`` images gather for one update (released: one for every batch).
 2. An update that is not finite is dropped, together with its state (`online.Online`).
+3. The guard softens or resets updates that hurt; ``guard=False`` for none (`core.guard`).
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ class Tent(OnlineFields):
         prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
         window: images per update; smaller batches are predicted at once and gather until there
             are as many (`ttt_plugins.core.window`).
+        guard: whether updates are softened or reset where signals without labels say that they hurt
+            (`ttt_plugins.core.guard`).
+        pull: how far the parameters go back to the source after every update, in [0, 1].
         params: what adapts unless `wrap` is told otherwise.
     """
 
