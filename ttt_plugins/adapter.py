@@ -160,7 +160,7 @@ class Adapter(Shell):
     def _warn(self, happened: int, message: str) -> None:
         if happened and message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, RuntimeWarning, stacklevel=7)
+            warnings.warn(message, RuntimeWarning, stacklevel=8)
 
     def _may_look(self) -> bool:
         """Whether a look at a tensor's value is cheap now; an accelerator is waited for."""

@@ -294,8 +294,10 @@ def _decided(
     state = choose(collapsed, init(), outcome.state)
     reason = torch.where(collapsed, 1, torch.where(one, 0, 2))
     # What was decided on is no evidence any more, unless one class goes on being seen.
-    fresh = (acts & ~one).to(known[_MEANS])
-    after = {n: known[n] * (1 - fresh) for n in (_MEANS, _SOURCE, _ADAPTED)}
+    after = {
+        _MEANS: known[_MEANS] * ~(collapsed | unsure),
+        _ADAPTED: known[_ADAPTED] * ~collapsed,
+    }
     after[_SCALE] = torch.where(collapsed, known[_SCALE] / 2, known[_SCALE])
     after[_LOG] = _noted(known[_LOG], known[_SEEN], reason, acts)
     return outcome._replace(params=params, state=state), known | after
