@@ -32,7 +32,7 @@ from ttt_plugins.benchmark.leaderboard import INELIGIBLE, model_info, unaggregat
 from ttt_plugins.benchmark.protocols import plan, shuffled
 from ttt_plugins.cli import main
 from ttt_plugins.cli.flags import Parser, add_dataclass_flags, dataclass_from_args
-from ttt_plugins.demo import Sample, build_per_image_adapters, compare, draw, load_sample
+from ttt_plugins.demo import Sample, build_per_image_adapters, draw, load_sample, predict_sample
 from ttt_plugins.errors import DataError, InputError, MissingDependencyError, TTTError
 from ttt_plugins.utils import robustbench as bridge
 
@@ -788,9 +788,9 @@ def test_demo_at_tiny_size(tmp_path):
     assert list(sample.images) == ["clean", "fog_3d", "snow"]
     assert np.array_equal(sample.images["snow"].permute(0, 2, 3, 1).numpy(), arrays["snow"][:16])
     nets = {"source": FakeAdapter(lr=0.0), "tent": FakeAdapter(lr=0.1), "mgg": FakeAdapter(lr=2.0)}
-    result = compare(nets, sample, batch_size=4, progress=False)
+    result = predict_sample(nets, sample, batch_size=4, progress=False)
     expected = plain_loop([(arrays["snow"][:16], labels[:16])], [True], batch=4)
-    fresh = compare({"a": FakeAdapter()}, sample, batch_size=4, progress=False)
+    fresh = predict_sample({"a": FakeAdapter()}, sample, batch_size=4, progress=False)
     assert fresh.accuracy("a", "snow") == 100 * expected[0]
     assert nets["mgg"].resets == 3
     assert result.table().splitlines()[0].split()[-3:] == ["source", "tent", "mgg"]
@@ -803,7 +803,7 @@ def test_demo_at_tiny_size(tmp_path):
 def test_demo_picture_without_a_corrected_image():
     sample = Sample(torch.zeros(2, dtype=torch.int64), {"fog": torch.zeros(2, 3, 32, 32).byte()})
     nets = {"source": FakeAdapter(lr=0.0), "mgg": FakeAdapter(lr=0.0)}
-    result = compare(nets, sample, progress=False)
+    result = predict_sample(nets, sample, progress=False)
     assert result.changed("source", "mgg") == (0, 0)
     assert draw(result).startswith(b"\x89PNG")
 
@@ -825,5 +825,5 @@ def test_demo_of_per_image_methods():
     assert nets["ttt"].config.steps == 1
     assert nets["mt3"].method == "mt3"
     sample = load_sample(n=2)
-    result = compare(nets, sample, progress=False)
+    result = predict_sample(nets, sample, progress=False)
     assert list(result.predictions) == ["ttt's model", "ttt", "mt3's model", "mt3"]

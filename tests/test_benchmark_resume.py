@@ -23,7 +23,7 @@ from ttt_plugins.core.heads import init_byol, init_rotation
 from ttt_plugins.errors import DataError, InputError, MissingDependencyError
 from ttt_plugins.utils import files as files_module
 from ttt_plugins.utils import robustbench as bridge
-from ttt_plugins.utils.processes import FileLock
+from ttt_plugins.utils.locks import FileLock
 
 COUNTS = {("fog", 1): 20, ("fog", 5): 30, ("snow", 1): 20, ("snow", 5): 9}
 FILES = ["b_fake.json", "plot.png", "results.json", "unaggregated_results.csv"]
@@ -336,7 +336,7 @@ def test_two_runs_into_one_folder(tmp_path):
 def test_a_lock_ends_with_its_process(tmp_path):
     code = (
         "import os, sys\nfrom pathlib import Path\n"
-        "from ttt_plugins.utils.processes import FileLock\n"
+        "from ttt_plugins.utils.locks import FileLock\n"
         "with FileLock(Path(sys.argv[1])) as lock:\n"
         "    assert lock.take()\n"
         "    print('held', flush=True)\n    sys.stdin.read()\n"

@@ -22,7 +22,8 @@ from ttt_plugins.benchmark import Results, Worker, run_benchmark, worker_from_en
 from ttt_plugins.benchmark.resume import UNFINISHED
 from ttt_plugins.cli import main
 from ttt_plugins.errors import DataError, DistributedError, InputError
-from ttt_plugins.utils.processes import FileLock, Place, place_from_environment
+from ttt_plugins.utils.locks import FileLock
+from ttt_plugins.utils.processes import Place, place_from_environment
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_folder_may_be_shared(tmp_path):
 def test_a_lock_ends_with_a_process_that_is_killed(tmp_path):
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from ttt_plugins.utils.processes import FileLock\n"
+        "from ttt_plugins.utils.locks import FileLock\n"
         "with FileLock(Path(sys.argv[1])) as lock:\n"
         "    print(lock.take(), flush=True)\n    sys.stdin.read()\n"
     )

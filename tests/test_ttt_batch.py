@@ -83,7 +83,7 @@ def test_it_describes_itself(make):
     text = make(steps=1).describe()
     assert "that the batch shares, 3 views of each image" in text
     assert "cost: 4 forward and 3 backward passes an image" in text
-    assert "21 of them at a time" in text  # 64 views fill a CPU
+    assert "21 images at a time" in text  # 64 views fill a CPU
 
 
 def test_ten_steps_unless_given(make):

@@ -34,9 +34,9 @@ __all__ = [
     "Sample",
     "build_adapters",
     "build_per_image_adapters",
-    "compare",
     "draw",
     "load_sample",
+    "predict_sample",
     "run_demo",
 ]
 
@@ -156,7 +156,7 @@ def build_per_image_adapters(ttt: str = TTT, mt3: str = MT3) -> dict[str, Adapte
     }
 
 
-def compare(
+def predict_sample(
     nets: Mapping[str, Adapter],
     sample: Sample,
     *,
@@ -262,8 +262,8 @@ def run_demo(
     figure(1, 1)
     sample = load_sample(n=n)
     few = load_sample(n=min(PER_IMAGE, len(sample.labels)))
-    result = compare(build_adapters(), sample, progress=progress)
-    per_image = compare(build_per_image_adapters(), few, progress=progress)
+    result = predict_sample(build_adapters(), sample, progress=progress)
+    per_image = predict_sample(build_per_image_adapters(), few, progress=progress)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

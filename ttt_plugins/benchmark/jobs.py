@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DataError
-from ..utils.processes import FileLock
+from ..utils.locks import FileLock
 from .adaptive import AdaptiveModel
 from .cells import Cell
 from .device import Execution, Loader

@@ -20,7 +20,8 @@ from ..data.images import LabelledImages
 from ..errors import InputError
 from ..utils import robustbench as bridge
 from ..utils.checks import check_seed
-from ..utils.processes import FileLock, Worker
+from ..utils.locks import FileLock
+from ..utils.processes import Worker
 from . import plots
 from .adaptive import AdaptiveModel, device_of
 from .cells import CorruptionData

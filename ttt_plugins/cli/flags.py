@@ -35,9 +35,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """Field -> its text in the Attributes section of a dataclass's docstring."""
-    lines = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2].splitlines()
+    """Field -> its text in the Attributes section of a dataclass's docstring, or of a base's."""
     texts: dict[str, str] = {}
+    for base in cls.__bases__:
+        texts |= _documented(base)
+    lines = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].splitlines()
     names: list[str] = []
     for line in lines:
         if line and not line.startswith(" "):

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..artifacts.classifiers import refuse_random
 from ..artifacts.folder import check_target
 from ..artifacts.saving import save_learned, save_with_model
 from ..benchmark import EXTRA_CORRUPTIONS, load_stream
 from ..core.registry import configure
-from ..data.images import to_float
+from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from ..methods import MGG, MT3, TTT
 from ..train.byol import ByolRecipe, train_byol
@@ -97,8 +98,9 @@ def _recipe(args: argparse.Namespace, cls: type, other: type, reason: str) -> An
     return dataclass_from_args(args, cls)
 
 
-def _record(args: argparse.Namespace, recipe: Any, device: str, **facts: Any) -> dict[str, Any]:
+def _record(args: argparse.Namespace, recipe: Any, **facts: Any) -> dict[str, Any]:
     """The facts about training that every trained artifact's config.json records."""
+    device = args.device
     return {
         "command": args.command_line,
         "note": args.note,
@@ -106,6 +108,27 @@ def _record(args: argparse.Namespace, recipe: Any, device: str, **facts: Any) ->
         "device": torch.cuda.get_device_name(device) if "cuda" in device else "cpu",
         **facts,
     }
+
+
+def _save(
+    args: argparse.Namespace,
+    recipe: Any,
+    model: nn.Module,
+    train: LabelledImages,
+    log: dict[str, Any],
+    config: Any = None,
+    tensors: dict[str, Tensor] | None = None,
+) -> None:
+    """Write an artifact that carries its model, and what the method learned with it."""
+    save_with_model(
+        model,
+        recipe.arch,
+        recipe.model_args,
+        args.out,
+        config=config,
+        tensors=tensors,
+        training=_record(args, recipe, images=len(train), **log),
+    )
 
 
 # -- source ------------------------------------------------------------------------------------
@@ -124,8 +147,7 @@ def _train_source(args: argparse.Namespace) -> None:
     check_device(args.device)
     train, test = training_images(args, recipe), test_images(args, recipe)
     model, log = train_source(recipe, train, test, work, device=args.device, resume=args.resume)
-    record = _record(args, recipe, args.device, images=len(train), **log)
-    save_with_model(model, recipe.arch, recipe.model_args, args.out, training=record)
+    _save(args, recipe, model, train, log)
     print(f"the model is in {args.out}, the checkpoint of its training in {work}")
 
 
@@ -169,15 +191,7 @@ def _train_ttt(args: argparse.Namespace) -> None:
     model, head, log = train_joint(
         recipe, train, test, work, config=config, device=args.device, resume=args.resume
     )
-    save_with_model(
-        model,
-        recipe.arch,
-        recipe.model_args,
-        args.out,
-        config=config,
-        tensors=head,
-        training=_record(args, recipe, args.device, images=len(train), **log),
-    )
+    _save(args, recipe, model, train, log, config, head)
     print(f"model and rotation head are in {args.out}, the checkpoint of their training in {work}")
 
 
@@ -199,7 +213,7 @@ def _train_head(args: argparse.Namespace, config: TTT) -> None:
         model_dir=args.model_dir,
         pretrained=args.pretrained,
     )
-    record = _record(args, recipe, args.device, images=len(images), **log)
+    record = _record(args, recipe, images=len(images), **log)
     net.save_pretrained(args.out, training=record)
     print(f"the rotation head is in {args.out}")
 
@@ -260,15 +274,8 @@ def _train_mt3(args: argparse.Namespace) -> None:
         return
     # With --init the trained architecture is the artifact's, not the recipe's.
     recipe = dataclasses.replace(recipe, arch=log["architecture"], model_args=log["model_args"])
-    save_with_model(
-        model,
-        log["architecture"],
-        log["model_args"],
-        args.out,
-        config=config,
-        tensors=head,
-        training=_record(args, recipe, device, images=len(train), **log),
-    )
+    args.device = device
+    _save(args, recipe, model, train, log, config, head)
     print(f"the meta-model is in {args.out}, the checkpoint of its training in {work}")
 
 
@@ -281,15 +288,7 @@ def _train_byol(args: argparse.Namespace, work: Path) -> None:
     model, head, log = train_byol(
         recipe, train, test, work, config=config, gap=gap, device=args.device, resume=args.resume
     )
-    save_with_model(
-        model,
-        recipe.arch,
-        recipe.model_args,
-        args.out,
-        config=config,
-        tensors=head,
-        training=_record(args, recipe, args.device, images=len(train), **log),
-    )
+    _save(args, recipe, model, train, log, config, head)
     print(f"model, projector and predictor are in {args.out}, their checkpoint in {work}")
     print(f"start the meta-training with: train mt3 --init {args.out}")
 
@@ -359,7 +358,6 @@ def _train_mgg(args: argparse.Namespace) -> None:
     record = _record(
         args,
         recipe,
-        args.device,
         corruptions=list(data),
         images=min(len(part) for part in data.values()),
         labels="used by the outer loss and to choose the checkpoint and the step size"

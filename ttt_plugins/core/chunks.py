@@ -10,10 +10,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..backbones.backbone import Backbone
 from .algorithm import Algorithm, Chunked, Outcome, Tensors
 from .scope import no_recomputation
 
-__all__ = ["adapt", "chunk_size", "image_bytes"]
+__all__ = ["adapt", "chunk_size", "image_bytes", "memory_line"]
 
 #: Share of the free memory that images adapting together may take.
 _SHARE = 0.5
@@ -117,3 +118,30 @@ def adapt(
     if outcome.chunk is not None:
         chunks[key] = outcome.chunk
     return outcome
+
+
+def memory_line(
+    size: tuple[int | None, ...] | None,
+    backbone: Backbone,
+    per_image: Callable[[Tensor], int],
+    plan: Callable[[Tensor], int],
+) -> str:
+    """A line on the memory that adapting to images takes, for an adapter's description.
+
+    Args:
+        size: channels, height and width of the images, or None if they are unknown; a side that
+            is None is unknown as well.
+        backbone: the classifier.
+        per_image: image (1, C, H, W) -> bytes that adapting to it takes.
+        plan: image (1, C, H, W) -> number of images like it that adapt together.
+    """
+    if size is None:
+        return "memory: unknown before the first image; the model names no size"
+    if size[1] != size[2]:
+        return "memory: unknown; the views need square images"
+    with torch.inference_mode(False):
+        shape = (1, *(side for side in size if side is not None))
+        image = torch.full(shape, 0.5, device=backbone.device, dtype=backbone.dtype)
+        chunk, needed = plan(image), per_image(image) / 1e6
+    together = "one image" if chunk == 1 else f"{chunk} images"
+    return f"memory: about {needed:.1f} MB an image; {together} at a time"

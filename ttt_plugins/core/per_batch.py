@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backbones.backbone import Backbone
 from .algorithm import Outcome, Tensors
-from .chunks import chunk_size, image_bytes
+from .chunks import chunk_size, image_bytes, memory_line
 from .objectives import all_finite
 from .per_image import Task, descend, loss_and_gradient
 from .scope import call, flatten
@@ -70,15 +70,7 @@ class PerBatch:
 
     def describe_memory(self, size: tuple[int | None, ...] | None) -> str:
         """A line on the memory that images of this size (C, H, W) take; None if it is unknown."""
-        if size is None:
-            return "memory: unknown before the first image; the model names no size"
-        if size[1] != size[2]:
-            return "memory: unknown; the views need square images"
-        with torch.inference_mode(False):
-            shape = (1, *(side for side in size if side is not None))
-            image = torch.full(shape, 0.5, device=self.backbone.device, dtype=self.backbone.dtype)
-            chunk, needed = self.plan(image), self._bytes_for(image) / 1e6
-        return f"memory: about {needed:.1f} MB an image, {chunk} of them at a time"
+        return memory_line(size, self.backbone, self._bytes_for, self.plan)
 
     def plan(self, image: Tensor) -> int:
         """How many images like this one (1, C, H, W) pass through the network together."""

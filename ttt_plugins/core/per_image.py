@@ -27,7 +27,7 @@ from ..backbones.backbone import Backbone
 from ..errors import InputError
 from ..utils.failures import device_failed, out_of_memory
 from .algorithm import Outcome, Tensors
-from .chunks import chunk_size, image_bytes
+from .chunks import chunk_size, image_bytes, memory_line
 from .scope import call, gradients, no_recomputation
 from .views import image_keys
 
@@ -159,16 +159,7 @@ class PerImage:
 
     def describe_memory(self, size: tuple[int | None, ...] | None) -> str:
         """A line on the memory that images of this size (C, H, W) take; None if it is unknown."""
-        if size is None:
-            return "memory: unknown before the first image; the model names no size"
-        if size[1] != size[2]:
-            return "memory: unknown; the views need square images"
-        with torch.inference_mode(False):
-            shape = (1, *(side for side in size if side is not None))
-            image = torch.full(shape, 0.5, device=self.backbone.device, dtype=self.backbone.dtype)
-            chunk, needed = self.plan(image), self.bytes_for(image) / 1e6
-        together = "one image" if chunk == 1 else f"{chunk} images"
-        return f"memory: about {needed:.1f} MB an image; {together} at a time"
+        return memory_line(size, self.backbone, self.bytes_for, self.plan)
 
     def bytes_for(self, image: Tensor) -> int:
         """Estimated memory of adapting to one image (1, C, H, W), in bytes, by a step's work."""

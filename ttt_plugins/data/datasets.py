@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..utils.robustbench import RobustBenchDataset
@@ -135,54 +135,44 @@ class Dataset:
         return [(name, severity) for name in self.corruptions for severity in self.severities]
 
 
-def _imagenet(threat: str) -> RobustBenchDataset:
-    return RobustBenchDataset("imagenet", threat, "Res224", "Res256Crop224")
+def _cifar(classes: int) -> Dataset:
+    return Dataset(
+        title=f"CIFAR-{classes}-C",
+        classes=classes,
+        corruptions=tuple(CORRUPTIONS),
+        rows=10_000,
+        robustbench=RobustBenchDataset(f"cifar{classes}"),
+        layout="npy",
+        clean_images=f"CIFAR{classes}",
+        download_size="about 2.9 GB",
+    )
+
+
+def _imagenet(title: str, corruptions: list[str], threat: str) -> Dataset:
+    return Dataset(
+        title=title,
+        classes=1000,
+        corruptions=tuple(corruptions),
+        rows=5_000,
+        robustbench=RobustBenchDataset("imagenet", threat, "Res224", "Res256Crop224"),
+        layout="pictures",
+        clean_images="val",
+    )
 
 
 DATASETS = {
-    "cifar10": Dataset(
-        title="CIFAR-10-C",
-        classes=10,
-        corruptions=tuple(CORRUPTIONS),
-        rows=10_000,
-        robustbench=RobustBenchDataset("cifar10"),
-        layout="npy",
-        clean_images="CIFAR10",
+    "cifar10": replace(
+        _cifar(10),
         extra_corruptions=tuple(EXTRA_CORRUPTIONS),
         compact=CompactLayout(
-            "cifar10c",
-            "cifar10",
-            "re-encoded CIFAR-10 images; not official CIFAR-10-C figures",
+            folder="cifar10c",
+            clean_folder="cifar10",
+            note="re-encoded CIFAR-10 images; not official CIFAR-10-C figures",
         ),
-        download_size="about 2.9 GB",
     ),
-    "cifar100": Dataset(
-        title="CIFAR-100-C",
-        classes=100,
-        corruptions=tuple(CORRUPTIONS),
-        rows=10_000,
-        robustbench=RobustBenchDataset("cifar100"),
-        layout="npy",
-        clean_images="CIFAR100",
-        download_size="about 2.9 GB",
+    "cifar100": _cifar(100),
+    "imagenet": replace(
+        _imagenet("ImageNet-C", CORRUPTIONS, "corruptions"), reference_errors=_ALEXNET_ERRORS
     ),
-    "imagenet": Dataset(
-        title="ImageNet-C",
-        classes=1000,
-        corruptions=tuple(CORRUPTIONS),
-        rows=5_000,
-        robustbench=_imagenet("corruptions"),
-        layout="pictures",
-        clean_images="val",
-        reference_errors=_ALEXNET_ERRORS,
-    ),
-    "imagenet3dcc": Dataset(
-        title="ImageNet-3DCC",
-        classes=1000,
-        corruptions=tuple(CORRUPTIONS_3D),
-        rows=5_000,
-        robustbench=_imagenet("corruptions_3d"),
-        layout="pictures",
-        clean_images="val",
-    ),
+    "imagenet3dcc": _imagenet("ImageNet-3DCC", CORRUPTIONS_3D, "corruptions_3d"),
 }

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,71 +23,52 @@ from torch import Tensor, nn
 
 from ..backbones.stages import pooled_features
 from ..core.heads import init_byol
+from ..core.per_image import check_square
 from ..core.schedules import SCHEDULES
 from ..data.images import LabelledImages
 from ..errors import InputError
 from ..methods.mt3 import MT3, features_loss
-from ..utils.checks import check_choice, check_integer, check_number, check_seed
-from .common import Normalise, check_outcome, create_model, read_start
+from ..utils.checks import check_choice, check_integer, check_number
+from .common import initial_model, read_start
 from .epochs import checkpoint_file, train_epochs
 from .gap import StepGap
 from .mt3_step import default_model_args, draw_tasks
-from .network import NetworkTraining
+from .network import NetworkRecipe, NetworkTraining
 
 __all__ = ["ByolModel", "ByolRecipe", "train_byol"]
 
 
 @dataclass(frozen=True)
-class ByolRecipe:
+class ByolRecipe(NetworkRecipe):
     """How classifier, projector and predictor are trained together.
 
     The defaults are the authors', except ``task_images``: theirs is the whole batch.
 
     Attributes:
-        arch: name of the timm architecture.
         model_args: keyword arguments for its constructor; by default those of MT3's network for
             ttt_resnet26, and none for any other architecture.
-        init: artifact of the same architecture whose weights and preprocessing training starts
-            from; by default the weights are initialised at random.
-        epochs: number of passes over the training images.
-        batch_size: number of images in each step.
         task_images: number of images that share one draw of the batch augmentation; it must
             divide ``batch_size``.
-        lr: peak learning rate of SGD with momentum 0.9.
         schedule: ``"constant"``, ``"cosine"`` (after a warm-up of a twentieth), ``"step"``,
             ``"one-cycle"`` (up for 30 % of training, then down to 0) or ``"constant-then-decay"``
             (down to 0 in the last quarter).
-        weight_decay: weight decay coefficient of all parameters.
         self_supervised: weight of BYOL's loss.
         views: fraction of each batch's images from which views are drawn for BYOL's loss, in
             (0, 1]; one half makes a step a third cheaper.
-        ema: decay of the weights' moving average per step, in [0, 1]; 0 disables the average.
-        seed: seed for initialisation, image order and augmentation.
     """
 
-    arch: str = "ttt_resnet26"
-    model_args: dict | None = None
-    init: str = ""
     epochs: int = 200
-    batch_size: int = 128
-    task_images: int = 8
-    lr: float = 0.1
-    schedule: str = "constant"
     weight_decay: float = 0.0
+    task_images: int = 8
+    schedule: str = "constant"
     self_supervised: float = 0.1
     views: float = 1.0
-    ema: float = 0.0
-    seed: int = 0
 
     def __post_init__(self):
-        if self.model_args is None:
-            object.__setattr__(self, "model_args", default_model_args(self.arch))
-        for name in ("epochs", "batch_size", "task_images"):
-            check_integer(self, name, 1)
-        for name in ("lr", "weight_decay", "self_supervised"):
-            check_number(self, name, 0)
-        for name in ("views", "ema"):
-            check_number(self, name, 0, 1)
+        super().__post_init__()
+        check_integer(self, "task_images", 1)
+        check_number(self, "self_supervised", 0)
+        check_number(self, "views", 0, 1)
         check_choice(self, "schedule", SCHEDULES)
         if self.batch_size % self.task_images:
             raise InputError(
@@ -95,7 +77,9 @@ class ByolRecipe:
             )
         if not self.views:
             raise InputError("ByolRecipe.views must be above 0, got 0: BYOL's loss needs views")
-        check_seed(self.seed, "ByolRecipe.seed")
+
+    def _default_model_args(self) -> dict[str, Any]:
+        return default_model_args(self.arch)
 
 
 class ByolModel(nn.Module):
@@ -136,19 +120,15 @@ class _ByolTraining(NetworkTraining):
         gap: StepGap | None,
         device: torch.device,
     ):
-        torch.manual_seed(recipe.seed)
-        start = read_start(recipe.init) if recipe.init else None
-        arguments = recipe.model_args or {}
-        model = create_model(recipe.arch, int(train.labels.max()) + 1, arguments, start)
-        check_outcome(config, model, recipe.arch, arguments, train.images)
+        model = initial_model(recipe, config, train, read_start(recipe.init))
         net = ByolModel(model, torch.Generator().manual_seed(recipe.seed))
         net = net.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.normalise = Normalise(model).to(device)
-        self.test, self.gap = test, gap
+        self.gap = gap
         optimizer = torch.optim.SGD(
             net.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
         )
-        super().__init__(recipe, net, [optimizer], (recipe.schedule, 0.05), train, device)
+        schedule = (recipe.schedule, 0.05)
+        super().__init__(recipe, net, model, [optimizer], schedule, train, test, device)
         self.parts = {"net": net, "average": self.average}
         self.parts |= {"optimizer": optimizer, "schedule": self.schedules[0]}
 
@@ -176,7 +156,7 @@ class _ByolTraining(NetworkTraining):
             "cross_entropy": means[0],
             "byol_loss": means[1],
             "accuracy": means[2],
-            "test_accuracy": self.accuracy(final.model, self.normalise, self.test),
+            "test_accuracy": self.accuracy(final.model),
         }
         return entry | self.gap.measure(final.model, _detached(final)) if self.gap else entry
 
@@ -221,8 +201,7 @@ def train_byol(
             too few of them, a config that selects nothing, or a checkpoint of another recipe.
         DataError: a checkpoint cannot be written.
     """
-    if train.images.shape[2] != train.images.shape[3]:
-        raise InputError(f"MT3's views need square images, got {tuple(train.images.shape[2:])}")
+    check_square(train.images, "MT3")
     checkpoint = checkpoint_file(out)
     training = _ByolTraining(recipe, config or MT3(), train, test, gap, torch.device(device))
     log = train_epochs(training, checkpoint, resume=resume, progress=progress)

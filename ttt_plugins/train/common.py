@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -23,40 +23,80 @@ from ..artifacts.schema import (
 from ..backbones.backbone import Backbone
 from ..backbones.statistics import NormStatistics
 from ..core.registry import get_method
-from ..data.images import to_float
+from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from ..methods import Source
 
 __all__ = [
     "Normalise",
-    "check_outcome",
-    "create_model",
+    "initial_model",
     "read_start",
     "steps_per_epoch",
 ]
 
 
-def read_start(name: str) -> Artifact:
-    """Read the artifact whose model training starts from.
+class Described(Protocol):
+    """The fields of a recipe that describe the model."""
+
+    @property
+    def arch(self) -> str:
+        """Name of the timm architecture."""
+        ...
+
+    @property
+    def model_args(self) -> Mapping[str, Any] | None:
+        """Keyword arguments for its constructor."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed for the initial weights."""
+        ...
+
+
+def read_start(name: str) -> Artifact | None:
+    """Read the artifact whose model training starts from, None if the name is empty.
 
     Raises:
         InputError: the artifact carries no model.
     """
+    if not name:
+        return None
     artifact = read_named(name)
     if artifact.weights is None:
         raise InputError(f"{name} carries no model to start from")
     return artifact
 
 
-def create_model(
-    arch: str, classes: int, arguments: Mapping, start: Artifact | None = None
+def initial_model(
+    recipe: Described, config: Any, train: LabelledImages, start: Artifact | None, **dropout: float
 ) -> nn.Module:
-    """Create a timm model, initialised from torch's global generator or an artifact's weights.
+    """Create the timm model that a training starts from, with a class for each label.
 
-    An artifact's preprocessing is taken over together with the weights that were trained with it.
+    Args:
+        recipe: architecture, constructor's arguments, and seed for the initial weights.
+        config: config of the method that will use the model.
+        train: labelled images to train on; one of them is passed through the model.
+        start: artifact whose weights and preprocessing are used; None for random weights.
+        **dropout: constructor's arguments for training alone, which no artifact records.
 
     Raises:
-        InputError: timm cannot create the model, or the weights belong to another architecture.
+        InputError: timm cannot create the model, the weights to start from belong to another
+            architecture, the config's ``params`` select nothing in the model, or the model does
+            not accept the images.
+        ArtifactError: an artifact cannot hold the config or the arguments.
+    """
+    torch.manual_seed(recipe.seed)
+    arguments = dict(recipe.model_args or {})
+    model = _create(recipe.arch, int(train.labels.max()) + 1, arguments | dropout, start)
+    _check_outcome(config, model, recipe.arch, arguments, train.images)
+    return model
+
+
+def _create(arch: str, classes: int, arguments: Mapping, start: Artifact | None) -> nn.Module:
+    """A timm model, initialised from torch's global generator or an artifact's weights.
+
+    An artifact's preprocessing is taken over together with the weights that were trained with it.
     """
     settings = None if start is None else pretrained_settings(start.config)
     try:
@@ -76,24 +116,10 @@ def create_model(
     return model
 
 
-def check_outcome(
+def _check_outcome(
     config: Any, model: nn.Module, arch: str, arguments: Mapping, images: Tensor
 ) -> None:
-    """Check that a model can be trained, and that its adapter can be created, saved and loaded.
-
-    Args:
-        config: the method's config.
-        model: the model to train, created by timm from ``arch`` and ``arguments``; it is not
-            changed.
-        arch: name of the timm architecture.
-        arguments: keyword arguments for its constructor.
-        images: uint8 images (N, C, H, W) to train on; one of them is passed through the model.
-
-    Raises:
-        InputError: the config's ``params`` select nothing in the model, or the model does not
-            accept the images.
-        ArtifactError: an artifact cannot hold these fields or arguments.
-    """
+    """Check that a model can be trained, and that its adapter can be created, saved and loaded."""
     record = get_method(config)
     backbone = Backbone(model, statistics=NormStatistics.of(config))
     Adapter(backbone, record, config)  # selects the parameters that adapt

@@ -12,7 +12,7 @@ is for users who have a classifier and want to adapt it.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,71 +22,48 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..backbones.stages import feature_width, pooled_features, trunk
 from ..core.heads import ROTATIONS, init_linear
+from ..core.per_image import check_square
 from ..core.registry import get_method
-from ..core.views import random_crop, random_flip
+from ..core.views import quarter_turns, random_crop, random_flip
 from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from ..methods.ttt import TTT
 from ..methods.ttt_head import HeadRecipe, fit_head, turned
-from ..utils.checks import check_choice, check_integer, check_number, check_seed
+from ..utils.checks import check_choice, check_integer
 from ..wrapping import wrap
-from .common import Normalise, check_outcome, create_model, read_start
+from .common import initial_model, read_start
 from .epochs import checkpoint_file, train_epochs
-from .network import NetworkTraining
+from .network import NetworkRecipe, NetworkTraining
 
 __all__ = ["HeadRecipe", "JointRecipe", "fit_rotation_head", "train_joint"]
 
 
 @dataclass(frozen=True)
-class JointRecipe:
+class JointRecipe(NetworkRecipe):
     """How classifier and rotation head are trained; the defaults are the paper's for CIFAR-10.
 
     Attributes:
-        arch: name of the timm architecture.
-        model_args: keyword arguments for its constructor.
         split: where the trunk ends, as in `TTT`.
-        init: artifact of the same architecture whose weights and preprocessing training starts
-            from; by default the weights are initialised at random.
-        epochs: number of passes over the training images.
-        batch_size: number of images in each step.
-        lr: peak learning rate of SGD with momentum 0.9.
         schedule: ``"step"`` (a tenth from one half of training on, a hundredth from five sixths
             on, as in the paper), ``"cosine"`` (a linear warm-up over a twentieth of training, then
             half a cosine down to 0) or ``"one-cycle"`` (half a cosine up for 30 % of training,
             then half a cosine down to 0).
-        weight_decay: weight decay coefficient of all parameters.
         rotations: ``"all"`` for the four rotations of each image, the paper's "expand", or
             ``"random"`` for one, which makes a step 2.5 times cheaper.
         padding: zero padding before the random crop, in pixels.
-        ema: decay of the weights' moving average per step, in [0, 1]; 0, as in the paper,
-            disables the average.
-        seed: seed for initialisation, image order and augmentation.
     """
 
-    arch: str = "ttt_resnet26"
-    model_args: dict = field(default_factory=dict)
-    split: int | str = -1
-    init: str = ""
     epochs: int = 150
-    batch_size: int = 128
-    lr: float = 0.1
+    split: int | str = -1
     schedule: str = "step"
-    weight_decay: float = 5e-4
     rotations: str = "all"
     padding: int = 4
-    ema: float = 0.0
-    seed: int = 0
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
-            check_integer(self, name, 1)
+        super().__post_init__()
         check_integer(self, "padding", 0)
-        for name in ("lr", "weight_decay"):
-            check_number(self, name, 0)
         check_choice(self, "schedule", ("step", "cosine", "one-cycle"))
         check_choice(self, "rotations", ("all", "random"))
-        check_number(self, "ema", 0, 1)
-        check_seed(self.seed, "JointRecipe.seed")
 
 
 class JointModel(nn.Module):
@@ -138,21 +115,16 @@ class _RotationTraining(NetworkTraining):
         test: LabelledImages,
         device: torch.device,
     ):
-        torch.manual_seed(recipe.seed)
-        classes = int(train.labels.max()) + 1
-        start = read_start(recipe.init) if recipe.init else None
-        model = create_model(recipe.arch, classes, recipe.model_args, start)
-        check_outcome(config, model, recipe.arch, recipe.model_args, train.images)
+        model = initial_model(recipe, config, train, read_start(recipe.init))
         # The model moves before its twin is made: moving gives every module new buffers, and the
         # trunk's buffers must stay shared.
         model = model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         joint = JointModel(model, recipe.split).to(device)
-        self.normalise = Normalise(model).to(device)
-        self.test = test
         optimizer = torch.optim.SGD(
             joint.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
         )
-        super().__init__(recipe, joint, [optimizer], (recipe.schedule, 0.05), train, device)
+        schedule = (recipe.schedule, 0.05)
+        super().__init__(recipe, joint, model, [optimizer], schedule, train, test, device)
         self.parts = {"joint": joint, "average": self.average}
         self.parts |= {"optimizer": optimizer, "schedule": self.schedules[0]}
 
@@ -168,23 +140,18 @@ class _RotationTraining(NetworkTraining):
         return main + rotation, torch.stack([main.detach(), rotation.detach()])
 
     def entry(self, means: list[float]) -> dict[str, float]:
+        final, images = self.final.eval(), self.test.images
+        rotations = []
+        for quarter in range(ROTATIONS):
+            quarters = torch.full((len(images),), quarter)
+            turned_images = LabelledImages(quarter_turns(images, quarters), quarters)
+            rotations.append(self.accuracy(final.rotation_logits, turned_images))
         return {
             "main_loss": means[0],
             "rotation_loss": means[1],
-            "test_accuracy": self.accuracy(self.final.model, self.normalise, self.test),
-            "rotation_accuracy": self._rotation_accuracy(),
+            "test_accuracy": self.accuracy(final.model),
+            "rotation_accuracy": sum(rotations) / ROTATIONS,
         }
-
-    @torch.inference_mode()
-    def _rotation_accuracy(self) -> float:
-        """Accuracy in [0, 1] on all four rotations of each image, in eval mode."""
-        joint = self.final.eval()
-        generator, right = torch.Generator(self.device), 0
-        for images in self.test.images.split(250):
-            rotated, quarters = turned(to_float(images.to(self.device)), "all", generator)
-            logits = joint.rotation_logits(self.normalise(rotated))
-            right += (logits.argmax(1) == quarters).sum().item()
-        return right / (ROTATIONS * len(self.test))
 
 
 def train_joint(
@@ -223,8 +190,7 @@ def train_joint(
             checkpoint made by another recipe.
         DataError: a checkpoint cannot be written.
     """
-    if train.images.shape[2] != train.images.shape[3]:
-        raise InputError(f"rotation needs square images, got {tuple(train.images.shape[2:])}")
+    check_square(train.images, "rotation")
     checkpoint, device = checkpoint_file(out), torch.device(device)
     config = replace(config or TTT(), split=recipe.split)
     training = _RotationTraining(recipe, config, train, test, device)

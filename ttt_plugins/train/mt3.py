@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from torch import Tensor, nn
 
 from ..backbones.backbone import Backbone
 from ..core.heads import init_byol
-from ..core.per_image import descend
+from ..core.per_image import check_square, descend
 from ..core.schedules import schedule_factor
 from ..data.images import LabelledImages
 from ..errors import InputError
 from ..methods.mt3 import MT3, RATE, rate_names
 from ..utils.processes import place_from_environment
-from .common import check_outcome, create_model, read_start
+from .common import initial_model, read_start
 from .epochs import Epoch, Training, check_convergence, checkpoint_file, train_epochs
 from .gap import StepGap
 from .mt3_step import MT3Recipe, clip_each, draw_tasks, meta_gradient
@@ -53,21 +54,6 @@ def _means(totals: Tensor, tasks: int, task_images: int) -> dict[str, float]:
         "accuracy_before": before / images,
         "accuracy_after": after / images,
     }
-
-
-def _start(recipe: MT3Recipe, classes: int) -> tuple[nn.Module, str, dict, dict[str, Tensor]]:
-    """The initial model, its architecture, its constructor's arguments, and its heads."""
-    arch, model_args, tensors, start = recipe.arch, recipe.model_args or {}, {}, None
-    if recipe.init:
-        start = read_start(recipe.init)
-        arch, model_args = start.config["architecture"], start.config["model_args"]
-        tensors = {
-            n: t
-            for n, t in start.tensors.items()
-            if n.startswith(("projector.", "predictor.", RATE))
-        }
-    torch.manual_seed(recipe.seed)
-    return create_model(arch, classes, model_args, start), arch, model_args, tensors
 
 
 class _MetaTraining(Training):
@@ -98,8 +84,14 @@ class _MetaTraining(Training):
         super().__init__(recipe, device)
         self.workers, self.gap = workers, gap
         self.best: dict[str, Any] | None = None
-        self.model, self.arch, self.model_args, head = _start(recipe, int(train.labels.max()) + 1)
-        check_outcome(config, self.model, self.arch, self.model_args, train.images)
+        start, described, head = read_start(recipe.init), recipe, {}
+        if start is not None:
+            arch, model_args = start.config["architecture"], start.config["model_args"]
+            described = replace(recipe, arch=arch, model_args=model_args)
+            prefixes = ("projector.", "predictor.", RATE)
+            head = {n: t for n, t in start.tensors.items() if n.startswith(prefixes)}
+        self.arch, self.model_args = described.arch, described.model_args or {}
+        self.model = initial_model(described, config, train, start)
         model = self.model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.backbone = Backbone(model)
         if self.backbone.has_batch_norm and not recipe.init:
@@ -230,8 +222,7 @@ def train_mt3(
             images, a config that selects nothing, or a checkpoint of another recipe.
         DataError: a checkpoint cannot be written.
     """
-    if train.images.shape[2] != train.images.shape[3]:
-        raise InputError(f"MT3 needs square images, got {tuple(train.images.shape[2:])}")
+    check_square(train.images, "MT3")
     checkpoint, device = checkpoint_file(out), torch.device(device)
     if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", place_from_environment().local_rank)

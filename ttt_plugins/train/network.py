@@ -3,34 +3,63 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..benchmark.evaluate import accuracy
+from ..benchmark.evaluate import Predictor, accuracy
 from ..core.schedules import schedule_factor
 from ..data.images import LabelledImages
-from .common import steps_per_epoch
-from .epochs import Epoch, Recipe, Training, check_convergence
+from ..utils.checks import check_integer, check_number, check_seed
+from .common import Normalise, steps_per_epoch
+from .epochs import Epoch, Training, check_convergence
 
-__all__ = ["NetworkTraining"]
+__all__ = ["NetworkRecipe", "NetworkTraining"]
 
 
-class NetworkRecipe(Recipe, Protocol):
-    """The fields of a recipe that `NetworkTraining` reads."""
+@dataclass(frozen=True)
+class NetworkRecipe:
+    """How a network is trained, whatever the loss.
 
-    @property
-    def batch_size(self) -> int:
-        """Number of images in each step."""
-        ...
+    Attributes:
+        arch: name of the timm architecture.
+        model_args: keyword arguments for its constructor; none by default.
+        init: artifact of the same architecture whose weights and preprocessing training starts
+            from; by default the weights are initialised at random.
+        epochs: number of passes over the training images.
+        batch_size: number of images in each step.
+        lr: peak learning rate of SGD with momentum 0.9.
+        weight_decay: weight decay coefficient of all parameters.
+        ema: decay of the weights' moving average per step, in [0, 1]; 0 disables the average.
+        seed: seed for initialisation, image order and augmentation.
+    """
 
-    @property
-    def ema(self) -> float:
-        """Decay of the weights' moving average per step, in [0, 1]; 0 disables the average."""
-        ...
+    arch: str = "ttt_resnet26"
+    model_args: dict | None = None
+    init: str = ""
+    epochs: int = 100
+    batch_size: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    ema: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.model_args is None:
+            object.__setattr__(self, "model_args", self._default_model_args())
+        for name in ("epochs", "batch_size"):
+            check_integer(self, name, 1)
+        for name in ("lr", "weight_decay"):
+            check_number(self, name, 0)
+        check_number(self, "ema", 0, 1)
+        check_seed(self.seed, f"{type(self).__name__}.seed")
+
+    def _default_model_args(self) -> dict[str, Any]:
+        return {}
 
 
 class NetworkTraining(Training):
@@ -41,17 +70,21 @@ class NetworkTraining(Training):
         average: the moving average of its weights and buffers.
         optimizers: optimizers whose learning rates are the peaks of their schedules.
         schedules: learning rate schedules, one per optimizer.
+        normalise: preprocessing of the classifier.
         images: uint8 training images (N, C, H, W) on the network's device.
         labels: int64 classes (N,) on the same device.
+        test: labelled images to measure accuracy on.
     """
 
     def __init__(
         self,
         recipe: NetworkRecipe,
         net: nn.Module,
+        classifier: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         schedule: tuple[str, float],
         train: LabelledImages,
+        test: LabelledImages,
         device: torch.device,
     ):
         """Set up the average and the schedules.
@@ -59,9 +92,11 @@ class NetworkTraining(Training):
         Args:
             recipe: recipe of the training.
             net: the module to train, already on ``device``.
+            classifier: the timm model in it, or ``net`` itself.
             optimizers: optimizers of the parameters of ``net``.
             schedule: name of the schedule, and the fraction of the steps in which it warms up.
             train: labelled images to train on.
+            test: labelled images to measure accuracy on after every epoch.
             device: device to train on.
         """
         super().__init__(recipe, device)
@@ -76,7 +111,9 @@ class NetworkTraining(Training):
         ]
         average = get_ema_multi_avg_fn(recipe.ema)
         self.average = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
+        self.normalise = Normalise(classifier).to(device)
         self.images, self.labels = train.images.to(device), train.labels.to(device)
+        self.test = test
 
     @property
     def final(self) -> Any:
@@ -98,10 +135,15 @@ class NetworkTraining(Training):
             generator: random generator for the augmentation.
         """
 
-    def accuracy(self, model: nn.Module, normalise: nn.Module, data: LabelledImages) -> float:
-        """Accuracy in [0, 1], in eval mode."""
-        model.eval()
-        return accuracy(lambda x: model(normalise(x)), data, device=self.device)
+    def accuracy(self, model: Predictor, data: LabelledImages | None = None) -> float:
+        """Accuracy in [0, 1] of a model in eval mode that takes normalised images.
+
+        Args:
+            model: images (B, C, H, W) -> logits.
+            data: labelled images; the test images by default.
+        """
+        data = self.test if data is None else data
+        return accuracy(lambda x: model(self.normalise(x)), data, device=self.device)
 
     @abstractmethod
     def entry(self, means: list[float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ one of CIFAR-10-C's fifteen corruptions, so the benchmark remains a test of unse
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,23 +19,19 @@ from ..core.views import cutmix_, cutout_, random_crop, random_flip
 from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from ..methods import Source
-from ..utils.checks import check_choice, check_integer, check_number, check_seed
-from .common import Normalise, check_outcome, create_model, read_start
+from ..utils.checks import check_choice, check_integer, check_number
+from .common import initial_model, read_start
 from .epochs import Epoch, checkpoint_file, train_epochs
-from .network import NetworkTraining
+from .network import NetworkRecipe, NetworkTraining
 
 __all__ = ["SourceRecipe", "train_source"]
 
 
 @dataclass(frozen=True)
-class SourceRecipe:
+class SourceRecipe(NetworkRecipe):
     """How a source network is trained; its artifact records the recipe.
 
     Attributes:
-        arch: name of the timm architecture.
-        model_args: keyword arguments for its constructor.
-        epochs: number of passes over the training images.
-        batch_size: number of images in each step.
         optimizer: ``"sgd"`` (Nesterov, momentum 0.9), ``"adamw"``, or ``"muon"`` (Muon on the
             matrices of the blocks, AdamW at a tenth of the rate on everything else).
         lr: peak learning rate.
@@ -52,18 +48,11 @@ class SourceRecipe:
         ema: decay of the weights' moving average per step, in [0, 1]; the average is the result.
             0 disables the average.
         autocast: compute in bfloat16 where the device supports it.
-        init: artifact of the same architecture whose weights and preprocessing training starts
-            from; by default the weights are initialised at random.
-        seed: seed for initialisation, image order and augmentation.
     """
 
-    arch: str = "ttt_resnet26"
-    model_args: dict = field(default_factory=dict)
-    epochs: int = 100
-    batch_size: int = 128
-    optimizer: str = "sgd"
     lr: float = 0.2
-    weight_decay: float = 5e-4
+    ema: float = 0.998
+    optimizer: str = "sgd"
     warmup: float = 0.1
     label_smoothing: float = 0.1
     padding: int = 4
@@ -71,27 +60,19 @@ class SourceRecipe:
     cutmix: float = 0.0
     patch_drop: float = 0.0
     patch_drop_until: float = 0.8
-    ema: float = 0.998
     autocast: bool = False
-    init: str = ""
-    seed: int = 0
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
-            check_integer(self, name, 1)
+        super().__post_init__()
         for name in ("padding", "cutout"):
             check_integer(self, name, 0)
-        for name in ("lr", "weight_decay"):
-            check_number(self, name, 0)
         for name in ("warmup", "label_smoothing", "cutmix", "patch_drop", "patch_drop_until"):
             check_number(self, name, 0, 1)
-        check_number(self, "ema", 0, 1)
         if self.patch_drop == 1:
             raise InputError(
                 "SourceRecipe.patch_drop must be below 1, got 1: no patch would remain"
             )
         check_choice(self, "optimizer", ("sgd", "adamw", "muon"))
-        check_seed(self.seed, "SourceRecipe.seed")
 
 
 def _optimizers(model: nn.Module, recipe: SourceRecipe) -> list[torch.optim.Optimizer]:
@@ -154,21 +135,14 @@ class _SourceTraining(NetworkTraining):
         test: LabelledImages,
         device: torch.device,
     ):
-        torch.manual_seed(recipe.seed)
+        dropout = {"patch_drop_rate": recipe.patch_drop} if recipe.patch_drop else {}
+        model = initial_model(recipe, Source(), train, read_start(recipe.init), **dropout)
         self.classes = int(train.labels.max()) + 1
-        kwargs = dict(recipe.model_args)
-        if recipe.patch_drop:
-            kwargs["patch_drop_rate"] = recipe.patch_drop
-        start = read_start(recipe.init) if recipe.init else None
-        model = create_model(recipe.arch, self.classes, kwargs, start)
-        check_outcome(Source(), model, recipe.arch, recipe.model_args, train.images)
         model = model.to(device)
         if train.images.shape[2] >= 32 and not recipe.patch_drop:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.normalise = Normalise(model).to(device)
-        self.test = test
-        optimizers = _optimizers(model, recipe)
-        super().__init__(recipe, model, optimizers, ("cosine", recipe.warmup), train, device)
+        optimizers, schedule = _optimizers(model, recipe), ("cosine", recipe.warmup)
+        super().__init__(recipe, model, model, optimizers, schedule, train, test, device)
         self.parts = {"model": model, "average": self.average}
         self.parts |= {f"optimizer{i}": o for i, o in enumerate(self.optimizers)}
         self.parts |= {f"schedule{i}": s for i, s in enumerate(self.schedules)}
@@ -190,8 +164,7 @@ class _SourceTraining(NetworkTraining):
         return loss, loss.detach()[None]
 
     def entry(self, means: list[float]) -> dict[str, float]:
-        accuracy = self.accuracy(self.final, self.normalise, self.test)
-        return {"loss": means[0], "test_accuracy": accuracy}
+        return {"loss": means[0], "test_accuracy": self.accuracy(self.final.eval())}
 
 
 def train_source(

@@ -15,10 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from .locks import locked_folder
 
 __all__ = [
     "can_write",
@@ -121,35 +118,6 @@ def _flush(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the exclusive lock of a folder, which the system drops when the process dies.
-
-    Args:
-        folder: an existing folder; nothing is written into it.
-        wait: whether to wait until the lock is free.
-
-    Yields:
-        Whether the lock is held. It is not if another process or thread holds it, or if the file
-        system or the platform does not support such locks.
-    """
-    if fcntl is None:
-        yield False
-        return
-    handle, held = None, False
-    try:
-        with contextlib.suppress(OSError):
-            handle = os.open(folder, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        yield held
-    finally:
-        if handle is not None:
-            if held:  # otherwise a child forked meanwhile would keep the lock
-                fcntl.flock(handle, fcntl.LOCK_UN)
-            os.close(handle)
-
-
-@contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Replace a folder atomically, as `replacing` does with a file.
 
@@ -165,18 +133,18 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        with locked(folder.parent):
+        with locked_folder(folder.parent):
             _remove_abandoned(folder)
             made = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent)
             new = Path(made)
             stack.callback(shutil.rmtree, new, ignore_errors=True)
-            stack.enter_context(locked(new))  # shows that its owner is alive
+            stack.enter_context(locked_folder(new))  # shows that its owner is alive
         yield new
         for path in new.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 _flush(path)
         sync_folder(new)
-        with locked(folder.parent):
+        with locked_folder(folder.parent):
             _restore(folder)
             _exchange(new, folder)
             sync_folder(folder.parent)
@@ -228,7 +196,7 @@ def recover_folder(folder: Path) -> None:
     folder = Path(os.path.realpath(folder))
     if not _old(folder).is_dir():
         return
-    with contextlib.suppress(OSError), locked(folder.parent):
+    with contextlib.suppress(OSError), locked_folder(folder.parent):
         _restore(folder)
 
 
@@ -286,6 +254,6 @@ def _remove_abandoned(folder: Path) -> None:
         # The random part has no dot; other names are files of `replacing`, or of another folder.
         if "." in middle or not path.is_dir():
             continue
-        with contextlib.suppress(OSError), locked(path, wait=False) as free:
+        with contextlib.suppress(OSError), locked_folder(path, patience=0) as free:
             if free:
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Locks that end with their process, and the processes started by torchrun."""
+"""The processes started by torchrun."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -17,64 +16,16 @@ from torch.distributed.rendezvous import rendezvous
 from ..errors import DistributedError
 
 __all__ = [
-    "FileLock",
     "Place",
     "Worker",
     "place_from_environment",
     "worker_from_environment",
 ]
 
-#: Seconds between two checks of a lock or a store that this process waits for.
+#: Seconds between two checks of the store that this process waits for.
 _POLL = 0.05
 #: Seconds that process 0 waits for the others to have read its last message.
 _FAREWELL = 10.0
-
-
-# -- locks -------------------------------------------------------------------------------
-
-
-class FileLock:
-    """A lock on a file or an existing folder, which the system releases when its process ends.
-
-    A missing file is created. On systems and file systems without locks every attempt succeeds.
-
-    Raises:
-        OSError: the file cannot be opened.
-    """
-
-    def __init__(self, path: Path):
-        flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
-        self._handle = os.open(path, flags, 0o666)
-
-    def take(self, *, shared: bool = False, patience: float = 0.0) -> bool:
-        """Try to lock for at most ``patience`` seconds; a lock already held changes its kind.
-
-        Returns:
-            whether this process now holds the lock.
-        """
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return True
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(self._handle, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    return False
-                time.sleep(_POLL)
-                continue
-            except OSError:
-                return True
-            return True
-
-    def __enter__(self) -> FileLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
 
 
 # -- torchrun ----------------------------------------------------------------------------
