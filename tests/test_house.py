@@ -179,16 +179,18 @@ def test_an_adapters_methods_are_documented():
 
 def test_every_field_is_documented_where_it_is_defined():
     import dataclasses
-    import inspect
 
+    from ttt_plugins.cli.flags import _documented
     from ttt_plugins.core.registry import get_method
+    from ttt_plugins.train.byol import ByolRecipe
+    from ttt_plugins.train.joint import HeadRecipe, JointRecipe
     from ttt_plugins.train.mgg import MGGRecipe
+    from ttt_plugins.train.mt3 import MT3Recipe
     from ttt_plugins.train.source import SourceRecipe
 
-    for cls in [*(get_method(m).config for m in tp.list_methods()), MGGRecipe, SourceRecipe]:
-        text = inspect.getdoc(cls)
-        for field in dataclasses.fields(cls):
-            assert f"{field.name}:" in text or f"{field.name}, " in text, (cls, field.name)
+    recipes = (ByolRecipe, HeadRecipe, JointRecipe, MGGRecipe, MT3Recipe, SourceRecipe)
+    for cls in [*(get_method(m).config for m in tp.list_methods()), *recipes]:
+        assert {f.name for f in dataclasses.fields(cls)} <= _documented(cls).keys(), cls
         assert cls.__dataclass_params__.frozen
 
 
