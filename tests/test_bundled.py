@@ -28,7 +28,7 @@ def test_what_was_learned_carries_its_hash(name, tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(tp.ArtifactError, match="is not what was saved"):
+    with pytest.raises(tp.ArtifactError, match="are not those that were saved"):
         read_artifact(folder)
 
 

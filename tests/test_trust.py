@@ -465,7 +465,7 @@ def test_an_artifact_of_one_method_with_anothers_fields():
         tp.InputError, match=r"mgg-v1 is an adapter of mgg: MGG has no field 'steps'"
     ):
         tp.from_pretrained(FROZEN / "mgg-v1", backbone=str(BACKBONE), steps=1)
-    with pytest.raises(tp.InputError, match="is made for mgg, not ttt"):
+    with pytest.raises(tp.InputError, match="was made for mgg, not ttt"):
         tp.wrap(str(BACKBONE), "ttt", head=FROZEN / "mgg-v1")
 
 
@@ -739,5 +739,7 @@ def test_only_plain_files_are_published(file, kind, make_model, tmp_path):
     else:
         os.mkfifo(folder / file)
     for place in (publish.publish, publish.upload):
-        with pytest.raises(tp.ArtifactError, match=f"{file} is (a link|a second|not a plain)"):
+        with pytest.raises(
+            tp.ArtifactError, match=f"{file} is (a link|one of several|not a plain)"
+        ):
             place(folder, "somebody/name")

@@ -1,1 +1,1 @@
-"""What is saved, checked, published and loaded: adapters and classifiers as folders."""
+"""Artifacts: adapters and classifiers saved as folders, which are checked when they are loaded."""

@@ -1,8 +1,8 @@
-"""Building a model that an artifact describes, within a budget of memory, operations and time.
+"""Limits on memory, operations and time for building the model that an artifact describes.
 
-`BuildBudget` counts what torch is asked for, everywhere. What constructors do outside torch (lists,
-numpy) it cannot see; on Linux `rehearse` therefore builds first in a child process, on which the
-system holds the limits.
+`BuildBudget` counts what torch is asked to create. It cannot see what a constructor does outside
+torch (in lists or numpy), so on Linux `rehearse` first builds the model in a child process, for
+which the system enforces the limits.
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ from ..errors import ArtifactError
 __all__ = ["TOO_LARGE", "BuildBudget", "rehearse"]
 
 TOO_LARGE = "the model described is far larger than the weights beside it"
-#: Memory, in bytes, and processor time, in seconds, that a child may take, and more a number in
-#: the weights: four times what the model takes, and ten times what its random start takes.
+#: Memory in bytes and processor time in seconds that a child process may take: a constant, and an
+#: amount for each number in the weights. The amounts are four times the memory of the model, and
+#: ten times the time of its random initialisation.
 _BYTES, _BYTES_EACH = 1 << 30, 16
 _SECONDS, _SECONDS_EACH = 15.0, 1e-7
 
 
 class BuildBudget(TorchDispatchMode):
-    """Stops a constructor that asks for much more than the weights at hand could fill.
+    """Stops a constructor that asks for much more memory than the given weights would fill.
 
-    Every tensor operation is looked at before it runs, so what is refused was never allocated.
+    Every tensor operation is checked before it runs, so nothing is allocated for a refused one.
 
     Args:
-        elements: numbers in the weights file.
-        tensors: tensors in it.
+        elements: number of elements of all tensors in the weights file.
+        tensors: number of tensors in it.
 
     Raises:
-        ArtifactError: (inside the block) more than sixteen times that many numbers and 64 MB, or
-            more than a hundred operations a tensor.
+        ArtifactError: raised inside the block if the operations create more than 16 times
+            ``elements`` plus 16 million elements, or if there are more than 100 operations for
+            each tensor plus 20,000.
     """
 
     def __init__(self, elements: int, tensors: int):
@@ -59,7 +61,7 @@ class BuildBudget(TorchDispatchMode):
 
 
 def _asked_for(args: tuple) -> int:
-    """An upper bound of the numbers an operation creates, from its arguments alone."""
+    """An upper bound on the number of elements that an operation creates, from its arguments."""
     given = [a.numel() for a in args if isinstance(a, torch.Tensor)]
     sizes = [a for a in args if isinstance(a, (list, tuple))]
     for members in sizes:
@@ -77,18 +79,18 @@ def _asked_for(args: tuple) -> int:
 
 
 def rehearse(build: Callable[[], object], elements: int, where: str) -> None:
-    """Run ``build`` in a child process, to see whether it ends within the limits on that.
+    """Run ``build`` in a child process to see whether it stays within the limits.
 
-    The child is a copy of this process, as a worker of torch's data loaders is. Without effect on
-    systems other than Linux.
+    The child is a forked copy of this process, like a worker of torch's data loader. On systems
+    other than Linux nothing is run.
 
     Args:
         build: builds the model on the CPU.
-        elements: numbers in the weights that the model is for.
-        where: what to call the artifact in errors.
+        elements: number of elements of the weights that the model is for.
+        where: name of the artifact in error messages.
 
     Raises:
-        ArtifactError: ``build`` raised it, or ran out of memory, or of time.
+        ArtifactError: ``build`` raised it, or exceeded the limit on memory or on time.
     """
     if sys.platform != "linux":
         return
@@ -100,7 +102,7 @@ def rehearse(build: Callable[[], object], elements: int, where: str) -> None:
     os.close(send)
     try:
         with open(receive, "rb") as stream:
-            # The clock on the wall stops a child that waits, which takes no processor time.
+            # Wall time stops a child that only waits, which takes no processor time.
             ready, _, _ = select.select([stream], [], [], 5 * seconds)
             answer = stream.read() if ready else b""
     finally:
@@ -117,7 +119,7 @@ def rehearse(build: Callable[[], object], elements: int, where: str) -> None:
 
 
 def _in_child(build: Callable[[], object], send: int, memory: int, seconds: int) -> None:
-    """Build, say how it went, and end the process, whatever happens."""
+    """Build, report the outcome, and end the process in any case."""
     import resource  # absent on Windows
 
     answer = b""
@@ -131,7 +133,7 @@ def _in_child(build: Callable[[], object], send: int, memory: int, seconds: int)
             hard = resource.getrlimit(kind)[1]
             limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
             resource.setrlimit(kind, (limit, hard))
-        torch.set_num_threads(1)  # the other threads are not in this copy
+        torch.set_num_threads(1)  # a forked process has no other threads
         build()
         answer = b"built"
     except ArtifactError as error:

@@ -1,6 +1,6 @@
-"""The card (README.md) of an artifact: from its config.json and results.json, nothing by hand.
+"""The card (README.md) of an artifact, generated from its config.json and results.json.
 
-Its words are in ``card_template.md``.
+The text is in ``card_template.md``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .measured import conditions, eval_results, load_measured
 
 __all__ = ["base_model", "refresh", "render_card"]
 
-#: What holds for everything that ships inside the package.
+#: Facts about all bundled artifacts.
 OURS = {
     "license": "apache-2.0",
     "datasets": ["cifar10"],
@@ -43,14 +43,14 @@ _TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
 def base_model(backbone: Mapping[str, Any]) -> str | None:
-    """The Hub repository of an artifact's classifier; None where it has none."""
+    """The Hub repository of an artifact's classifier, None if it has none."""
     name = backbone.get("name")
     if backbone["source"] == "hub":
         return name
     if backbone["source"] == "timm" and name and backbone.get("pretrained"):
         try:
             settings = timm.get_pretrained_cfg(name)
-        except RuntimeError:  # a tag that this timm does not know
+        except RuntimeError:  # a tag that this version of timm does not know
             return None
         repository = settings.hf_hub_id if settings is not None else None
         known = repository and re.fullmatch(r"[\w.\-]+/[\w.\-]+", repository)
@@ -59,7 +59,7 @@ def base_model(backbone: Mapping[str, Any]) -> str | None:
 
 
 def _facts(config: Mapping[str, Any], bundled: bool) -> dict[str, Any]:
-    """Licence, datasets and a note: the user's own, or ours for what ships with the package."""
+    """Licence, datasets and note: those of the config, or the common ones of bundled artifacts."""
     return (OURS if bundled else {}) | config.get("card", {})
 
 
@@ -69,7 +69,7 @@ def _metadata(name: str, artifact: Artifact, facts: Mapping[str, Any]) -> ModelC
     measured = [] if artifact.results is None else eval_results(artifact.results, method)
     plain = method == "source" and artifact.weights is not None
     return ModelCardData(
-        # The Hub shows how to load it with timm where that is all there is to it.
+        # For a plain classifier the Hub shows how to load it with timm.
         library_name="timm" if plain else "ttt_plugins",
         license=facts.get("license"),
         pipeline_tag="image-classification",
@@ -83,12 +83,12 @@ def _metadata(name: str, artifact: Artifact, facts: Mapping[str, Any]) -> ModelC
 
 
 def render_card(name: str, artifact: Artifact, *, bundled: bool = False) -> str:
-    """Markdown card of an artifact.
+    """Render the card of an artifact as Markdown.
 
     Args:
-        name: as it is loaded: the name of a folder, or ``org/name``.
-        artifact: what the card is of; its own card is not looked at.
-        bundled: it ships inside the package, under this name.
+        name: name of the artifact's folder, or ``org/name`` on the Hub.
+        artifact: the artifact; its present card is not used.
+        bundled: whether it is a bundled artifact of this name.
     """
     config, on_hub = artifact.config, "/" in name
     method, facts = config["method"], _facts(config, bundled)
@@ -144,21 +144,21 @@ def refresh(
     measured: str | Path | Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the card of an artifact folder anew, and the results and facts it is made from.
+    """Rewrite the card of an artifact folder, and the results and facts that it shows.
 
     Args:
-        folder: the artifact's.
-        measured: results to put into ``results.json``, as for
-            `ttt_plugins.artifacts.measured.load_measured`.
-        facts: ``license`` (the Hub's identifier), ``datasets`` (its identifiers), ``note``; they
-            are kept in ``config.json``.
+        folder: artifact folder.
+        measured: new content of ``results.json``, as for
+            `ttt_plugins.artifacts.measured.load_measured`; by default it is unchanged.
+        facts: ``license`` (an identifier of the Hub), ``datasets`` (identifiers of the Hub) and
+            ``note``, which are stored in ``config.json``; those that are missing are unchanged.
 
     Returns:
-        The folder.
+        the folder.
 
     Raises:
-        ArtifactError: the folder is no artifact, the results are none or the facts no dict, or
-            the disk refuses.
+        ArtifactError: the folder is no artifact or cannot be written, ``measured`` holds no
+            results, or ``facts`` is no dict.
     """
     if not isinstance(folder, (str, Path)):
         raise ArtifactError(f"{folder!r} is no folder of an artifact; name the one with the card")

@@ -1,6 +1,6 @@
-"""Classifiers by name: timm, RobustBench's zoo, an artifact that carries one, a Hub repository.
+"""Loading classifiers by name: from timm, RobustBench's zoo, an artifact or a Hub repository.
 
-Each comes with its origin: what an artifact has to say so that the same weights are found again.
+Each classifier comes with its origin: what an artifact must record to find the same weights again.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from .tensor_files import TensorInfo, described, fingerprint, read_tensors, tens
 
 __all__ = ["carried_model", "check_fingerprint", "described_model", "load_model", "refuse_random"]
 
-#: What an artifact has to say so that the same weights are found again.
+#: What an artifact must record to find the same weights again.
 Origin = dict[str, Any]
 
-#: What timm's own loaders call the weights of a repository, in the order they look.
+#: Names that timm's own loaders give to the weights in a repository, in the order they try them.
 _TIMM_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 
 
@@ -47,12 +47,12 @@ _TIMM_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_mode
 
 
 def _timm_model(name: str, pretrained: bool, seed: int | None, **options: Any) -> nn.Module:
-    """A timm model by the name of its architecture; never by a name that timm would parse."""
+    """A timm model by the name of its architecture, never by a prefixed name that timm parses."""
     plain = name.split(".")[0]
     if not re.fullmatch(r"[\w.\-]+", name) or not timm.is_model(plain):
         close = difflib.get_close_matches(plain, timm.list_models(), 3)
         raise InputError(
-            f"{name[:200]!r} is not a model timm {timm.__version__} knows"
+            f"{name[:200]!r} is not a model that timm {timm.__version__} knows"
             + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
         )
     try:
@@ -60,7 +60,7 @@ def _timm_model(name: str, pretrained: bool, seed: int | None, **options: Any) -
             if seed is not None:
                 torch.manual_seed(seed)
             return timm.create_model(name, pretrained=pretrained, **options)
-    except Exception as error:  # timm passes on whatever the Hub's transport raises
+    except Exception as error:  # timm passes on any exception of the connection to the Hub
         hint = ""
         if pretrained:
             hint = (
@@ -81,22 +81,25 @@ def _timm_origin(name: str, model: nn.Module, pretrained: bool) -> Origin:
 
 
 def _safe_timm_model(name: str, revision: str | None, access: Access) -> tuple[nn.Module, str]:
-    """A timm model whose weights come from safetensors of one commit, by our own reader.
+    """A timm model with weights from a safetensors file of one commit, read by this package.
 
-    timm itself says which repository they are in. Its own loader is not asked for them: some
-    versions unpickle a repository that holds no safetensors.
+    timm tells which repository holds the weights. Its own loader is not used, because some versions
+    of it unpickle files if the repository has no safetensors file.
+
+    Returns:
+        the model, and the commit.
 
     Raises:
-        ArtifactError: timm has no such model or no weights for it on the Hub.
-        HubError: they cannot be fetched, or the repository has none in safetensors.
+        ArtifactError: timm has no such model, or no weights for it on the Hub.
+        HubError: the weights cannot be downloaded, or the repository has no safetensors file.
     """
     settings = timm.get_pretrained_cfg(name, allow_unregistered=False)
     repository = settings.hf_hub_id if settings is not None else None
     if settings is None or not repository:
         raise ArtifactError(f"timm {timm.__version__} has no weights for {name!r} on the Hub")
-    if repository.endswith("/"):  # the tag completes it
+    if repository.endswith("/"):  # the architecture and the tag complete it
         repository += str(settings.architecture) + (f".{settings.tag}" if settings.tag else "")
-    # timm's own cache, which `cache_dir` does not move.
+    # They belong in timm's own cache, wherever `cache_dir` is.
     access = replace(access, revision=revision, cache_dir=None)
     file, commit = hub.download_weights(repository, access)
     weights = {"state_dict": read_tensors(file)}
@@ -109,11 +112,11 @@ def _safe_timm_model(name: str, revision: str | None, access: Access) -> tuple[n
 
 
 def _constructor_keywords(architecture: str) -> set[str]:
-    """Keywords of the model classes in the module that registers an architecture."""
+    """Keyword arguments of the model classes in the module that registers an architecture."""
     module = sys.modules[timm.model_entrypoint(architecture).__module__]
     classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, nn.Module)]
     keywords = {name for c in classes for name in inspect.signature(c.__init__).parameters}
-    # These belong to timm's loader, which could fetch and unpickle files.
+    # These are arguments of timm's loader, which could download and unpickle files.
     loader = set(inspect.signature(timm.create_model).parameters) | {"self", "args", "kwargs"}
     return {n for n in keywords - loader if not n.startswith("pretrained")}
 
@@ -121,16 +124,16 @@ def _constructor_keywords(architecture: str) -> set[str]:
 def _described(
     config: Mapping[str, Any], header: Mapping[str, TensorInfo], where: str
 ) -> nn.Module:
-    """The architecture that a timm ``config.json`` describes, with weights yet to be loaded.
+    """Create the model that a timm ``config.json`` describes, before its weights are loaded.
 
     Args:
-        config: the ``config.json``.
-        header: types and shapes of the weights beside it, which bound what is built.
-        where: what to call the artifact in errors.
+        config: the parsed ``config.json``.
+        header: types and shapes of the weights beside it, which limit the size of the model.
+        where: name of the artifact in error messages.
 
     Raises:
-        ArtifactError: the description is not one of a timm model, builds something far larger
-            than the weights, or something that they do not fit.
+        ArtifactError: this is no description of a timm model, or the model is far larger than the
+            weights, or they do not fit it.
     """
     check_timm_part(config, where)
     architecture, arguments = config["architecture"], config.get("model_args", {})
@@ -163,7 +166,7 @@ def _create(config: Mapping[str, Any], elements: int, tensors: int, where: str) 
     architecture, arguments = config["architecture"], config.get("model_args", {})
     try:
         with torch.random.fork_rng(devices=[]), BuildBudget(elements, tensors):
-            # Named here, so that no artifact can pass them: they would fetch or unpickle files.
+            # Given here, so that no artifact can set them: they could download or unpickle files.
             return timm.create_model(
                 architecture,
                 pretrained=False,
@@ -175,7 +178,7 @@ def _create(config: Mapping[str, Any], elements: int, tensors: int, where: str) 
             )
     except (ArtifactError, MemoryError) as error:
         raise ArtifactError(f"{where}: {str(error) or TOO_LARGE}") from error
-    except Exception as error:  # a constructor raises anything when its arguments do not fit
+    except Exception as error:  # a constructor may raise anything for unsuitable arguments
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise ArtifactError(
             f"{where}: {architecture} cannot be built with {arguments} ({reason})"
@@ -190,11 +193,11 @@ def carried_model(artifact: Artifact, where: str) -> nn.Module:
     """The classifier whose weights an artifact carries.
 
     Args:
-        artifact: one that has ``weights``.
-        where: what to call it in errors.
+        artifact: an artifact that has ``weights``.
+        where: name of the artifact in error messages.
 
     Raises:
-        ArtifactError: what ``config.json`` describes is not what the weights are.
+        ArtifactError: the weights are not those that ``config.json`` describes.
     """
     weights = artifact.weights or {}
     model = _described(artifact.config, described(weights), where)
@@ -204,7 +207,7 @@ def carried_model(artifact: Artifact, where: str) -> nn.Module:
 
 
 def _timm_repository(folder: Path, where: str) -> nn.Module:
-    """A classifier from a timm repository, whoever wrote it: safetensors only."""
+    """A classifier from a timm repository of any author; only safetensors files are read."""
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise ArtifactError(f"{where}: config.json is not a JSON object")
@@ -224,19 +227,19 @@ def check_fingerprint(
     backbone: Mapping[str, Any],
     name: str,
     strict: bool = True,
-    remedy: str = "pass strict_backbone=False to use it all the same",
+    remedy: str = "pass strict_backbone=False to use it anyway",
 ) -> None:
-    """Compare a classifier with the one an adapter was made for.
+    """Compare the weights of a classifier with those that an adapter was made for.
 
     Args:
         model: the classifier.
-        backbone: the part of ``config.json`` that describes the one it was made for.
-        name: what to call the artifact in errors.
-        strict: whether another classifier is an error, or else a warning.
-        remedy: the end of the error's message.
+        backbone: the part of ``config.json`` that describes the adapter's classifier.
+        name: name of the artifact in messages.
+        strict: whether a difference is an error; otherwise it is a warning.
+        remedy: last part of the error message.
 
     Raises:
-        ArtifactError: they differ, and ``strict``.
+        ArtifactError: the weights differ, and ``strict`` is true.
     """
     wanted = backbone.get("fingerprint")
     if wanted is None or (actual := fingerprint(model.state_dict())) == wanted:
@@ -251,21 +254,21 @@ def check_fingerprint(
 
 
 def refuse_random(model: str | nn.Module, pretrained: bool) -> None:
-    """Nothing is trained on top of a network with random weights by mistake.
+    """Refuse to train on top of a network with random weights by mistake.
 
     Args:
         model: a name as for `load_model`, or a module, which is always accepted.
-        pretrained: whether timm's weights are asked for.
+        pretrained: whether timm's weights are requested.
 
     Raises:
-        InputError: the name of a timm architecture alone.
+        InputError: the model is the name of a timm architecture, and ``pretrained`` is false.
     """
     if not isinstance(model, str) or pretrained or Path(model).is_dir():
         return
     plain = model.removeprefix("timm:")
     if ":" not in plain and timm.is_model(plain.split(".")[0]):
         raise InputError(
-            f"{model} alone would be a network with random weights: ask for timm's "
+            f"{model} alone would be a network with random weights: request timm's weights "
             "(pretrained=True, --pretrained), or name an artifact, a Hub repository or a "
             "RobustBench model, or give a module"
         )
@@ -281,23 +284,27 @@ def load_model(
     seed: int | None = None,
     access: Access = DEFAULT_ACCESS,
 ) -> tuple[nn.Module, Origin, Artifact | None]:
-    """A classifier, its origin, and the artifact it was in.
+    """Load a classifier.
 
     Args:
-        model: a timm name, a timm repository on the Hub or in a folder (``"hf-hub:org/name"``,
-            ``"local-dir:path"``: always with its weights), a zoo name, an artifact that carries a
-            model (bundled, a folder, on the Hub), an adapter, of which the unadapted model is
-            taken, or a module.
-        pretrained: whether a timm name comes with timm's weights.
-        model_dir: where RobustBench keeps its checkpoints.
-        seed: of the random weights of a timm model; torch's global generator without it.
+        model: the name of a timm model; a timm repository on the Hub or in a folder
+            (``"hf-hub:org/name"``, ``"local-dir:path"``), which is always loaded with its weights;
+            the name of a model in RobustBench's zoo (``"robustbench:…"``); an artifact that carries
+            a model (bundled, in a folder or on the Hub); an adapter, whose unadapted model is
+            returned; or a module.
+        pretrained: whether to load timm's weights for the name of a timm model.
+        model_dir: folder of RobustBench's checkpoints.
+        seed: seed for the random weights of a timm model; None for torch's global generator.
         access: how to reach the Hub.
 
+    Returns:
+        the classifier, its origin, and the artifact that carried it, None if there was none.
+
     Raises:
-        InputError: no such model.
-        ArtifactError: an artifact that is damaged, missing, or carries no model.
+        InputError: there is no such model, or the artifact carries no model.
+        ArtifactError: the artifact is damaged or missing.
     """
-    # A compiled module's own one: adapting gives it other parameters on every call.
+    # Of a compiled module, the module inside: adaptation passes new parameters with every call.
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, Shell):
         return model.backbone.model, model.origin, None
@@ -311,7 +318,7 @@ def load_model(
         return load_zoo_model(name, model_dir), {"source": "robustbench", "name": name}, None
     if name.startswith("local-dir:"):
         module = _timm_repository(Path(name.removeprefix("local-dir:")), name)
-        return module, _module_origin(module), None  # the path of one machine says nothing
+        return module, _module_origin(module), None  # a path is of no use on another machine
     plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     place = hub.find(plain, access)
     if place is None and plain != name:
@@ -340,7 +347,7 @@ def _model_at(place: Place, bundled: bool) -> tuple[nn.Module, Origin, Artifact 
     artifact = read_artifact(place.folder, place.name)
     if artifact.weights is None:
         raise InputError(
-            f"{place.name} is an adapter without a model of its own; load it with "
+            f"{place.name} is an adapter that carries no model; load it with "
             f"from_pretrained({place.name!r})"
         )
     return carried_model(artifact, place.name), origin, artifact
@@ -352,17 +359,17 @@ def described_model(
     """The classifier that an artifact's ``config.json`` names, and its origin.
 
     Args:
-        backbone: the part of ``config.json`` that describes it.
-        where: what to call the artifact in errors.
+        backbone: the part of ``config.json`` that describes the classifier.
+        where: name of the artifact in error messages.
         access: how to reach the Hub.
 
     Raises:
-        ArtifactError: it names none that can be found again.
+        ArtifactError: the classifier cannot be found from this description.
     """
     source, name = backbone["source"], backbone.get("name")
     if source in (OWN_WEIGHTS, "module") or name is None:
         raise ArtifactError(
-            f"{where} was made for a {name!r} that it cannot find by itself; pass it as backbone="
+            f"{where} was made for a {name!r} that cannot be loaded by name; pass it as backbone="
         )
     try:
         return _named_by_artifact(source, name, backbone, access)
@@ -373,7 +380,7 @@ def described_model(
 def _named_by_artifact(
     source: str, name: str, backbone: Mapping[str, Any], access: Access
 ) -> tuple[nn.Module, Origin]:
-    """The classifier of one source; the name is data and is never parsed for another one."""
+    """The classifier from one source; the name is never parsed as that of another source."""
     revision, trained = backbone.get("revision"), bool(backbone.get("pretrained"))
     if source == "timm":
         origin = {"source": "timm", "name": name, "pretrained": trained}
@@ -385,7 +392,7 @@ def _named_by_artifact(
         return load_model(name, access=access)[:2]
     if source == "hub":
         if not revision:
-            raise ArtifactError(f"{name} is named without the commit it was made for")
+            raise ArtifactError(f"{name} is named without the commit that the adapter was made for")
         place = hub.download(name, replace(access, revision=revision))
     else:  # "bundled" or "folder"
         bundled = source == "bundled"

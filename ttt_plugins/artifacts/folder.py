@@ -1,19 +1,19 @@
 """Artifacts: a folder with ``config.json``, ``model.safetensors`` and a card.
 
-Only JSON and safetensors are read; nothing in an artifact can run code. A folder is written and
-replaced as a whole (`ttt_plugins.utils.files.replacing_folder`), so an interrupted save leaves what
-was there before, and a reader never sees one save's config beside another's card.
+Only JSON and safetensors files are read, so nothing in an artifact can run code. A folder is
+replaced atomically (`ttt_plugins.utils.files.replacing_folder`): an interrupted save leaves the
+earlier artifact unchanged, and a reader never sees files of two different saves.
 
-Which module refuses what, in the order of loading:
+The modules that check an artifact, in the order of loading:
 
 ====================================================  ==============================================
 no config.json, another format, a changed tensor      here
-not JSON, a key twice, too deep, too large            `strict_json`
+not JSON, a duplicate key, too deep, too large        `strict_json`
 a key, type, range or name in config.json             `schema`
 truncated, damaged or non-finite tensors              `tensor_files`
 results.json                                          `measured`
-a model_args, weights that do not fit, a fingerprint  `classifiers` (limits: `build_budget`)
-a field or tensor that the method does not take       the method, by way of `ttt_plugins.wrapping`
+model_args, weights that do not fit, a fingerprint    `classifiers` (limits: `build_budget`)
+a field or tensor that the method does not accept     the method, called by `ttt_plugins.wrapping`
 ====================================================  ==============================================
 """
 
@@ -76,12 +76,12 @@ class Artifact:
 
     Attributes:
         config: the parsed ``config.json``.
-        tensors: what the method has learned: in ``model.safetensors``, or in
-            ``adapter.safetensors`` where the former holds the model.
-        weights: the model's own ``state_dict``, None where the artifact names its model instead.
+        tensors: tensors that the method has learned, stored in ``model.safetensors``, or in
+            ``adapter.safetensors`` if the former holds the model.
+        weights: the model's ``state_dict``; None if the artifact only names its model.
         card: the text of ``README.md``.
-        results: the parsed ``results.json`` (see `ttt_plugins.artifacts.measured`), None where
-            nothing was measured.
+        results: the parsed ``results.json`` (see `ttt_plugins.artifacts.measured`), None if there
+            is none.
     """
 
     config: dict[str, Any]
@@ -98,7 +98,7 @@ def _cards() -> Path:
 
 
 def list_bundled() -> list[str]:
-    """Names of the artifacts that ship inside the package."""
+    """Names of the artifacts that are included in the package."""
     return sorted(p.parent.name for p in _cards().glob("*/config.json"))
 
 
@@ -106,24 +106,24 @@ def bundled_folder(name: str) -> Path:
     """Folder of a bundled artifact.
 
     Raises:
-        ArtifactError: there is none of that name.
+        ArtifactError: there is no bundled artifact of this name.
     """
     if name not in list_bundled():
-        raise ArtifactError(f"nothing bundled is called {name!r}; there are {list_bundled()}")
+        raise ArtifactError(f"no bundled artifact is called {name!r}; there are {list_bundled()}")
     return _cards() / name
 
 
 def is_bundled(folder: str | Path) -> bool:
-    """Whether a folder is one of those that ship inside the package."""
+    """Whether a folder is that of a bundled artifact."""
     try:
         folder = Path(os.path.realpath(folder))
-    except ValueError:  # a zero byte
+    except ValueError:  # a null byte
         return False
     return folder.parent == _cards().resolve() and folder.name in list_bundled()
 
 
 def named_folder(name: str) -> Path | None:
-    """The folder that ``"bundled:<name>"`` or a path names, None when it is no artifact's."""
+    """The folder that ``"bundled:<name>"`` or a path names, None if it holds no artifact."""
     if name.startswith("bundled:"):
         return bundled_folder(name.removeprefix("bundled:"))
     folder = Path(name)
@@ -131,7 +131,7 @@ def named_folder(name: str) -> Path | None:
         if not (folder / CONFIG).exists():
             recover_folder(folder)
         return folder if (folder / CONFIG).exists() else None
-    except (OSError, ValueError):  # too long for the file system, or a zero byte
+    except (OSError, ValueError):  # the name is too long, or contains a null byte
         return None
 
 
@@ -139,15 +139,15 @@ def named_folder(name: str) -> Path | None:
 
 
 def read_artifact(folder: str | Path, where: str | None = None) -> Artifact:
-    """Read an artifact folder; all that is returned was written by one save.
+    """Read an artifact folder; all returned contents were written by the same save.
 
     Args:
         folder: the folder.
-        where: what to call it in errors; the folder unless given.
+        where: name of the artifact in error messages; by default the folder.
 
     Raises:
-        ArtifactError: a file is missing or damaged, holds what it must not, or the format is a
-            newer one.
+        ArtifactError: a file is missing or damaged or has content that is not allowed, or the
+            format is newer than this package.
     """
     folder = Path(folder)
     try:
@@ -169,8 +169,8 @@ def _read(folder: Path, where: str) -> Artifact:
         tensors = read_tensors(folder / MODEL, MAX_LEARNED)
     if "learned" in config and (actual := fingerprint(tensors)) != config["learned"]:
         raise ArtifactError(
-            f"{where}: what the method learned is not what was saved: config.json says "
-            f"{config['learned']}, the tensors have {actual}; fetch it again"
+            f"{where}: the learned tensors are not those that were saved: config.json has the "
+            f"fingerprint {config['learned']}, the tensors have {actual}; fetch the artifact again"
         )
     card = folder / CARD
     text = read_bytes(card, MAX_CARD).decode("utf-8", "replace") if card.exists() else ""
@@ -181,13 +181,13 @@ def _read(folder: Path, where: str) -> Artifact:
 
 
 def check_plain(folder: Path) -> None:
-    """Refuse a folder from which anything other than its own files would be published.
+    """Refuse a folder if content from outside it would be published.
 
     Args:
-        folder: an artifact's.
+        folder: artifact folder.
 
     Raises:
-        ArtifactError: a file of the artifact is a link (symbolic, or one name of several), a
+        ArtifactError: a file of the artifact is a symbolic link, one of several hard links, a
             folder, a pipe or a device.
     """
     for name in FILES:
@@ -197,32 +197,30 @@ def check_plain(folder: Path) -> None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{str(file)[:200]!r} cannot be looked at ({error})") from error
+            raise ArtifactError(f"{str(file)[:200]!r} cannot be read ({error})") from error
         if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
             continue
         what = "not a plain file"
         if stat.S_ISLNK(status.st_mode):
             what = "a link to another file"
         elif stat.S_ISREG(status.st_mode):
-            what = "a second name of another file (a hard link)"
-        raise ArtifactError(
-            f"{file} is {what}, whose content is not published: put a copy in its place"
-        )
+            what = "one of several names of a file (a hard link)"
+        raise ArtifactError(f"{file} is {what} and is not published: put a copy in its place")
 
 
 def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
-    """The checked ``config.json`` of an artifact folder; its tensors are not read.
+    """Read and check the ``config.json`` of an artifact folder, but not its tensors.
 
     Args:
         folder: the folder.
-        where: what to call it in errors; the folder unless given.
+        where: name of the artifact in error messages; by default the folder.
 
     Raises:
         ArtifactError: as for `read_artifact`.
     """
     where = where or str(folder)
     if not (folder / CONFIG).exists():
-        raise ArtifactError(f"{where} is not an adapter artifact: there is no {CONFIG} in it")
+        raise ArtifactError(f"{where} is not an adapter artifact: it contains no {CONFIG}")
     config = read_json(folder / CONFIG)
     version = config.get("format_version") if isinstance(config, dict) else None
     if isinstance(config, dict) and "format_version" not in config:
@@ -245,14 +243,17 @@ def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
 
 
 def check_target(folder: str | Path) -> Path:
-    """The folder, if `write_artifact` could write there; training asks before it begins.
+    """Check that `write_artifact` could write a folder, for example before training starts.
 
     Args:
-        folder: where the artifact will be; it need not exist.
+        folder: folder of the future artifact; it need not exist.
+
+    Returns:
+        the folder.
 
     Raises:
-        ArtifactError: the folder holds something other than an artifact or has no name, or the
-            disk would refuse.
+        ArtifactError: the folder holds anything but an artifact, has no name, or cannot be
+            written.
     """
     if not isinstance(folder, (str, Path)):
         raise ArtifactError(f"{folder!r} is no name for an artifact's folder; give one")
@@ -277,14 +278,17 @@ def check_target(folder: str | Path) -> Path:
 
 
 def write_artifact(folder: str | Path, artifact: Artifact) -> Path:
-    """Write an artifact folder, replacing an earlier artifact there, all or nothing.
+    """Write an artifact folder atomically; an earlier artifact there is replaced.
 
     Args:
-        folder: where; the folder that a link names is replaced, not the link.
-        artifact: what is written; the fingerprint of its tensors goes into ``config.json``.
+        folder: folder to write; if it is a link, the folder that it points to is replaced.
+        artifact: the artifact; the fingerprint of its tensors is added to ``config.json``.
+
+    Returns:
+        the folder.
 
     Raises:
-        ArtifactError: the folder holds something other than an artifact, or the disk refuses.
+        ArtifactError: the folder holds anything but an artifact, or it cannot be written.
     """
     folder = check_target(folder)
     config = {k: v for k, v in artifact.config.items() if k != "learned"}
@@ -300,7 +304,7 @@ def write_artifact(folder: str | Path, artifact: Artifact) -> Path:
                 plain = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
                 save_file(plain, new / file, metadata={"format": "pt"})
             (new / CARD).write_text(artifact.card, encoding="utf-8")
-            new.chmod(0o755)  # temporary folders and their files are private; artifacts are not
+            new.chmod(0o755)  # temporary folders are private; artifacts are not
             for file in new.iterdir():
                 file.chmod(0o644)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -315,20 +319,20 @@ def _tensor_files(artifact: Artifact) -> dict[str, dict[str, Tensor]]:
 
 
 def as_json(value: Any) -> str:
-    """JSON as it stands in an artifact: sorted keys, no NaN."""
+    """JSON in the form of an artifact's files: with sorted keys, without NaN."""
     return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def checked_text(config: dict[str, Any], folder: Path) -> str:
-    """``config.json`` as it is written: what would not load is not.
+    """The text of ``config.json``, checked so that it can be loaded again.
 
     Args:
-        config: its content.
-        folder: where it will be, for errors.
+        config: content of ``config.json``.
+        folder: folder of the artifact, for error messages.
 
     Raises:
-        ArtifactError: what `ttt_plugins.artifacts.schema.check_config` refuses, or what is no
-            JSON.
+        ArtifactError: JSON cannot represent the content, or
+            `ttt_plugins.artifacts.schema.check_config` refuses it.
     """
     try:
         text = as_json(config)
@@ -339,14 +343,14 @@ def checked_text(config: dict[str, Any], folder: Path) -> str:
 
 
 def rewrite_text(folder: Path, texts: Mapping[str, str]) -> None:
-    """Replace text files of an artifact folder, all at once; everything else in it stays.
+    """Replace text files of an artifact folder atomically; all other files are kept.
 
     Args:
-        folder: the artifact's.
-        texts: by the names of the files.
+        folder: artifact folder.
+        texts: new contents by file name.
 
     Raises:
-        ArtifactError: the disk refuses; nothing is changed then.
+        ArtifactError: the files cannot be written; nothing is changed.
     """
     try:
         with replacing_folder(folder) as new:
@@ -354,7 +358,7 @@ def rewrite_text(folder: Path, texts: Mapping[str, str]) -> None:
                 folder, new, symlinks=True, copy_function=_link_or_copy, dirs_exist_ok=True
             )
             for name, text in texts.items():
-                write_text(new / name, text)  # never through the link into the earlier folder
+                write_text(new / name, text)  # replaces the link, so the earlier file is unchanged
     except (OSError, shutil.Error) as error:
         raise ArtifactError(f"cannot write into {folder}: {error}") from error
 

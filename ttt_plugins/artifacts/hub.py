@@ -1,7 +1,7 @@
-"""From the Hugging Face Hub: an artifact's name -> a folder of its files.
+"""Downloading from the Hugging Face Hub: the name of an artifact -> a folder with its files.
 
-A revision is resolved first and every file is taken from that one commit. What arrives is compared
-with the hash the Hub announced.
+A revision is resolved to a commit first, and every file is taken from that commit. Each file is
+compared with the hash that the Hub announced.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class Place:
     """Where an artifact is.
 
     Attributes:
-        folder: its files.
-        name: how to name it again and mean the same: a path, ``bundled:<name>``, or
+        folder: folder with its files.
+        name: name that will find the same files again: a path, ``bundled:<name>``, or
             ``org/name@commit``.
-        repository: ``org/name`` on the Hub; None for a folder.
-        commit: the one whose files these are; None for a folder.
+        repository: ``org/name`` on the Hub; None for a local folder.
+        commit: commit that the files belong to; None for a local folder.
     """
 
     folder: Path
@@ -90,7 +90,7 @@ def is_repository(name: str) -> bool:
 
 
 def _resolve(repository: str, access: Access) -> str:
-    """The commit that a revision means now, or meant when it was last seen."""
+    """The commit of a revision now or, without a connection, when it was last resolved."""
     with readable(repository, access, "downloading"):
         commit = in_time(
             lambda: make_api(access).resolve_revision(
@@ -101,12 +101,12 @@ def _resolve(repository: str, access: Access) -> str:
             )
         ).resolved
     if not _COMMIT.fullmatch(commit):
-        raise HubError(f"{repository}: the Hub names {commit[:60]!r} as a commit, which it is not")
+        raise HubError(f"{repository}: the Hub returned {commit[:60]!r}, which is not a commit")
     return commit
 
 
 def _download(repository: str, commit: str, file: str, access: Access) -> Path:
-    """One file of one commit, of an acceptable size and with the hash that was announced."""
+    """Download a file of a commit, and check its size and its hash."""
     arguments: dict[str, Any] = {
         "revision": commit,
         "cache_dir": access.cache_dir,
@@ -120,7 +120,7 @@ def _download(repository: str, commit: str, file: str, access: Access) -> Path:
         new = announced.will_download
         if (announced.file_size or 0) > _LIMITS[file]:
             raise HubError(
-                f"{repository}: {file} would have {announced.file_size:,} bytes; more than "
+                f"{repository}: {file} has {announced.file_size:,} bytes; more than "
                 f"{_LIMITS[file]:,} are not accepted"
             )
     path = Path(api.hf_hub_download(repository, file, **arguments))
@@ -131,13 +131,13 @@ def _download(repository: str, commit: str, file: str, access: Access) -> Path:
             path.unlink(missing_ok=True)
         raise HubError(
             f"{repository}: {file} is not what the Hub announced (hash {expected}): it was damaged "
-            f"{'on the way' if new else f'in the cache, delete {blob}'}; download it again"
+            f"{'in transit' if new else f'in the cache, delete {blob}'}; download it again"
         )
     return path
 
 
 def _same_hash(blob: Path, expected: str) -> bool:
-    """Blobs are called by their SHA-256, or by git's SHA-1 for small files."""
+    """Whether a blob has the hash in its name: SHA-256, or git's SHA-1 for small files."""
     if re.fullmatch(r"[0-9a-f]{64}", expected):
         digest = hashlib.sha256()
     elif re.fullmatch(r"[0-9a-f]{40}", expected):
@@ -156,22 +156,20 @@ def _needed(repository: str, commit: str, file: str, access: Access) -> Path:
     except LocalEntryNotFoundError:
         raise
     except EntryNotFoundError as error:
-        raise HubError(
-            f"{repository}@{commit} cannot be loaded: there is no {file} in it"
-        ) from error
+        raise HubError(f"{repository}@{commit} cannot be loaded: it contains no {file}") from error
 
 
 def _optional(repository: str, commit: str, file: str, access: Access) -> Path | None:
-    """A file that may be missing; None only where that is known."""
+    """Download a file that may be missing; return None only if it is known to be missing."""
     try:
         return _download(repository, commit, file, access)
     except LocalEntryNotFoundError:
         known = try_to_load_from_cache(repository, file, access.cache_dir, commit)
         if known is None and file == LEARNED:
-            raise  # neither there nor known to be missing
+            raise  # neither in the cache nor known to be missing
         return None
     except EntryNotFoundError:
-        # Only a real attempt notes in the cache that it is missing, for times without connection.
+        # Only a real attempt records in the cache that the file is missing, for use offline.
         with suppress(EntryNotFoundError):
             in_time(
                 lambda: make_api(access).hf_hub_download(
@@ -200,29 +198,30 @@ def _snapshot(repository: str, access: Access) -> tuple[Path, str]:
 
 
 def _check_ours(folder: Path, repository: str, commit: str) -> None:
-    """Refuse a config that is no artifact's, or one of this machine's, as soon as it is here."""
+    """Refuse a config that is no artifact's or names a folder, before further downloads."""
     backbone = read_config(folder, f"{repository}@{commit}")["backbone"]
     if backbone["source"] == "folder":
         raise ArtifactError(
-            f"{repository} names a folder of another machine as its classifier "
-            f"({backbone.get('name')!r}): pass your own as backbone="
+            f"{repository} names a folder on another machine as its classifier "
+            f"({backbone.get('name')!r}): pass your own classifier as backbone="
         )
 
 
 def find(name: str | Path, access: Access = DEFAULT_ACCESS) -> Place | None:
-    """The folder that a name means; what is on the Hub is downloaded first, with progress bars.
+    """Find the folder that a name stands for; a Hub repository is downloaded, with progress bars.
 
     Args:
         name: ``"bundled:<name>"``, a local folder, ``"org/name"`` or ``"org/name@revision"``.
         access: how to reach the Hub.
 
     Returns:
-        The folder's place, None when the name is none of these.
+        the folder's place, None if the name is none of these.
 
     Raises:
-        ArtifactError: nothing bundled of that name.
-        HubError: the Hub does not have it, refuses, or cannot be reached.
-        InputError: a revision of something that is not on the Hub, or two different ones.
+        ArtifactError: no bundled artifact has this name.
+        HubError: the Hub does not have the repository, refuses, or cannot be reached.
+        InputError: a revision is given for something that is not on the Hub, or two revisions are
+            given.
     """
     text = str(name)
     folder = named_folder(text)
@@ -231,7 +230,9 @@ def find(name: str | Path, access: Access = DEFAULT_ACCESS) -> Place | None:
             return None
         repository, _, inside = text.partition("@")
         if inside and access.revision not in (None, inside):
-            raise InputError(f"{text!r} and revision={access.revision!r} name two revisions")
+            raise InputError(
+                f"{text!r} and revision={access.revision!r} are two different revisions"
+            )
         return download(repository, replace(access, revision=inside or access.revision))
     if folder is not None and access.revision is not None:
         raise InputError(f"{text!r} is not on the Hub, so it has no revision {access.revision!r}")
@@ -239,14 +240,14 @@ def find(name: str | Path, access: Access = DEFAULT_ACCESS) -> Place | None:
 
 
 def download(repository: str, access: Access) -> Place:
-    """One commit of an artifact's or a timm model's repository; no local folder stands for it.
+    """Download one commit of an artifact's or a timm model's repository.
 
     Args:
-        repository: ``org/name``.
+        repository: ``org/name``; never the name of a local folder.
         access: how to reach the Hub, and the revision.
 
     Raises:
-        HubError: the Hub does not have it, refuses, or cannot be reached.
+        HubError: the Hub does not have the repository, refuses, or cannot be reached.
     """
     if not is_repository(repository) or "@" in repository:
         raise HubError(
@@ -257,14 +258,17 @@ def download(repository: str, access: Access) -> Place:
 
 
 def download_weights(repository: str, access: Access) -> tuple[Path, str]:
-    """``model.safetensors`` of a repository, and its commit.
+    """Download ``model.safetensors`` of a repository.
 
     Args:
         repository: ``org/name``.
         access: how to reach the Hub, and the revision.
 
+    Returns:
+        the file, and its commit.
+
     Raises:
-        HubError: the Hub does not have it, refuses, or cannot be reached.
+        HubError: the Hub does not have the file, refuses, or cannot be reached.
     """
     commit = _resolve(repository, access)
     with readable(repository, access, "downloading"):
@@ -272,21 +276,21 @@ def download_weights(repository: str, access: Access) -> tuple[Path, str]:
 
 
 def read_named(name: str, access: Access = DEFAULT_ACCESS) -> Artifact:
-    """Read the artifact that ``"bundled:<name>"``, a folder or a Hub repository names.
+    """Read an artifact by name.
 
     Args:
-        name: as for `find`.
+        name: name as for `find`.
         access: how to reach the Hub.
 
     Raises:
-        ArtifactError: there is none, or it does not load.
+        ArtifactError: there is no such artifact, or it cannot be loaded.
     """
     place = find(name, access)
     return read_artifact(place.folder if place else name, place.name if place else None)
 
 
 def timm_commit(repository: str, files: Iterable[str], revision: str | None = None) -> str | None:
-    """The commit whose weights timm has just taken from the cache; None if they came otherwise."""
+    """The commit of the weights that timm has just loaded from the cache, None if unknown."""
     for file in files:
         path = try_to_load_from_cache(repository, file, revision=revision)
         if isinstance(path, str) and _COMMIT.fullmatch(commit := Path(path).parent.name):

@@ -1,4 +1,4 @@
-"""How the Hub is reached: access, the client, patience, and one readable error per failure."""
+"""Access to the Hub: the client, a time limit, and one readable error for each kind of failure."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ Result = TypeVar("Result")
 
 _REMEDIES = {
     401: "log in with `hf auth login` or set HF_TOKEN",
-    403: "the token has no right to do this: use one that has",
-    404: "it is not there, or hidden from this token",
+    403: "the token does not allow this: use one that does",
+    404: "it does not exist, or this token may not see it",
     413: "the files are too large for the Hub",
     429: "too many requests: wait a few minutes and try again",
 }
@@ -44,10 +44,10 @@ class Access:
     """How to reach the Hub.
 
     Attributes:
-        revision: branch, tag or commit; the default branch unless given.
-        cache_dir: where files are kept, huggingface_hub's own cache unless given.
-        local_files_only: use the cache alone.
-        token: access token; the one of ``hf auth login`` or HF_TOKEN unless given, none if False.
+        revision: branch, tag or commit; None for the default branch.
+        cache_dir: folder for downloaded files; None for huggingface_hub's own cache.
+        local_files_only: whether to use only files that are in the cache.
+        token: access token; None for that of ``hf auth login`` or HF_TOKEN, False for no token.
     """
 
     revision: str | None = None
@@ -60,26 +60,26 @@ DEFAULT_ACCESS = Access()
 
 
 def make_api(access: Access) -> HfApi:
-    """The Hub's client, which says who asks."""
+    """Client of the Hub, which identifies itself as this package."""
     return HfApi(library_name="ttt_plugins", library_version=__version__, token=access.token)
 
 
 def offline(access: Access) -> str | None:
-    """What forbids a connection, if anything does."""
+    """The setting that forbids a connection, None if there is none."""
     if access.local_files_only:
         return "local_files_only=True"
     return "offline mode (HF_HUB_OFFLINE=1)" if constants.HF_HUB_OFFLINE else None
 
 
 def in_time(ask: Callable[[], Result]) -> Result:
-    """What a question to the Hub returns, if it does so in time; for answers that are short.
+    """Call ``ask``, which sends a short request to the Hub, and return what it returns.
 
-    The client waits HF_HUB_ETAG_TIMEOUT seconds (10 unless set) for an answer, but asks a Hub that
-    gives none again and again. Three times that is enough.
+    The client waits HF_HUB_ETAG_TIMEOUT seconds (10 by default) for a response, but repeats a
+    request without a response many times. This function waits three times that long in all.
 
     Raises:
-        HubError: no answer in time.
-        Exception: whatever the question raises.
+        HubError: there was no response in time.
+        Exception: any exception of ``ask``.
     """
     seconds = 3 * constants.HF_HUB_ETAG_TIMEOUT
     answers: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
@@ -87,17 +87,17 @@ def in_time(ask: Callable[[], Result]) -> Result:
     def run() -> None:
         try:
             answers.put((ask(), None))
-        except BaseException as error:  # for the thread that asked
+        except BaseException as error:  # is raised in the calling thread
             answers.put((None, error))
 
-    # A daemon, since nothing can stop the client in the middle of its wait.
+    # A daemon thread, because nothing can interrupt the client while it waits.
     threading.Thread(target=run, daemon=True, name="ttt_plugins-hub").start()
     try:
         result, error = answers.get(timeout=seconds)
     except queue.Empty:
         raise HubError(
             f"{constants.ENDPOINT} has not answered within {seconds} seconds: try again later, "
-            "use the cache alone (local_files_only=True, HF_HUB_OFFLINE=1), or set "
+            "use only the cache (local_files_only=True, HF_HUB_OFFLINE=1), or set "
             "HF_HUB_ETAG_TIMEOUT to wait longer"
         ) from None
     if error is not None:
@@ -107,23 +107,23 @@ def in_time(ask: Callable[[], Result]) -> Result:
 
 @contextmanager
 def readable(repository: str, access: Access, doing: str) -> Iterator[None]:
-    """Turn whatever goes wrong on the way to the Hub into one `HubError`.
+    """Turn every exception of the Hub's client and of the connection into a `HubError`.
 
     Args:
         repository: ``org/name``.
-        access: how it is reached.
-        doing: ``"downloading"`` or ``"publishing"``.
+        access: how the Hub is reached.
+        doing: ``"downloading"`` or ``"publishing"``, for the message.
     """
     try:
         yield
     except TTTError:
         raise
-    except Exception as error:  # transport classes differ between huggingface_hub 1.x and 2.x
+    except Exception as error:  # huggingface_hub 1.x and 2.x raise different classes
         raise HubError(_explain(error, repository, access, doing)) from error
 
 
 def _explain(error: Exception, repository: str, access: Access, doing: str) -> str:
-    """Cause and remedy of a failure, on one line."""
+    """The cause and the remedy of a failure, in one line."""
     what = f"{repository}@{access.revision}" if access.revision else repository
     if isinstance(error, (RevisionResolutionError, LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return _no_answer(error, what, access, doing)
@@ -135,8 +135,8 @@ def _explain(error: Exception, repository: str, access: Access, doing: str) -> s
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free some space" if full else "check the disk and the connection"
         return (
-            f"{doing} {what} failed ({_first_line(error)}): {remedy} and try again; nothing "
-            "half-done is used"
+            f"{doing} {what} failed ({_first_line(error)}): {remedy} and try again; no "
+            "incomplete file is used"
         )
     return (
         f"{doing} {what} from {constants.ENDPOINT} was interrupted "
@@ -145,11 +145,11 @@ def _explain(error: Exception, repository: str, access: Access, doing: str) -> s
 
 
 def _refused(error: HfHubHTTPError, repository: str, access: Access, doing: str) -> str:
-    """The Hub has answered, with an error."""
+    """The message for an error that the Hub has returned."""
     endpoint = constants.ENDPOINT
     if isinstance(error, GatedRepoError):
         return (
-            f"{repository} is gated: ask for access on {endpoint}/{repository}, then log in with "
+            f"{repository} is gated: request access on {endpoint}/{repository}, then log in with "
             "`hf auth login` or set HF_TOKEN"
         )
     if isinstance(error, RevisionNotFoundError):
@@ -169,11 +169,11 @@ def _refused(error: HfHubHTTPError, repository: str, access: Access, doing: str)
 
 
 def _no_answer(error: Exception, what: str, access: Access, doing: str) -> str:
-    """The cache does not hold it, and the Hub could not be asked, or its answer is of no use."""
+    """The message if the cache lacks something and the Hub gave no usable response."""
     if reason := offline(access):
         return (
             f"{what} is not in the cache, and {reason} forbids {doing} it: do so once with a "
-            "connection, or name another cache_dir"
+            "connection, or give another cache_dir"
         )
     cause = error.__cause__ or error
     if isinstance(cause, HfHubHTTPError) and _status(cause) is not None:

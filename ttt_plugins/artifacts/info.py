@@ -1,4 +1,4 @@
-"""What an artifact says of itself; its classifier is neither fetched nor built."""
+"""The description of an artifact, made without downloading or creating its classifier."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ __all__ = ["describe"]
 
 
 def describe(name: str | Path, access: Access) -> str:
-    """Lines on an artifact: method, classifier, fingerprint, format, training, results.
+    """Describe an artifact: its method, classifier, fingerprint, format, training and results.
 
     Args:
-        name: as for `ttt_plugins.from_pretrained`.
+        name: name of the artifact, as for `ttt_plugins.from_pretrained`.
         access: how to reach the Hub.
 
     Raises:
-        ArtifactError: there is none, or it is damaged.
+        ArtifactError: there is no such artifact, or it is damaged.
     """
     place = hub.find(name, access)
     if place is None:
-        raise ArtifactError(f"{str(name)[:200]!r} is no folder with a config.json and no ORG/NAME")
+        raise ArtifactError(
+            f"{str(name)[:200]!r} is neither a folder with a config.json nor ORG/NAME"
+        )
     artifact = read_artifact(place.folder, place.name)
     config, backbone = artifact.config, artifact.config["backbone"]
     facts = config.get("card", {})
@@ -61,5 +63,5 @@ def describe(name: str | Path, access: Access) -> str:
     for run in (artifact.results or {"runs": []})["runs"]:
         lines.append(f"results on {run['dataset']}, {conditions(run)}:")
         lines += [f"  {m}: {100 * share:.2f} %" for m, share in run["accuracy"].items()]
-    # Its author may be anybody: no control characters reach the terminal.
+    # An artifact may come from anybody, so control characters are replaced.
     return re.sub(r"[^\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd]", "?", "\n".join(lines))

@@ -1,4 +1,4 @@
-"""What a method has learned beforehand for a classifier, and in which artifact that is."""
+"""Finding the tensors that a method learned beforehand for a classifier, and their artifact."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __all__ = ["Learned", "check_fits_any", "find_learned", "fits_any", "stored_fiel
 
 @dataclass(frozen=True)
 class Learned:
-    """What a method has learned beforehand.
+    """Tensors that a method learned beforehand.
 
     Attributes:
-        tensors: by name.
-        where: what to call their artifact in errors.
+        tensors: the tensors by name.
+        where: name of their artifact in error messages.
         config: the parsed ``config.json`` of the artifact; None for tensors that were passed.
     """
 
@@ -49,18 +49,22 @@ def find_learned(
     carried: Artifact | None = None,
     name: str = "",
 ) -> Learned | None:
-    """What a method has learned for a classifier; None if there is nothing.
+    """Find what a method has learned for a classifier.
 
     Args:
         record: the method.
         module: the classifier.
-        head: the artifact that the user names for it.
+        head: the artifact that the user gave.
         carried: the artifact that the classifier itself came from.
-        name: what to call that one in errors.
+        name: name of ``carried`` in error messages.
+
+    Returns:
+        the learned tensors: of ``head``, of ``carried``, or of a bundled artifact; None if there
+        are none.
 
     Raises:
         ArtifactError: ``head`` is no artifact, or was made for other weights.
-        InputError: ``head`` is made for another method.
+        InputError: ``head`` was made for another method.
     """
     if head is not None:
         return _named_by_user(record, module, head)
@@ -79,21 +83,21 @@ def _named_by_user(record: Method, module: nn.Module, head: str | Path) -> Learn
         raise ArtifactError(f"head={str(head)[:200]!r} is no artifact")
     artifact = read_artifact(place.folder, place.name)
     if artifact.config["method"] != record.name:
-        raise InputError(f"{head} is made for {artifact.config['method']}, not {record.name}")
+        raise InputError(f"{head} was made for {artifact.config['method']}, not {record.name}")
     remedy = 'train a head for this model with head="train"'
     check_fingerprint(module, artifact.config["backbone"], place.name, True, remedy)
     return Learned(artifact.tensors, place.name, artifact.config)
 
 
 def _made_for(record: Method, module: nn.Module) -> str | None:
-    """The bundled artifact of a method that was made for a model's very weights."""
+    """Name of the bundled artifact of a method that was made for exactly these weights."""
     state, mark = module.state_dict(), None
     for name in list_bundled():
         config = read_config(bundled_folder(name))
         made_for = config["backbone"]
         if config["method"] != record.name or "fingerprint" not in made_for:
             continue
-        # Hashing the weights of a large network takes long; their shapes alone may tell.
+        # Hashing the weights of a large network takes long, so their shapes are compared first.
         carried = named_folder(str(made_for.get("name")))
         if carried is not None and not _same_shapes(state, carried / MODEL):
             continue
@@ -114,10 +118,10 @@ def stored_fields(record: Method, config: Mapping[str, Any], name: str) -> Any:
     Args:
         record: the method.
         config: the artifact's ``config.json``.
-        name: what to call the artifact in errors.
+        name: name of the artifact in error messages.
 
     Raises:
-        ArtifactError: the method has no such field, or refuses a value.
+        ArtifactError: the method lacks one of the fields, or refuses a value.
     """
     try:
         return stored_config(record, config["fields"])
@@ -126,12 +130,12 @@ def stored_fields(record: Method, config: Mapping[str, Any], name: str) -> Any:
 
 
 def fits_any(record: Method, config: Any, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether what a method learned serves any classifier.
+    """Whether the learned tensors of a method can be used with any classifier.
 
     Args:
         record: the method.
-        config: its fields.
-        tensors: what it learned.
+        config: the method's config.
+        tensors: learned tensors by name.
     """
     return record.fits_any is not None and record.fits_any(config, dict(tensors))
 
@@ -139,17 +143,17 @@ def fits_any(record: Method, config: Any, tensors: Mapping[str, Tensor]) -> bool
 def check_fits_any(
     record: Method, config: Any, tensors: Mapping[str, Tensor], backbone: Mapping[str, Any], where
 ) -> bool:
-    """Whether an artifact says that it fits any classifier.
+    """Whether an artifact declares that it fits any classifier.
 
     Args:
         record: the method.
-        config: its fields.
-        tensors: what it learned.
+        config: the method's config.
+        tensors: learned tensors by name.
         backbone: the part of ``config.json`` that describes the classifier.
-        where: what to call the artifact in errors.
+        where: name of the artifact in error messages.
 
     Raises:
-        ArtifactError: it says so, and does not.
+        ArtifactError: the artifact declares so, but does not fit any classifier.
     """
     declared = backbone.get("fits") == "any"
     if declared and not fits_any(record, config, tensors):

@@ -1,4 +1,4 @@
-"""``results.json`` of an artifact: what was measured with it, from which its card is made.
+"""``results.json`` of an artifact: the measured results that its card shows.
 
     {"format_version": 1,
      "runs": [{"dataset": "CIFAR-10-C", "severities": [5], "corruptions": ["fog", ...],
@@ -8,9 +8,9 @@
                "clean_accuracy": {...}, "standard_error": {...}, "by_corruption": {"fog": {...}},
                "note": "...", "command": "...", "versions": {...}}]}
 
-Accuracies are in [0, 1], by method, averaged over the corruptions and severities named; images
-are those of one cell. Everything from ``clean_accuracy`` on may be missing. The benchmark's own
-``results.json`` is reduced to this.
+Accuracies are in [0, 1], by method, averaged over the given corruptions and severities;
+``images`` is the number of images of each corruption at each severity. ``clean_accuracy`` and
+everything after it is optional. A benchmark's ``results.json`` is reduced to this form.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ _OPTIONAL = {
 def load_measured(
     results: str | Path | Mapping[str, Any], where: str = "results"
 ) -> dict[str, Any]:
-    """Results of a file or as they are: in the form above, or a benchmark's ``results.json``.
+    """Load results in the form above, or reduce those of a benchmark to it.
 
     Args:
-        results: the results, or their file.
-        where: what to call them in errors, unless they are in a file.
+        results: the results, or the file that holds them.
+        where: name of the results in error messages, unless they are in a file.
 
     Raises:
-        ArtifactError: neither.
+        ArtifactError: the results have neither form, or the file cannot be read.
     """
     content: Any = results
     if isinstance(results, (str, Path)):
@@ -97,7 +97,9 @@ def check_measured(results: Any, where: str) -> None:
         known = _NEEDED | _OPTIONAL
         for key, value in run.items():
             if key not in known:
-                raise ArtifactError(f"{where}: unknown key {key!r}; known are {sorted(known)}")
+                raise ArtifactError(
+                    f"{where}: unknown key {key!r}; the known keys are {sorted(known)}"
+                )
             if not isinstance(value, known[key]) or isinstance(value, bool):
                 raise ArtifactError(f"{where}: {key!r} must be a {known[key].__name__}")
         tables = [run.get(k, {}) for k in ("accuracy", "clean_accuracy", "standard_error")]
@@ -106,14 +108,17 @@ def check_measured(results: Any, where: str) -> None:
         numbers = [*run["severities"], *run["seeds"], run["images"], run["batch_size"]]
         words = [*run["corruptions"]]
         if not all(type(n) is int for n in numbers) or not all(isinstance(w, str) for w in words):
-            raise ArtifactError(f"{where}: severities and seeds are integers, corruptions names")
+            raise ArtifactError(
+                f"{where}: severities, seeds, images and batch_size must be integers, and "
+                "corruptions must be names"
+            )
 
 
 def reduce_benchmark(results: Mapping[str, Any], where: str = "results") -> dict[str, Any]:
-    """The benchmark's ``results.json``, without its single cells and batches.
+    """Reduce a benchmark's ``results.json`` to the form above, without single cells and batches.
 
     Raises:
-        ArtifactError: it is not one.
+        ArtifactError: these are not the results of a benchmark.
     """
     try:
         settings, methods = results["settings"], results["methods"]
@@ -152,7 +157,7 @@ def reduce_benchmark(results: Mapping[str, Any], where: str = "results") -> dict
 
 
 def conditions(run: Mapping[str, Any]) -> str:
-    """Under which conditions a run was made, in one line."""
+    """The conditions of a run, in one line."""
     severities = ", ".join(map(str, run["severities"]))
     seeds = f", seeds {', '.join(map(str, run['seeds']))}" if run["seeds"] else ""
     return (
@@ -162,11 +167,11 @@ def conditions(run: Mapping[str, Any]) -> str:
 
 
 def eval_results(results: Mapping[str, Any], method: str) -> list[EvalResult]:
-    """The artifact's own figures for the card's model-index; those of other methods stay out.
+    """Results of the artifact's own method for the card's metadata.
 
     Args:
-        results: in the form above.
-        method: the artifact's.
+        results: results in the form above.
+        method: method of the artifact.
     """
     found = []
     for run in results["runs"]:

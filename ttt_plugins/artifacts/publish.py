@@ -1,7 +1,7 @@
-"""To the Hugging Face Hub: from an artifact folder to a repository that holds the same.
+"""Publishing an artifact folder as a repository on the Hugging Face Hub.
 
-The folder is copied aside first. There a classifier in a local folder is put into the artifact,
-paths of this machine are shortened, and the card gets the name of the repository.
+A copy is published. If the artifact names a classifier in a local folder, the copy contains that
+classifier; paths of this machine are shortened, and the card names the repository.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .tensor_files import fingerprint
 
 __all__ = ["publish", "upload"]
 
-#: An absolute path: not after a letter, a colon or a slash, as in an address.
+#: An absolute path: not preceded by a letter, a colon or a slash, as in a web address.
 _PATH = re.compile(r"(?<![\w:/.~\-])(?:~|[A-Za-z]:[\\/]|/)(?:[^\s'\"]*[\\/])?([^\s'\"\\/]+)")
 
 
@@ -43,15 +43,15 @@ def _shorten(value: Any) -> Any:
 
 
 def _embed(artifact: Artifact, where: Path) -> Artifact:
-    """Put the classifier of a local folder into the artifact: its path means nothing elsewhere."""
+    """Put the classifier of a local folder into the artifact; its path is of no use elsewhere."""
     backbone = artifact.config["backbone"]
     remedy = "publish that folder first and wrap it by its repository's name, then save again"
     try:
         model = read_artifact(Path(backbone["name"]))
     except ArtifactError as error:
         raise ArtifactError(
-            f"{where} adapts a classifier in the folder {backbone['name']}, whose weights have to "
-            f"go along, but it cannot be read ({error}): put it back, or {remedy}"
+            f"{where} adapts a classifier in the folder {backbone['name']}, whose weights must be "
+            f"published too, but it cannot be read ({error}): put it back, or {remedy}"
         ) from error
     fits = fingerprint(model.weights or {}) == backbone.get("fingerprint")
     if model.weights is None or not fits:
@@ -66,10 +66,10 @@ def _embed(artifact: Artifact, where: Path) -> Artifact:
 
 
 def _portable(folder: Path, repository: str, measured: Any = None) -> Artifact:
-    """What is published of an artifact folder.
+    """The artifact to publish for an artifact folder.
 
     Raises:
-        ArtifactError: it does not load, or its classifier is in a folder that is gone.
+        ArtifactError: it cannot be loaded, or the folder of its classifier is missing.
     """
     artifact = read_artifact(folder)
     own_words = artifact.card != render_card(folder.resolve().name, artifact)
@@ -82,10 +82,10 @@ def _portable(folder: Path, repository: str, measured: Any = None) -> Artifact:
     }
     config, results = artifact.config | records, _shorten(artifact.results)
     if config != artifact.config or results != artifact.results:
-        warnings.warn("paths of this machine in the records are shortened", stacklevel=4)
+        warnings.warn("paths of this machine are shortened in the published records", stacklevel=4)
     artifact = replace(artifact, config=config, results=results)
     if own_words and measured is None:
-        return artifact  # its author has written a card
+        return artifact  # its author wrote the card
     return replace(artifact, card=render_card(repository, artifact))
 
 
@@ -97,28 +97,28 @@ def publish(
     token: str | bool | None = None,
     measured: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[str, bool]:
-    """Make a Hub repository hold an artifact folder; see `upload`.
+    """Publish an artifact folder as a Hub repository; see `upload`.
 
     Args:
-        folder: the artifact's.
-        repository: ``org/name``, created if there is none.
-        private: whether a new repository is private (its owner's default unless given).
-        token: access token that may write; unless given the one of ``hf auth login`` or HF_TOKEN.
-        measured: results to publish with it, as for
+        folder: artifact folder.
+        repository: ``org/name``; created if it does not exist.
+        private: whether a new repository is private; None for its owner's default.
+        token: access token that may write; None for that of ``hf auth login`` or HF_TOKEN.
+        measured: results to publish with the artifact, as for
             `ttt_plugins.artifacts.measured.load_measured`.
 
     Returns:
-        The commit, and whether it is new.
+        the commit, and whether it is new.
 
     Raises:
-        ArtifactError: the folder is no artifact, or depends on a folder that is gone.
-        HubError: the Hub refuses or cannot be reached.
+        ArtifactError: the folder is no artifact, or the folder of its classifier is missing.
+        HubError: the Hub refuses, or cannot be reached.
     """
     _check_repository(repository)
     if not isinstance(folder, (str, Path)) or not str(folder):
-        raise ArtifactError(f"{folder!r} is no folder of an artifact; name the one to publish")
+        raise ArtifactError(f"{folder!r} is no artifact folder; name the one to publish")
     if is_bundled(folder) and measured is None:
-        # What ships and what is published are the same files.
+        # The published files are identical to those in the package.
         read_artifact(folder)
         return upload(Path(folder), repository, private=private, token=token)
     check_plain(Path(folder))
@@ -143,27 +143,27 @@ def upload(
     token: str | bool | None = None,
     message: str | None = None,
 ) -> tuple[str, bool]:
-    """Make a repository hold what an artifact folder holds, in one commit.
+    """Upload an artifact folder to a repository in one commit.
 
-    The repository is created if there is none. Files of ours that the folder no longer has are
-    deleted; others stay.
+    The repository is created if it does not exist. Files of an earlier artifact that the folder
+    does not have are deleted; all other files are kept.
 
     Args:
-        folder: the artifact's.
+        folder: artifact folder.
         repository: ``org/name``.
-        private: whether a new repository is private (its owner's default unless given).
-        token: access token that may write; unless given the one of ``hf auth login`` or HF_TOKEN.
-        message: of the commit.
+        private: whether a new repository is private; None for its owner's default.
+        token: access token that may write; None for that of ``hf auth login`` or HF_TOKEN.
+        message: message of the commit.
 
     Returns:
-        The commit, and whether it is new: unchanged files make none.
+        the commit, and whether it is new; no commit is made if no file has changed.
 
     Raises:
         ArtifactError: a file of the folder is not a plain file.
-        HubError: the Hub refuses or cannot be reached; nothing is published then.
+        HubError: the Hub refuses, or cannot be reached; nothing is published.
     """
     _check_repository(repository)
-    if not is_bundled(folder):  # installers link the files of a package to their cache
+    if not is_bundled(folder):  # installers may link the files of a package to their cache
         check_plain(folder)
     access = Access(token=token)
     api = make_api(access)

@@ -1,4 +1,4 @@
-"""From an adapter or a trained model to an artifact folder."""
+"""Saving adapters and trained models as artifact folders."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ __all__ = ["Saveable", "save_learned", "save_pretrained", "save_with_model"]
 
 
 class Saveable(Protocol):
-    """What is saved of a net: a `ttt_plugins.Adapter` has it.
+    """What an artifact records about an adapter; `ttt_plugins.Adapter` satisfies this protocol.
 
     Attributes:
-        method: the name of the method.
-        config: its fields, a dataclass.
-        origin: where the classifier came from, as `ttt_plugins.artifacts.classifiers.load_model`
-            says.
+        method: name of the method.
+        config: the method's config, a dataclass.
+        origin: where the classifier came from, as returned by
+            `ttt_plugins.artifacts.classifiers.load_model`.
         backbone: the classifier.
-        names: the parameters that adapt.
+        names: names of the parameters that adapt.
     """
 
     method: str
@@ -45,11 +45,11 @@ class Saveable(Protocol):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, None while unknown."""
+        """Number of classes, None while it is unknown."""
         ...
 
     def learned_tensors(self) -> dict[str, Tensor]:
-        """What was learned beforehand, by name."""
+        """Tensors that the method learned beforehand, by name."""
         ...
 
 
@@ -61,24 +61,24 @@ def save_pretrained(
     results: str | Path | Mapping[str, Any] | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an adapter's artifact: its config and what it learned, not the classifier.
+    """Write an adapter as an artifact: its config and learned tensors, but not the classifier.
 
-    The adapted parameters of a running stream are not part of it; see
-    ``Adapter.adaptation_state``.
+    The parameters that have adapted to a stream are not saved; see ``Adapter.adaptation_state``.
 
     Args:
         net: the adapter.
-        folder: where; an earlier artifact there is replaced.
-        training: how it was made; goes into ``config.json`` and the card.
-        results: what was measured with it: a benchmark's ``results.json``, or the form of
-            `ttt_plugins.artifacts.measured`; goes into ``results.json`` and the card.
+        folder: folder to write; an artifact that is already there is replaced.
+        training: facts about the training, recorded in ``config.json`` and shown in the card.
+        results: measured results, recorded in ``results.json`` and shown in the card: a benchmark's
+            ``results.json``, or the form described in `ttt_plugins.artifacts.measured`.
         card: ``license``, ``datasets`` and ``note`` for the card.
 
     Returns:
-        The folder.
+        the folder.
 
     Raises:
-        ArtifactError: the folder holds something else, the disk refuses, or the results are none.
+        ArtifactError: the folder holds anything but an artifact, it cannot be written, a tensor is
+            not finite, or ``results`` has neither form.
     """
     normal, state = net.backbone.normalize, net.backbone.source_state_dict()
     learned = net.learned_tensors()
@@ -103,7 +103,7 @@ def save_pretrained(
     try:
         check_params(config["fields"].get("params") if net.names else None, "params")
     except ArtifactError:
-        # An expression that a stranger's artifact may not hold: the names it selects say as much.
+        # No artifact may hold this expression; the names that it selects are equivalent.
         config["fields"]["params"] = list(net.names)
     weights = None if own is None else state
     return _write(folder, config, learned, weights, training, results, card)
@@ -118,18 +118,21 @@ def save_learned(
     training: dict[str, Any] | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write what a method learned as an artifact, for a classifier that is not at hand.
+    """Write the learned tensors of a method as an artifact, without access to the classifier.
 
     Args:
-        config: the method's.
-        tensors: what it learned.
-        backbone: the part of ``config.json`` that says which classifier it is for.
-        folder: where; an earlier artifact there is replaced.
-        training: how it was made; goes into ``config.json`` and the card.
+        config: the method's config.
+        tensors: learned tensors by name.
+        backbone: the part of ``config.json`` that describes the classifier.
+        folder: folder to write; an artifact that is already there is replaced.
+        training: facts about the training, recorded in ``config.json`` and shown in the card.
         card: ``license``, ``datasets`` and ``note`` for the card.
 
     Returns:
-        The folder.
+        the folder.
+
+    Raises:
+        ArtifactError: as for `save_pretrained`.
     """
     record = get_method(config)
     if fits_any(record, config, tensors):
@@ -150,23 +153,26 @@ def save_with_model(
     results: str | Path | Mapping[str, Any] | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a trained timm classifier, and what a method learned with it, as one artifact.
+    """Write a trained timm classifier and a method's learned tensors as one artifact.
 
-    The folder is a timm repository too: ``model.safetensors`` is the classifier alone.
+    The folder is also a timm repository: ``model.safetensors`` holds only the classifier.
 
     Args:
         model: the classifier.
-        architecture: its name in timm.
-        model_args: the arguments it was created with.
-        folder: where; an earlier artifact there is replaced.
-        config: the method's, `ttt_plugins.Source` unless given.
-        tensors: what the method learned.
-        training: how it was made; goes into ``config.json`` and the card.
-        results: what was measured with it, as for `save_pretrained`.
+        architecture: name of its timm architecture.
+        model_args: keyword arguments that it was created with.
+        folder: folder to write; an artifact that is already there is replaced.
+        config: the method's config; `ttt_plugins.Source` by default.
+        tensors: learned tensors of the method by name.
+        training: facts about the training, recorded in ``config.json`` and shown in the card.
+        results: measured results, as for `save_pretrained`.
         card: ``license``, ``datasets`` and ``note`` for the card.
 
     Returns:
-        The folder.
+        the folder.
+
+    Raises:
+        ArtifactError: as for `save_pretrained`.
     """
     config = get_method("source").config() if config is None else config
     record, state = get_method(config), model.state_dict()

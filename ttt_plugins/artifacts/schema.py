@@ -1,7 +1,7 @@
-"""What ``config.json`` holds: keys, types, ranges, and names that can be nothing but names.
+"""The schema of ``config.json``: its keys, types and ranges, and the form of the names in it.
 
-Its author may be anybody, so everything is checked before it is used. Nothing here is read from a
-file: `folder` reads, and says there which module refuses what.
+An artifact may come from anybody, so everything is checked before it is used. This module reads no
+files; `folder` does, and lists which module checks what.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ FORMAT_VERSION = 1
 #: ``config["backbone"]["source"]`` when the model's weights are in the artifact itself.
 OWN_WEIGHTS = "artifact"
 
-#: The keys that make a folder a timm repository too.
+#: The keys that make a folder a timm repository as well.
 TIMM_KEYS = ("architecture", "num_classes", "num_features", "model_args", "pretrained_cfg")
 
 _NAME = r"[A-Za-z0-9_][\w.\-]{0,95}"
 _COMMIT = r"[0-9a-f]{40}"
 _SHA256 = r"sha256:[0-9a-f]{64}"
 
-#: ``config["backbone"]["source"]`` -> what the name beside it looks like. A folder's path is
-#: absolute, as it is saved, so that no name of a folder can be one that timm parses as a source.
+#: ``config["backbone"]["source"]`` -> pattern of the name beside it. The path of a folder is saved
+#: as an absolute path, so it cannot be a name that timm parses as another source.
 BACKBONE_SOURCES = {
     OWN_WEIGHTS: _NAME,
     "bundled": rf"bundled:{_NAME}",
@@ -97,7 +97,7 @@ def _numbers(low: float, most: int, high: float = 1e9) -> Check:
 
 
 def _plain(value: Any, depth: int = 0) -> bool:
-    """JSON scalars, and lists of them at most two deep, of sizes that a model can have."""
+    """Whether a value is a scalar or a list at most two deep, of sizes that models have."""
     if isinstance(value, list):
         return depth < 2 and len(value) <= 256 and all(_plain(v, depth + 1) for v in value)
     if isinstance(value, str):
@@ -180,8 +180,8 @@ def _check_object(
     for key, content in value.items():
         if key not in known:
             raise ArtifactError(
-                f"{where}: unknown key {key[:80]!r}; known are {sorted(known)}. A newer artifact "
-                "needs a newer ttt_plugins."
+                f"{where}: unknown key {key[:80]!r}; the known keys are {sorted(known)}. A newer "
+                "artifact needs a newer ttt_plugins."
             )
         if not known[key](content):
             raise ArtifactError(f"{where}: {key!r} cannot be {_short(content)}")
@@ -194,7 +194,7 @@ def _short(value: Any) -> str:
 
 # -- fields of a method ----------------------------------------------------------------------
 
-#: The largest value of fields that cost time or memory; a user's override may be larger.
+#: Largest values of fields that cost time or memory; users may override them with larger ones.
 _FIELD_LIMITS = {
     "copies": 1 << 10,
     "steps": 1 << 10,
@@ -203,29 +203,29 @@ _FIELD_LIMITS = {
     "window": 1 << 12,
 }
 _MAX_INTEGER, _MAX_NUMBER = 10**6, 1e9
-#: The most views that may take a gradient step for one image: 200 times what the papers need.
+#: Largest number of views in the gradient steps of one image, 200 times that of the papers.
 _MAX_VIEWS = 1 << 16
 _MAX_NAMES, _MAX_TEXT = 1 << 16, 1 << 10
 
 
 def _check_fields(fields: Mapping[str, Any], where: str) -> None:
-    """Values of the method's fields: scalars and lists of them, of sizes that end in time."""
+    """Check that the method's fields are scalars or lists of them, of acceptable sizes."""
     for key, value in fields.items():
         limit = _FIELD_LIMITS.get(key, _MAX_INTEGER)
         values = value if isinstance(value, list) else [value]
         if len(values) > _MAX_NAMES or not all(_scalar(v, limit) for v in values):
             raise ArtifactError(
-                f"{where}: {key[:80]!r} cannot be {_short(value)}: numbers up to {limit:,}, short "
-                "texts and lists of them may stand in an artifact; give from_pretrained a larger "
-                "one as an override"
+                f"{where}: {key[:80]!r} cannot be {_short(value)}: an artifact may hold numbers up "
+                f"to {limit:,}, short texts and lists of them; give from_pretrained a larger value "
+                "as an override"
             )
     check_params(fields.get("params"), where)
-    # Two booleans or texts make no work; the method's own checks refuse them.
+    # Booleans and texts cost nothing; the method's own checks refuse them.
     copies, steps = (v if type(v) is int else 1 for v in map(fields.get, ("copies", "steps")))
     if copies * steps > _MAX_VIEWS:
         raise ArtifactError(
             f"{where}: {steps} steps on {copies} copies are {copies * steps:,} views of every "
-            f"image; an artifact may ask for {_MAX_VIEWS:,}"
+            f"image; an artifact may have {_MAX_VIEWS:,} at most"
         )
 
 
@@ -238,20 +238,20 @@ def _scalar(value: Any, limit: int) -> bool:
 
 
 def check_params(params: Any, where: str) -> None:
-    """Refuse a regular expression that could keep the matcher busy for more than a moment.
+    """Refuse a regular expression that could take long to match.
 
-    What remains takes time of at most the cube of a name's length: every repetition multiplies the
-    ways to match by that length, every alternative and optional part by two. Repeated groups,
-    references back and assertions do worse.
+    An accepted expression takes time of at most the cube of a name's length: each repetition
+    multiplies the number of ways to match by that length, each alternative or optional part by
+    two. Repeated groups, backreferences and assertions can take much longer.
 
     Args:
         params: the field ``params``; names, or None, are always accepted.
-        where: what to call the artifact in errors.
+        where: name of the artifact in error messages.
 
     Raises:
-        ArtifactError: the expression is longer than 200 characters, repeats a group, refers back,
-            asserts, or has more than two repetitions, or one and two alternatives, or four
-            alternatives.
+        ArtifactError: the expression has more than 200 characters, a repeated group, a
+            backreference or an assertion, or it has too many repetitions (which count twice) and
+            alternatives or optional parts (which count once): more than four in all.
     """
     if not isinstance(params, str):
         return
@@ -267,21 +267,23 @@ def check_params(params: Any, where: str) -> None:
 
 
 def check_config(config: Mapping[str, Any], where: str | Path) -> None:
-    """Keys, types and ranges of a ``config.json`` whose format version is known.
+    """Check the keys, types and ranges of a ``config.json`` whose format version is known.
 
     Args:
-        config: its content, a JSON object.
-        where: what to call it in errors.
+        config: the parsed ``config.json``, an object.
+        where: name of the file in error messages.
 
     Raises:
-        ArtifactError: the first thing that is wrong, with its key.
+        ArtifactError: something is wrong; the message names the first key that is.
     """
     _check_object(config, _CONFIG, ("format_version", "method", "fields", "backbone"), str(where))
     backbone = config["backbone"]
     _check_object(backbone, _BACKBONE, ("source",), f"{where}: backbone")
     name, source = backbone.get("name"), backbone["source"]
     if name is not None and not _text(BACKBONE_SOURCES[source])(name):
-        raise ArtifactError(f"{where}: backbone: {_short(name)} is no name of a {source} model")
+        raise ArtifactError(
+            f"{where}: backbone: {_short(name)} is not the name of a {source} model"
+        )
     if (backbone.get("mean") is None) != (backbone.get("std") is None):
         raise ArtifactError(f"{where}: backbone: mean and std belong together")
     if not backbone.get("normalize", True) and backbone.get("mean") is not None:
@@ -292,18 +294,18 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
     if source == OWN_WEIGHTS:
         check_timm_part(config, where)
     elif extra := sorted(set(TIMM_KEYS) & config.keys()):
-        raise ArtifactError(f"{where}: {extra[0]!r} is there, but no weights of a model are")
+        raise ArtifactError(f"{where}: {extra[0]!r} is present, but no weights of a model are")
 
 
 def check_timm_part(config: Mapping[str, Any], where: str | Path) -> None:
-    """The keys of a timm repository, whoever wrote it.
+    """Check the keys of a timm repository of any author.
 
     Args:
-        config: its ``config.json``.
-        where: what to call it in errors.
+        config: the parsed ``config.json``.
+        where: name of the file in error messages.
 
     Raises:
-        ArtifactError: one is missing or of the wrong kind.
+        ArtifactError: a key is missing, or its value is of the wrong kind.
     """
     known = {key: _CONFIG[key] for key in TIMM_KEYS}
     part = {key: config[key] for key in TIMM_KEYS if key in config}
@@ -314,22 +316,22 @@ def check_timm_part(config: Mapping[str, Any], where: str | Path) -> None:
 
 
 def pretrained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The preprocessing in ``pretrained_cfg``: nothing in it names a file or an address."""
+    """The preprocessing settings of ``pretrained_cfg``; none of them names a file or address."""
     settings = config.get("pretrained_cfg", {})
     settings = {key: settings[key] for key in _PRETRAINED if settings.get(key) is not None}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
 
 
-# -- making one ------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------
 
 
 def common_config(method: str, config: Any, backbone: dict[str, Any]) -> dict[str, Any]:
     """The part of ``config.json`` that every artifact has.
 
     Args:
-        method: its name.
-        config: its fields, a dataclass.
-        backbone: what describes the classifier.
+        method: name of the method.
+        config: the method's config, a dataclass.
+        backbone: description of the classifier.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -341,12 +343,12 @@ def common_config(method: str, config: Any, backbone: dict[str, Any]) -> dict[st
 
 
 def timm_part(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a ``config.json`` that make its folder a timm repository too."""
+    """The part of a ``config.json`` that makes its folder a timm repository as well."""
     return {key: config[key] for key in TIMM_KEYS if key in config}
 
 
 def timm_config(model: nn.Module, architecture: str, model_args: dict[str, Any]) -> dict[str, Any]:
-    """The keys that make a folder a timm repository too (``timm.create_model("hf-hub:…")``)."""
+    """The keys for a new folder that is to be a timm repository as well."""
     settings = resolve_model_data_config(model)
     names = ("input_size", "mean", "std", "interpolation", "crop_pct")
     pretrained = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}

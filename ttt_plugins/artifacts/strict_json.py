@@ -1,4 +1,4 @@
-"""Strict JSON: bounded in size and depth, no key twice, no NaN; in time linear in its size."""
+"""Strict JSON of limited size and depth, without duplicate keys and NaN, read in linear time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import ArtifactError
 __all__ = ["MAX_CARD", "MAX_JSON", "parse_json", "read_bytes", "read_json"]
 
 
-MAX_JSON = 4 << 20  # bytes; the largest config.json of ours has 17 KB
+MAX_JSON = 4 << 20  # bytes; the largest bundled config.json has 17 KB
 MAX_CARD = 1 << 20
 _MAX_DEPTH = 32
 _MAX_CONTAINERS = 1 << 18  # lists and objects; the header of a large network's weights has 10,000
@@ -26,10 +26,10 @@ def read_bytes(file: Path, limit: int) -> bytes:
 
     Args:
         file: the file.
-        limit: the most bytes that it may have.
+        limit: largest size in bytes.
 
     Raises:
-        ArtifactError: missing, not a regular file (a pipe would block), or above ``limit`` bytes.
+        ArtifactError: the file is missing, too large, or not a regular file (a pipe would block).
     """
     try:
         if file.exists() and not file.is_file():
@@ -42,7 +42,7 @@ def read_bytes(file: Path, limit: int) -> bytes:
         reason = getattr(error, "strerror", None) or error
         raise ArtifactError(f"{file} cannot be read ({reason})") from error
     if len(content) > limit:
-        raise ArtifactError(f"{file} is larger than the {limit:,} bytes such a file may have")
+        raise ArtifactError(f"{file} is larger than {limit:,} bytes, the limit for such a file")
     return content
 
 
@@ -74,7 +74,7 @@ def _number(kind: Callable[[str], Any], longest: int) -> Callable[[str], Any]:
 
 
 def _check_depth(value: Any) -> None:
-    """Refuse lists and objects nested deeper than 32; the parser itself stops at a thousand."""
+    """Refuse lists and objects nested deeper than 32; the parser itself allows about a thousand."""
     level = [value]
     for _ in range(_MAX_DEPTH + 1):
         level = [v for v in level if isinstance(v, (list, dict))]
@@ -85,14 +85,14 @@ def _check_depth(value: Any) -> None:
 
 
 def parse_json(content: bytes, where: str | Path) -> Any:
-    """Strict JSON: no NaN or infinity, no key twice, no deep nesting, no broken Unicode.
+    """Parse strict JSON: without NaN, infinity, duplicate keys, deep nesting or broken Unicode.
 
     Args:
-        content: the text, in UTF-8.
-        where: what to call it in errors.
+        content: the text in UTF-8.
+        where: name of the text in error messages.
 
     Raises:
-        ArtifactError: it is anything else.
+        ArtifactError: the text is not strict JSON.
     """
     try:
         if content.count(b"[") + content.count(b"{") > _MAX_CONTAINERS:
@@ -105,7 +105,7 @@ def parse_json(content: bytes, where: str | Path) -> Any:
             parse_int=_number(int, 20),
         )
         _check_depth(value)
-        # Lone surrogates parse but can be written nowhere.
+        # Lone surrogates can be parsed but not written.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise ArtifactError(f"{where} is not valid JSON (nested too deep)") from error
@@ -115,5 +115,5 @@ def parse_json(content: bytes, where: str | Path) -> Any:
 
 
 def read_json(file: Path) -> Any:
-    """`parse_json` of a file of at most 4 MB."""
+    """Parse a file of at most 4 MB; errors are those of `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(file, MAX_JSON), file)

@@ -1,4 +1,4 @@
-"""safetensors files: headers without a tensor being read, finite tensors, fingerprints."""
+"""Reading safetensors files: headers alone, or all tensors; fingerprints of tensors."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = [
 ]
 
 
-MAX_WEIGHTS = 16 << 30  # bytes of a classifier's
-MAX_LEARNED = 1 << 30  # bytes of what a method learned beside it
+MAX_WEIGHTS = 16 << 30  # bytes of a classifier's weights
+MAX_LEARNED = 1 << 30  # bytes of a method's learned tensors
 _MAX_HEADER = 16 << 20
 _MAX_DIMENSIONS = 16
 
-#: Type names of safetensors -> torch's type.
+#: Names of types in safetensors -> types of torch.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -63,7 +63,7 @@ def described(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
 
 
 def _check_size(file: Path, limit: int) -> None:
-    """What safetensors does not look at: the file's size, and a name that occurs twice."""
+    """Check what safetensors does not: the size of the file, and that no name occurs twice."""
     if not file.is_file():
         raise ArtifactError(f"{file} is missing")
     total = file.stat().st_size
@@ -74,14 +74,14 @@ def _check_size(file: Path, limit: int) -> None:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(_MAX_HEADER, total - 8):
             raise ArtifactError(
-                f"{file} is not a safetensors file, or truncated: its header would have "
-                f"{length:,} bytes, the file has {total:,}"
+                f"{file} is not a safetensors file, or it is truncated: its header would have "
+                f"{length:,} bytes, and the file has {total:,}"
             )
         parse_json(stream.read(length), f"the header of {file}")
 
 
 def _open(file: Path, limit: int):
-    """A safetensors file whose header accounts for every byte of it, as the library sees to."""
+    """Open a safetensors file; the library checks that its header accounts for every byte."""
     try:
         _check_size(file, limit)
         return safe_open(file, framework="pt")
@@ -92,14 +92,14 @@ def _open(file: Path, limit: int):
 
 
 def tensor_header(file: Path, limit: int = MAX_WEIGHTS) -> dict[str, TensorInfo]:
-    """Types and shapes in a safetensors file, none of whose tensors is read.
+    """Types and shapes of the tensors in a safetensors file, without reading the tensors.
 
     Args:
         file: the file.
-        limit: the most bytes that it may have.
+        limit: largest size in bytes.
 
     Raises:
-        ArtifactError: not a safetensors file, truncated, padded, or above ``limit`` bytes.
+        ArtifactError: the file is missing, truncated, padded, too large, or not a safetensors file.
     """
     header = {}
     with _open(file, limit) as opened:
@@ -108,22 +108,22 @@ def tensor_header(file: Path, limit: int = MAX_WEIGHTS) -> dict[str, TensorInfo]
             kind, shape = tensor.get_dtype(), tuple(tensor.get_shape())
             if kind not in _DTYPES or len(shape) > _MAX_DIMENSIONS:
                 raise ArtifactError(
-                    f"{file}: tensor {name[:80]!r} is of the type {kind!r} with {len(shape)} "
-                    "dimensions, which is no tensor of a model"
+                    f"{file}: tensor {name[:80]!r} is of type {kind!r} with {len(shape)} "
+                    "dimensions, which no tensor of a model has"
                 )
             header[name] = TensorInfo(_DTYPES[kind], shape)
     return header
 
 
 def read_tensors(file: Path, limit: int = MAX_WEIGHTS) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, all finite.
+    """Read the tensors of a safetensors file, by name.
 
     Args:
         file: the file.
-        limit: the most bytes that it may have.
+        limit: largest size in bytes.
 
     Raises:
-        ArtifactError: damaged, above ``limit`` bytes, or a value is not finite.
+        ArtifactError: the file is missing, damaged or too large, or a value is not finite.
     """
     tensor_header(file, limit)
     with _open(file, limit) as opened:
@@ -138,9 +138,9 @@ def read_tensors(file: Path, limit: int = MAX_WEIGHTS) -> dict[str, Tensor]:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of a model's ``state_dict()``.
+    """SHA-256 of the names, types, shapes and bytes of a model's ``state_dict()``.
 
-    Quantized layers have tuples of tensors there, other modules whatever they call extra state.
+    Quantized layers have tuples of tensors in it, and other modules extra state of any type.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
