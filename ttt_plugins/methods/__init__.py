@@ -1,4 +1,4 @@
-"""The methods. Importing this package fills the registry; one line a method."""
+"""The methods. Importing this package registers them, one line for each."""
 
 from .custom_rule import register_update_rule
 from .mgg import MGG

@@ -1,7 +1,7 @@
 """An update rule as a method of its own: online entropy minimisation with that rule.
 
-Whoever has a rule that turns gradients into new parameters registers it in one line and gets the
-rest of the library: `wrap`, the command line, artifacts, the contract suite.
+A rule that turns gradients into new parameters is registered in one call, and can then be used
+with `wrap`, the command line, artifacts and the tests of the contract.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ def register_update_rule(
     """Register a method that adapts to each batch by one step of a rule on the mean entropy.
 
     Args:
-        name: of the method, letters, digits and underscores.
-        config: frozen dataclass of what the rule needs, each field with a default. Its fields
-            ``params``, ``statistics``, ``prior``, ``window``, ``guard`` and ``pull`` mean what they
-            mean in `Tent`, where it has them, as one that inherits from
-            `ttt_plugins.core.window.OnlineFields` does. Without ``window`` there is an update on
-            every batch, without ``guard`` no guard.
+        name: name of the method: letters, digits and underscores.
+        config: frozen dataclass of the rule's settings, each with a default. If it has fields
+            ``params``, ``statistics``, ``prior``, ``window``, ``guard`` or ``pull``, as one that
+            inherits from `ttt_plugins.core.window.OnlineFields` does, they mean the same as in
+            `Tent`. Without ``window`` there is an update on every batch, without ``guard`` no guard.
         make: ``config -> rule``, a pair of pure functions as in `ttt_plugins.core.updates`.
         citation: reference of the rule's paper.
 
     Returns:
-        its record, in the registry from now on.
+        the record of the method, which has been registered.
 
     Raises:
         InputError: as for `ttt_plugins.core.registry.register`.

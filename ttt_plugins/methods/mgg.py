@@ -1,4 +1,4 @@
-"""MGG: the online entropy adapter whose optimizer is learned.
+"""MGG: online entropy minimisation with a learned optimizer.
 
 Paper: Deng et al., "Learning to Generate Gradients for Test-Time Adaptation via Test-Time
 Training Layers", AAAI 2025, arXiv 2412.16901 (MGG is the optimizer, MGTTA the method).
@@ -6,8 +6,8 @@ Training Layers", AAAI 2025, arXiv 2412.16901 (MGG is the optimizer, MGTTA the m
 A step, in the paper's order
     forward the batch and record the features that are compared
     take the mean entropy plus lambda/64 times the features' distance from the source's statistics
-    feed each scalar's gradient and its running moments to the gradient memory layer, which takes
-        one step of its own fast weights and puts out an update in [-1, 1]
+    feed each scalar's gradient and its running moments to the gradient memory layer, which updates
+        its own fast weights by one step and returns an update in [-1, 1]
     move the norm layers' gamma and beta by alpha times the update
     return the logits from before the update
 
@@ -18,17 +18,20 @@ Equation -> function
     theta <- theta - alpha * update      -> `updates.GradientMemory`
 
 Deviations from the released code, and why:
-1. BatchNorm networks are compared at the inputs of their BatchNorms, in units of the running
-   statistics, because every such network carries those and no clean images are needed.
-2. Feature maps are measured over batch and positions, class tokens over the batch as released.
-3. A batch of one has no deviation: then only the means are compared. BatchNorm sees it with the
-   source's statistics.
-4. Outside block transformers three layers are compared, evenly spaced
+1. In BatchNorm networks the inputs of the BatchNorms are compared, in units of the running
+   statistics, because every such network stores those, so that no clean images are needed.
+2. Statistics of feature maps are taken over batch and positions, those of class tokens over the
+   batch as in the released code.
+3. A batch of one image has no standard deviation, so only the means are compared. BatchNorm then
+   normalises with the source's statistics.
+4. In networks that are not block transformers, three evenly spaced layers are compared
    (`norms.tapped_modules`).
-5. A deviation is ``sqrt(var + 1e-12)``, whose slope is finite where a feature does not vary.
-6. An update that is not finite is dropped, together with its state (`online.Online`).
-7. Batches of fewer than ``window`` images gather for one update (released: one for every batch).
-8. The guard softens or resets updates that hurt; ``guard=False`` for none (`core.guard`).
+5. A standard deviation is ``sqrt(var + 1e-12)``, so that its gradient is finite if a feature does
+   not vary.
+6. An update that is not finite is discarded together with its state (`online.Online`).
+7. Batches of fewer than ``window`` images are collected for one update (released: one update for
+   every batch).
+8. The guard softens or resets updates that hurt; ``guard=False`` disables it (`core.guard`).
 """
 
 from __future__ import annotations
@@ -66,25 +69,26 @@ class MGG(OnlineFields):
     """A learned optimizer with a gradient memory layer on the norm layers' affine parameters.
 
     Attributes:
-        lr: step size alpha; an update moves a scalar by at most this much. The paper: 1e-3 at
-            batch 64.
-        lr_alone: an upper bound on the step size while entropy is alone, since there are no source
-            statistics to compare: nothing then holds an optimizer back that was trained with them.
-            None for no other bound than ``lr``. It has no effect where there are statistics, even
-            if ``discrepancy`` is 0.
-        discrepancy: weight lambda of the feature statistics' distance from the source's (the
-            paper: 0.4; 0.2 on ImageNet-R). Without source statistics the term is left out.
+        lr: step size alpha, at least 0; an update moves a scalar by at most this much. The paper
+            uses 1e-3 with batches of 64.
+        lr_alone: upper bound on the step size if there are no source statistics and the objective
+            is entropy alone, which restrains an optimizer trained with statistics less; None for
+            ``lr`` itself. It has no effect if there are statistics, even if ``discrepancy`` is 0.
+        discrepancy: weight lambda of the distance between the feature statistics and the source's,
+            at least 0 (0.4 in the paper; 0.2 on ImageNet-R). Without source statistics the term is
+            omitted.
         statistics: BatchNorm statistics, ``"batch"``, ``"source"``, ``"mix"`` or ``"stream"``.
         prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
-        window: images per update; smaller batches are predicted at once and gather until there
-            are as many (`ttt_plugins.core.window`). The paper: 64.
-        guard: whether updates are softened or reset where signals without labels say that they hurt
+        window: number of images in an update, at least 1; smaller batches are predicted at once and
+            collected until there are that many (`ttt_plugins.core.window`). The paper: 64.
+        guard: whether updates are softened or reset if signals without labels say that they hurt
             (`ttt_plugins.core.guard`).
-        pull: how far the parameters go back to the source after every update, in [0, 1].
-        params: what adapts unless `wrap` is told otherwise.
-        rule: what turns a gradient into an update: ``"memory"``, the learned optimizer, or
-            ``"adam"`` or ``"sgd"`` with step size ``lr`` and their usual momenta. The hand-made
-            rules show what the objective and the statistics earn without the learned optimizer.
+        pull: fraction of the way back to the source that the parameters go after every update, in
+            [0, 1].
+        params: parameters that adapt, by default the norm layers'; see `ttt_plugins.wrap`.
+        rule: optimizer: ``"memory"``, the learned one, or ``"adam"`` or ``"sgd"`` with step size
+            ``lr`` and their usual momenta. The latter show what the objective and the statistics
+            achieve without the learned optimizer.
     """
 
     lr: float = 1e-3
@@ -103,7 +107,7 @@ class MGG(OnlineFields):
 
 
 def unlabelled_loss(config: MGG, source_statistics: tuple[Tensor, Tensor] | None) -> Objective:
-    """Equation 3 as an objective; entropy alone where no source statistics are at hand."""
+    """Equation 3 as an objective; entropy alone if there are no source statistics."""
 
     def loss(logits: Tensor, features: list[Feature], *_: object) -> Loss:
         value = entropy(logits).mean()
@@ -121,7 +125,7 @@ def unlabelled_loss(config: MGG, source_statistics: tuple[Tensor, Tensor] | None
     if compares:
         name += " + distance of the feature statistics"
     elif config.discrepancy:
-        name += " alone: no source statistics, so discrepancy is without effect"
+        name += " alone: no source statistics, so discrepancy has no effect"
         if (bound := step_size(config, source_statistics)) < config.lr:
             name += f" and the step size is {bound:g}"
         name += "; call fit_source_statistics"
@@ -131,14 +135,14 @@ def unlabelled_loss(config: MGG, source_statistics: tuple[Tensor, Tensor] | None
 
 
 def step_size(config: MGG, source_statistics: tuple[Tensor, Tensor] | None) -> float:
-    """Alpha, which depends on whether there is more than entropy to go by."""
+    """Alpha, which depends on whether the objective is entropy alone."""
     if source_statistics is not None or config.lr_alone is None:
         return config.lr
     return min(config.lr, config.lr_alone)
 
 
 def build(config: MGG, backbone: Backbone, source: Tensors, tensors: Tensors, *_: object) -> Online:
-    """Online adaptation whose rule is the learned optimizer, or a hand-made one."""
+    """Online adaptation with the learned optimizer, or with Adam or SGD."""
     slow = {
         n.removeprefix("memory."): single(t) for n, t in tensors.items() if n.startswith("memory.")
     }
@@ -152,7 +156,7 @@ def build(config: MGG, backbone: Backbone, source: Tensors, tensors: Tensors, *_
                 f"this one has {features}; use fit_source_statistics"
             )
     elif backbone.has_batch_norm:
-        # One number for all: some networks have norms that never run, whose features are missing.
+        # One number for all features, because some networks have norms that are never run.
         zero = torch.zeros((), dtype=backbone.dtype, device=backbone.device)
         statistics = zero, zero + 1
     objective = unlabelled_loss(config, statistics)
@@ -163,7 +167,7 @@ def build(config: MGG, backbone: Backbone, source: Tensors, tensors: Tensors, *_
 
 
 def check(_: MGG, __: Backbone, tensors: Tensors, where: str) -> Tensors:
-    """The optimizer's slow weights and, where there are any, the source's statistics."""
+    """Check the optimizer's slow weights and, if there are any, the source's statistics."""
     memory = {n.removeprefix("memory."): t for n, t in tensors.items() if n.startswith("memory.")}
     rest = {n: t for n, t in tensors.items() if not n.startswith("memory.")}
     if rest and rest.keys() != {"source.mean", "source.std"}:
@@ -172,7 +176,7 @@ def check(_: MGG, __: Backbone, tensors: Tensors, where: str) -> Tensors:
 
 
 def fits_any(_: MGG, tensors: Tensors) -> bool:
-    """Its input is a gradient, whatever network that came from; statistics have one source."""
+    """The optimizer fits any classifier; source statistics belong to one."""
     return "source.mean" not in tensors
 
 
@@ -183,10 +187,10 @@ def fit(
     __: int,
     progress: bool = True,
 ) -> Tensors:
-    """The source's feature statistics over clean images, the deviation unbiased.
+    """Mean and unbiased standard deviation of the source's features over clean images.
 
     Raises:
-        InputError: there are no images, or something other than images.
+        InputError: there are no images, or the loader yields something else.
     """
     batches = image_batches(images, backbone) if is_source(images) else images
     if not isinstance(batches, Iterable):

@@ -1,13 +1,14 @@
-"""MT3: a meta-learned start that one self-supervised step improves, for every single image.
+"""MT3: a meta-learned model that one self-supervised step improves, for each image separately.
 
 Paper: Bartler et al., "MT3: Meta Test-Time Training for Self-Supervised Test-Time Adaption",
 AISTATS 2022, arXiv 2103.16201; the loss is BYOL's (Grill et al., arXiv 2006.07733).
 
 A step, for each image, in the paper's order
     draw pairs of views of the image: crop, flip, colours, grey
-    project and predict both; take the gradient of the distance to the other, which is held fixed
+    project and predict both; take the gradient of the distance of each prediction to the other
+        view's projection, which is held fixed
     move every parameter that has a gradient by one step of plain gradient descent
-    predict the image itself at the moved parameters, then forget them
+    predict the image itself with the moved parameters, then discard them
 
 Equation -> function
     l(a, b) = 2 - 2 cos(a, b)                              -> `objectives.cosine_distance`
@@ -16,18 +17,18 @@ Equation -> function
     sum over tasks of CE(y, f_phi(x)) + gamma L_ss(phi)    -> `train.mt3_step.task_loss`
 
 Deviations from the released code, and why:
-1. Views are drawn from the image's own bits and the seed (`views.image_keys`), so that an image's
-   prediction does not depend on the batch it came in.
-2. With one step and all parameters moving, projector and predictor are not moved: they are
-   not read afterwards, so the prediction is the same. The classifier has no gradient.
-3. With ``params`` other than "all" projector and predictor stay put, whatever the steps.
-4. With more than one step, each has views of its own and the targets of the parameters reached so
-   far (released, at test: all steps have the same views and the targets of the start). With one
-   step, the paper's, there is no difference.
-5. Images are normalised as the model asks before they enter the network; the released network takes
-   them in [0, 1] (so do weights converted from it).
-6. On models other than the paper's network, h is what their classifier sees.
-7. Colours are clipped to [0, 1] before saturation and hue change too (`views.colour_jitter`).
+1. Views are drawn from the image's own bits and the seed (`views.image_keys`), so an image's
+   prediction does not depend on its batch.
+2. With one step and ``params="all"``, projector and predictor do not move: they are not used after
+   the step, so the prediction is the same. The classifier has no gradient.
+3. With ``params`` other than "all" projector and predictor never move.
+4. With more than one step, each step has its own views, and targets from the current parameters
+   (released, at test time: all steps have the same views, and targets from the start). With one
+   step, as in the paper, there is no difference.
+5. Images are normalised with the model's own settings; the released network takes them in [0, 1],
+   and so do weights converted from it.
+6. In models other than the paper's network, h is the input of their classifier.
+7. Colours are also clipped to [0, 1] before saturation and hue change (`views.colour_jitter`).
 """
 
 from __future__ import annotations
@@ -54,25 +55,27 @@ from ..utils.precision import single
 
 __all__ = ["MT3", "byol_loss", "features_loss", "rate_names"]
 
-#: Before a tensor's name: the learned factor () on its rate in the inner step (Meta-SGD, Li et
-#: al., arXiv 1707.09835). An artifact has one for every tensor that moves, or none.
+#: Prefix of the name of a learned factor () on a tensor's rate in the inner step (Meta-SGD, Li et
+#: al., arXiv 1707.09835). An artifact has a factor for every tensor that moves, or for none.
 RATE = "rate."
 
 
 @dataclass(frozen=True)
 class MT3:
-    """One BYOL step from meta-learned parameters for each image, then forget.
+    """A BYOL step from meta-learned parameters for each image, whose result is then discarded.
 
     Attributes:
-        lr: step size of an inner step, at least 0 (the paper: 0.1, as in meta-training); learned
+        lr: step size of an inner step, at least 0 (0.1 in the paper, as in meta-training); learned
             factors multiply it.
-        steps: inner steps, at least 1 (the paper: 1).
-        copies: pairs of views a step, at least 1 (the paper: 32).
-        vote: whether to predict by averaging over ``copies`` views instead of the image itself.
-        params: what adapts: ``"all"``, ``"norm"``, ``"lora"``, a regular expression, or names.
-        rank: of the low-rank changes with ``params="lora"``.
-        chunk_size: images that adapt together, or ``"auto"``: one on a CPU, as many as fit into
-            half of the free memory on an accelerator.
+        steps: number of inner steps, at least 1 (1 in the paper).
+        copies: number of pairs of views in a step, at least 1 (32 in the paper).
+        vote: whether to average the predictions of ``copies`` views, instead of predicting the
+            image itself.
+        params: parameters that adapt: ``"all"``, ``"norm"``, ``"lora"``, a regular expression, or
+            names.
+        rank: rank of the low-rank changes with ``params="lora"``, at least 1.
+        chunk_size: number of images that adapt together, or ``"auto"``: one on a CPU, as many as
+            fit into half of the free memory on an accelerator.
     """
 
     lr: float = 0.1
@@ -99,16 +102,16 @@ def byol_loss(
     x1: Tensor,
     x2: Tensor,
 ) -> Tensor:
-    """L_ss: two views (N, C, S, S) each -> scalar.
+    """L_ss of two views (N, C, S, S) of each image, a scalar.
 
-    The target is the same network's projection under a stopped gradient, no moving average.
+    The target is the same network's projection under a stopped gradient, without a moving average.
     """
-    # One pass for both views: no layer here mixes images (BatchNorm is on source statistics).
+    # One pass for both views: no layer mixes images, since BatchNorm uses source statistics.
     return features_loss(head, call(backbone, params, torch.cat([x1, x2]), pooled=True))
 
 
 def features_loss(head: Mapping[str, Tensor], features: Tensor) -> Tensor:
-    """L_ss from the pooled features (2 N, D) of N images' first and then their second views."""
+    """L_ss from pooled features (2 N, D): N images' first views, then their second views."""
     projected = project(head, "projector", features)
     predicted = project(head, "predictor", projected)
     target = projected.detach()
@@ -134,7 +137,7 @@ def build(
     if config.params == "all" and config.steps > 1:
         source = source | {n: single(t) for n, t in tensors.items()}
     lr: float | dict[str, Tensor] = config.lr
-    if rates:  # low-rank changes have none
+    if rates:  # low-rank changes have no factors
         one = torch.ones((), device=backbone.device)
         lr = {n: config.lr * rates.get(n, one) for n in source}
 
@@ -161,7 +164,7 @@ def build(
 
 
 def check(_: MT3, backbone: Backbone, tensors: Tensors, where: str) -> Tensors:
-    """Projector and predictor, and the learned factors on the inner rate, if there are any."""
+    """Check projector, predictor and the learned factors on the inner rate, if there are any."""
     if not tensors:
         raise InputError(
             "MT3 needs a meta-trained model with its projector and predictor, and this one has "
@@ -177,13 +180,13 @@ def check(_: MT3, backbone: Backbone, tensors: Tensors, where: str) -> Tensors:
 
 
 def rate_names(model) -> list[str]:
-    """Names of the factors on the inner rate: of every tensor that the loss reaches."""
+    """Names of the factors on the inner rate, one for every tensor that the loss depends on."""
     heads = byol_shapes(feature_width(model) or 0)
     return [RATE + n for n in (*(f"model.{n}" for n in trunk(model, "end")[0]), *heads)]
 
 
 def eligible(_: MT3, backbone: Backbone) -> list[str]:
-    """Everything but the classifier, which the loss does not reach."""
+    """All parameters except those of the classifier, which the loss does not depend on."""
     return trunk(backbone.model, "end")[0]
 
 

@@ -1,4 +1,4 @@
-"""No adaptation: the wrapped model as it is, the baseline of everything."""
+"""No adaptation: the wrapped model unchanged, the baseline for all methods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Source(StatisticsFields):
         statistics: BatchNorm on ``"source"`` (default), ``"batch"``, ``"mix"`` or ``"stream"``
             statistics; with ``"batch"`` this is the batch-statistics baseline (Nado et al., arXiv
             2006.10963).
-        prior: images the source statistics count for in ``"mix"``.
+        prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
     """
 
     statistics: str = "source"

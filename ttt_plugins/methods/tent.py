@@ -13,9 +13,10 @@ Equation -> function
     gradient step on gamma and beta       -> `online.Online`, `updates.Adam`, `updates.SGD`
 
 Deviations from the released code:
-1. Batches of fewer than ``window`` images gather for one update (released: one for every batch).
-2. An update that is not finite is dropped, together with its state (`online.Online`).
-3. The guard softens or resets updates that hurt; ``guard=False`` for none (`core.guard`).
+1. Batches of fewer than ``window`` images are collected for one update (released: one update for
+   every batch).
+2. An update that is not finite is discarded together with its state (`online.Online`).
+3. The guard softens or resets updates that hurt; ``guard=False`` disables it (`core.guard`).
 """
 
 from __future__ import annotations
@@ -41,19 +42,20 @@ class Tent(OnlineFields):
     """Entropy minimisation over the norm layers' affine parameters.
 
     Attributes:
-        lr: learning rate. The paper: 1e-3 with Adam on CIFAR; 2.5e-4 (BatchNorm, batch 64) or
-            1e-3 (ViT) with SGD on ImageNet.
-        optimizer: ``"adam"`` or ``"sgd"`` (momentum ``momentum``).
-        momentum: of SGD, in [0, 1].
+        lr: learning rate, at least 0. The paper uses 1e-3 with Adam on CIFAR, and on ImageNet
+            2.5e-4 (BatchNorm, batches of 64) or 1e-3 (ViT) with SGD.
+        optimizer: ``"adam"`` or ``"sgd"``.
+        momentum: momentum of SGD, in [0, 1].
         statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"``, ``"mix"`` or
             ``"stream"``.
         prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
-        window: images per update; smaller batches are predicted at once and gather until there
-            are as many (`ttt_plugins.core.window`).
-        guard: whether updates are softened or reset where signals without labels say that they hurt
+        window: number of images in an update, at least 1; smaller batches are predicted at once and
+            collected until there are that many (`ttt_plugins.core.window`).
+        guard: whether updates are softened or reset if signals without labels say that they hurt
             (`ttt_plugins.core.guard`).
-        pull: how far the parameters go back to the source after every update, in [0, 1].
-        params: what adapts unless `wrap` is told otherwise.
+        pull: fraction of the way back to the source that the parameters go after every update, in
+            [0, 1].
+        params: parameters that adapt, by default the norm layers'; see `ttt_plugins.wrap`.
     """
 
     lr: float = 1e-3
@@ -69,12 +71,12 @@ class Tent(OnlineFields):
 
 
 def mean_entropy(logits: Tensor, *_: object) -> Loss:
-    """The objective of Tent, of custom rules, and of MGG where nothing can be compared."""
+    """The objective of Tent and of custom update rules."""
     return Loss(entropy(logits).mean())
 
 
 def build(config: Tent, backbone: Backbone, source: Tensors, *_: object) -> Online:
-    """Online entropy minimisation by a hand-made optimizer."""
+    """Online entropy minimisation with Adam or SGD."""
     rule = Adam(config.lr) if config.optimizer == "adam" else SGD(config.lr, config.momentum)
     return Online(backbone, Objective("mean entropy", mean_entropy), rule, source)
 

@@ -1,38 +1,38 @@
-"""TTT: test-time training on the task of telling how far an image was rotated.
+"""TTT: test-time training on the task of predicting how far an image was rotated.
 
 Paper: Sun et al., "Test-Time Training with Self-Supervision for Generalization under Distribution
 Shifts", ICML 2020, arXiv 1909.13231.
 
 A step, for each image, in the paper's order
-    draw copies of the image, cropped, mirrored, each turned by a multiple of 90 degrees
-    tell the turns with the rotation head on the trunk's features; take the gradient
-    move the trunk (and the head) by plain gradient descent, as often as asked
-    predict the image itself with the updated trunk and the untouched main head
-    forget (standard) or keep (online) the trunk
+    draw copies of the image: cropped, mirrored, and rotated by multiples of 90 degrees
+    predict the rotations with the rotation head on the trunk's features; take the gradient
+    move the trunk (and the head) by steps of plain gradient descent
+    predict the image itself with the updated trunk and the unchanged main head
+    discard (standard) or keep (online) the updated trunk
 
 Equation -> function
     2  min over theta_e of l_s(x; theta_s, theta_e), steps of SGD    -> `per_image.PerImage`
     l_s: 4-way cross-entropy of rotated crops and flips of one image -> `rotation_task`
-    predict with the updated trunk and the untouched main head       -> `PerImage._predict`
-    standard: forget; online: keep, one step an image                -> `PerImage.keep`
+    predict with the updated trunk and the unchanged main head       -> `PerImage._predict`
+    standard: discard; online: keep, one step per image              -> `PerImage.keep`
     batch: the steps of standard, shared by the images of a batch    -> `per_batch.PerBatch`
     1  joint training of theta_e, theta_m, theta_s                   -> `train.joint`
-    theta_s alone, on a classifier that stays as it is               -> `ttt_head.fit_head`
+    theta_s alone, on an unchanged classifier                        -> `ttt_head.fit_head`
 
 Deviations from the released code, and why:
-1. Views are drawn from the image's own bits and the seed (`views.image_keys`), so that an image's
-   prediction does not depend on the batch it came in.
-2. Crops pad by an eighth of the image's side: 4 pixels at 32, as released, and in proportion
-   elsewhere (the released ImageNet code crops by area).
-3. With ``params`` other than "all" the rotation head stays put unless told otherwise; a copy of it
-   for every image is what those scopes are meant to spare.
+1. Views are drawn from the image's own bits and the seed (`views.image_keys`), so an image's
+   prediction does not depend on its batch.
+2. Images are padded by an eighth of their side before the crop: 4 pixels at 32, as released, and in
+   proportion at other sizes (the released ImageNet code crops by area).
+3. With ``params`` other than "all" the rotation head does not adapt by default, because those
+   scopes are meant to avoid a copy of it for every image.
 4. The bundled network's shortcuts put half of the zero channels before the others and half after;
    the released ones put all of them after (``zeros_last`` of the network; `train.released`
    converts the authors' files).
-5. ``mode="batch"`` is not the paper's: it is what torch-ttt's engines do, one adaptation for the
-   whole batch, here with plain gradient descent and the paper's views.
-6. BatchNorm uses the source's statistics throughout (released: with ``--fix_bn`` only; else the
-   copies' statistics in the steps, which also move the running ones).
+5. ``mode="batch"`` is not in the paper. It is what torch-ttt's engines do, one adaptation for the
+   whole batch, but with plain gradient descent and the paper's views.
+6. BatchNorm always uses the source's statistics (released: only with ``--fix_bn``; otherwise the
+   copies' statistics in the steps, which also update the running ones).
 """
 
 from __future__ import annotations
@@ -67,26 +67,29 @@ class TTT:
     """Rotation test-time training, on each image, along a stream, or on a batch at once.
 
     Attributes:
-        mode: ``"standard"`` (forget after each image), ``"online"`` (one image after the other,
-            and what was learned is kept) or ``"batch"`` (the images of a batch share their steps,
-            and what was learned is forgotten after it; needs batches of one shift).
-        lr: learning rate of plain SGD (the paper: 1e-3; 1e-2 with one step is almost as good as
-            ten steps).
-        steps: gradient steps an image, or a batch in batch mode; None for 1 in online mode and the
-            paper's 10 otherwise.
-        copies: augmented copies a step (the paper: 32 on CIFAR-10, 64 on ImageNet).
-        split: where the trunk ends: a number of stages (``-1``: all but the last, as the paper
-            has it), a module's name, or ``"end"`` for a linear rotation head on pooled features.
-        threshold: images whose rotation head gives the true rotation (none) more than this
-            probability are predicted without adapting; 1 adapts all, and is all that batch mode
-            knows. The paper's appendix suggests about 0.8.
-        adapt_head: whether the rotation head's parameters move as well (the released code's do);
-            None: yes with ``params="all"``, no otherwise.
-        params: what adapts within the trunk: ``"all"``, ``"norm"``, ``"lora"``, a regular
+        mode: ``"standard"`` discards the adapted parameters after each image; ``"online"`` takes
+            the images one after the other and keeps them; ``"batch"`` shares the steps between the
+            images of a batch and discards the parameters after it, which needs batches of one
+            shift.
+        lr: learning rate of plain SGD, at least 0 (1e-3 in the paper; 1e-2 with one step is almost
+            as good as ten steps).
+        steps: number of gradient steps per image, or per batch in batch mode; None for 1 in online
+            mode and 10, as in the paper, in the others.
+        copies: number of augmented copies in a step, at least 1 (in the paper 32 on CIFAR-10, 64 on
+            ImageNet).
+        split: where the trunk ends: a number of stages (``-1`` for all but the last, as in the
+            paper), the name of a module, or ``"end"`` for a linear rotation head on pooled
+            features.
+        threshold: probability in [0, 1]; an image is predicted without adaptation if the rotation
+            head gives its true rotation (none) more than this. At 1, the only value for batch mode,
+            all images adapt. The paper's appendix suggests about 0.8.
+        adapt_head: whether the rotation head's parameters adapt too, as in the released code; None
+            for yes with ``params="all"`` and no otherwise.
+        params: parameters of the trunk that adapt: ``"all"``, ``"norm"``, ``"lora"``, a regular
             expression, or names.
-        rank: of the low-rank changes with ``params="lora"``.
-        chunk_size: images that adapt together, or ``"auto"``: one on a CPU, as many as fit into
-            half of the free memory on an accelerator.
+        rank: rank of the low-rank changes with ``params="lora"``, at least 1.
+        chunk_size: number of images that adapt together, or ``"auto"``: one on a CPU, as many as
+            fit into half of the free memory on an accelerator.
     """
 
     mode: str = "standard"
@@ -109,7 +112,7 @@ class TTT:
         check_number(self, "threshold", 0, 1)
         if self.mode == "batch" and self.threshold < 1:
             raise InputError(
-                "threshold leaves single images out, and mode='batch' adapts to all images of a "
+                "threshold excludes single images, but mode='batch' adapts to all images of a "
                 "batch at once: use threshold=1 or another mode"
             )
         check_choice(self, "adapt_head", (None, True, False))
@@ -119,13 +122,13 @@ class TTT:
 
 
 def rotation_views(images: Tensor, keys: Tensor, step: int, copies: int) -> tuple[Tensor, Tensor]:
-    """Crops and flips of each image, each turned by a random multiple of 90 degrees.
+    """Crops and flips of each image, each rotated by a random multiple of 90 degrees.
 
     Returns:
-        views (B, copies, C, S, S) and how many quarter turns each got (B, copies).
+        views (B, copies, C, S, S), and the number of quarter turns of each (B, copies).
 
     Raises:
-        InputError: the images are not square, or a single pixel.
+        InputError: the images are not square, or have a single pixel.
     """
     check_square(images, "rotation")
     u = uniforms(keys, (copies, 4), salt=step)
@@ -135,14 +138,14 @@ def rotation_views(images: Tensor, keys: Tensor, step: int, copies: int) -> tupl
 
 
 def rotation_task(config: TTT, backbone: Backbone, head: Tensors) -> Task:
-    """The task; tensors of the head that adapt are found in ``params`` first."""
+    """The rotation task; a tensor of the head that adapts is taken from ``params``."""
 
     def loss(params: Tensors, views: Tensor, quarters: Tensor) -> Tensor:
         own = {n: params.get(n, t) for n, t in head.items()}
         return F.cross_entropy(rotation_logits(backbone, params, own, views), quarters)
 
     def sure(params: Tensors, images: Tensor) -> Tensor:
-        check_square(images, "rotation")  # also where no image is left to draw views of
+        check_square(images, "rotation")  # even if no image has to adapt
         own = {n: params.get(n, t) for n, t in head.items()}
         return rotation_logits(backbone, params, own, images).softmax(1)[:, 0] > config.threshold
 
@@ -153,7 +156,7 @@ def rotation_task(config: TTT, backbone: Backbone, head: Tensors) -> Task:
 def build(
     config: TTT, backbone: Backbone, source: Tensors, tensors: Tensors, seed: int
 ) -> PerImage | PerBatch:
-    """The rotation task under the engine of the mode."""
+    """The rotation task with the engine of the mode."""
     moves = config.params == "all" if config.adapt_head is None else config.adapt_head
     if moves:
         statistics = ("running_mean", "running_var")
@@ -168,14 +171,14 @@ def build(
 
 
 def check(config: TTT, backbone: Backbone, tensors: Tensors, where: str) -> Tensors:
-    """The rotation head: a copy of the layers behind the split, and a linear map."""
+    """Check the rotation head: a copy of the layers behind the split, and a linear map."""
     expected = {f"rest.{n}": t.shape for n, t in rest_tensors(backbone.model, config.split).items()}
     if not tensors:
         raise InputError(
             "TTT needs a trained rotation head, and this model has none; train one with "
-            'wrap(model, "ttt", head="train", data=images), or keep one with '
+            'wrap(model, "ttt", head="train", data=images), or train and save one with '
             "`ttt-plugins train ttt --freeze-trunk --model MODEL --data-dir DIR --out FOLDER` "
-            "(the model stays as it is) or jointly with a model, `ttt-plugins train ttt --arch "
+            "(the model is unchanged) or jointly with a model with `ttt-plugins train ttt --arch "
             "ARCH …`, and load the folder with from_pretrained"
         )
     width = feature_width(backbone.model) or tensors.get("head.weight", torch.empty(0, 0)).shape[-1]
@@ -187,7 +190,7 @@ def check(config: TTT, backbone: Backbone, tensors: Tensors, where: str) -> Tens
             raise
         raise ArtifactError(
             f"{error}: this rotation head was trained for another split than {config.split!r}, or "
-            "for another model; leave the split as it was, or train a head for this one"
+            "for another model; use the split of the training, or train a head for this one"
         ) from None
 
 
@@ -204,7 +207,7 @@ def fit(
     progress: bool = True,
 ) -> Tensors:
     """A rotation head trained on clean images."""
-    METHOD.select(config, backbone)  # a config that does not fit the model fails before the work
+    METHOD.select(config, backbone)  # a config that does not fit the model fails before training
     gathered = gather_images(images)
     size = max(1, min(128, len(gathered)))
     recipe = HeadRecipe(split=config.split, batch_size=size, seed=seed)

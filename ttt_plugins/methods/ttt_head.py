@@ -1,8 +1,8 @@
-"""TTT's rotation head on a classifier that stays as it is.
+"""Training of TTT's rotation head on an unchanged classifier.
 
 Paper: Sun et al., ICML 2020, arXiv 1909.13231. There the head is trained together with the
-classifier (`train.joint`); here the trunk's features are given, and only the copy of the layers
-behind the split and the linear map to four rotations learn.
+classifier (`train.joint`); here the trunk is frozen, and only the copy of the layers behind the
+split and the linear map to four rotations are trained.
 
 Equation -> function
     l_s: 4-way cross-entropy of rotated crops and flips, over theta_s alone -> `fit_head`
@@ -32,7 +32,7 @@ from ..utils.progress import write_entry
 
 __all__ = ["HeadRecipe", "fit_head", "turned"]
 
-#: Images whose pixels are checked at once.
+#: Number of images whose pixels are checked at once.
 _LOOKED_AT = 1024
 
 
@@ -42,11 +42,11 @@ class HeadRecipe:
 
     Attributes:
         split: where the trunk ends, as in `TTT`.
-        epochs: passes over the images.
-        batch_size: images a step, each in a random rotation.
-        lr: Adam's learning rate at its peak; it falls as a cosine.
-        padding: pixels of zero padding before the random crop.
-        seed: of initialisation, order and augmentation.
+        epochs: number of passes over the images.
+        batch_size: number of images in a step, each in a random rotation.
+        lr: peak learning rate of Adam, which then falls along half a cosine.
+        padding: zero padding before the random crop, in pixels.
+        seed: seed for initialisation, image order and augmentation.
     """
 
     split: int | str = -1
@@ -64,7 +64,7 @@ class HeadRecipe:
 
 
 def turned(images: Tensor, rotations: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (B, C, S, S) -> rotated ones and their quarter turns: (B,) or, with "all", (4 B,)."""
+    """Images (B, C, S, S) -> rotated ones and their quarter turns: B, or 4 B for "all"."""
     b = len(images)
     if rotations == "all":
         quarters = torch.arange(ROTATIONS, device=images.device).repeat_interleave(b)
@@ -81,16 +81,16 @@ def fit_head(
 
     Args:
         backbone: the classifier.
-        images: (N, C, S, S) clean images, uint8 or floating point in [0, 1].
-        recipe: how.
-        progress: whether to show a bar, and a line an epoch.
+        images: clean images (N, C, S, S), uint8 or floating point in [0, 1].
+        recipe: how the head is trained.
+        progress: whether to show progress bars, and print a line for each epoch.
 
     Returns:
-        the head's tensors, of single precision at least, and an entry for each epoch.
+        the head's tensors in at least single precision, and the log with an entry for each epoch.
 
     Raises:
         InputError: images that are not square, of another type, range or size than the classifier
-            takes, too few of them, a bad split, or a loss that is not finite.
+            accepts, or too few of them; a bad split; or training that diverges.
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[2] != images.shape[3]:
         raise InputError("images must be a tensor of square images (N, C, S, S)")
@@ -99,14 +99,14 @@ def fit_head(
     if len(images) < recipe.batch_size:
         raise InputError(f"{len(images)} images do not fill one batch of {recipe.batch_size}")
     with torch.inference_mode(False), torch.enable_grad():
-        # Tensors born in inference mode cannot be part of a graph; a copy can.
+        # Tensors created in inference mode cannot be part of a graph, but copies can.
         images = images.clone() if images.is_inference() else images.detach()
         _try_out(backbone, images)
         return _descend(backbone, images, recipe, progress)
 
 
 def _try_out(backbone: Backbone, images: Tensor) -> None:
-    """Refuse images that the classifier does not take, before the work."""
+    """Refuse images that the classifier does not accept, before training starts."""
     for part in images.split(_LOOKED_AT):
         shown = to_float(part).to(backbone.device, backbone.dtype)
         check_pixels(check_images(backbone, shown))
@@ -120,7 +120,7 @@ def _descend(
 ) -> tuple[Tensors, list[dict[str, Any]]]:
     generator = torch.Generator().manual_seed(recipe.seed)
     start = init_rotation(backbone.model, recipe.split, generator)
-    # In single precision at least, whatever the model's: Adam's steps are below half's resolution.
+    # In single precision at least, because Adam's steps are below the resolution of half precision.
     precision = torch.promote_types(backbone.dtype, torch.float32)
     head = {n: t.to(backbone.device, precision) for n, t in start.items()}
     learned = {n: t.requires_grad_() for n, t in head.items() if "running_" not in n}
@@ -155,8 +155,8 @@ def _descend(
         )
         if not all_finite(*learned.values()):
             raise InputError(
-                f"the rotation head diverged in epoch {epoch + 1} (a loss of {loss_sum}): lower "
-                f"lr, or give the model in a wider type than {backbone.dtype}"
+                f"the rotation head diverged in epoch {epoch + 1} (summed loss {loss_sum}): lower "
+                f"lr, or use the model in a wider type than {backbone.dtype}"
             )
         if progress:
             write_entry(log[-1])
