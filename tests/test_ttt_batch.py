@@ -91,7 +91,7 @@ def test_ten_steps_unless_given(make):
 
 
 def test_single_images_cannot_be_left_out(make):
-    with pytest.raises(tp.InputError, match="leaves single images out"):
+    with pytest.raises(tp.InputError, match="excludes single images"):
         make(threshold=0.9)
 
 

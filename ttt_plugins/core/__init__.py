@@ -1,1 +1,1 @@
-"""How adaptation works, whatever the method."""
+"""The parts of adaptation that the methods share."""

@@ -1,4 +1,4 @@
-"""What a stream's state holds, and what a saved one has to be to be resumed."""
+"""Checks of a saved adaptation state, and the description of what adapts."""
 
 from __future__ import annotations
 
@@ -66,15 +66,16 @@ def matching_state(expected: Tensors, state: object) -> Tensors:
     """Copies of a saved state's tensors, on the devices and in the order of the expected ones.
 
     Args:
-        expected: an adaptation state of the adapter that is to resume.
-        state: a state as `Adapter.adaptation_state` made it, its names in any order. Tensors of
-            half precision, from versions that adapted in the model's own, become float32.
+        expected: the present adaptation state of the adapter.
+        state: a state returned by `Adapter.adaptation_state`, with its names in any order. Tensors
+            of half precision, saved by earlier versions, become float32.
 
     Raises:
-        InputError: it belongs to another method, model or parameter choice, or is damaged.
+        InputError: the state belongs to another method, model or choice of parameters, or is
+            damaged.
     """
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise InputError("an adaptation state is a dict of tensors")
+        raise InputError("an adaptation state must be a dict of tensors")
     if differing := sorted(expected.keys() ^ state.keys()):
         raise InputError(
             f"this adaptation state belongs to another adapter: {differing[0]!r} is "
@@ -94,8 +95,8 @@ def matching_state(expected: Tensors, state: object) -> Tensors:
     if state["batches"] < 0:
         raise InputError("this adaptation state is damaged: a negative number of batches")
     with torch.inference_mode(False):
-        # In the adapter's order: a rule's flat tensors follow the order of the parameters, and a
-        # file may have sorted the names.
+        # In the adapter's order, which a rule's flat tensors follow; a file may have sorted the
+        # names.
         return {n: state[n].detach().clone().to(own.device) for n, own in expected.items()}
 
 
@@ -114,12 +115,12 @@ def resumed(expected: Tensors, state: object) -> tuple[int, Tensors, Tensors]:
 
 
 def describe_tensors(names: Sequence[str], source: Tensors, state: Tensors) -> tuple[str, str]:
-    """Two lines: which scalars adapt, and the memory that the state beside them takes.
+    """Two lines on the scalars that adapt, and on the memory of the state.
 
     Args:
-        names: the parameters that adapt.
-        source: the tensors that adapt.
-        state: the rule's state.
+        names: names of the parameters that adapt.
+        source: tensors that adapt.
+        state: state of the method.
     """
     scalars = sum(t.numel() for t in source.values())
     bytes_beside, gradients = (
@@ -128,6 +129,6 @@ def describe_tensors(names: Sequence[str], source: Tensors, state: Tensors) -> t
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
         f"adapts: {scalars:,} scalars in {len(source)} tensors ({shown})",
-        f"state: {bytes_beside / 1e6:.2f} MB beside the adapted scalars, whose gradients take "
+        f"state: {bytes_beside / 1e6:.2f} MB besides the adapted scalars, whose gradients take "
         f"{gradients / 1e6:.2f} MB during a step",
     )

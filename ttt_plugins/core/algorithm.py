@@ -1,4 +1,4 @@
-"""What the adapter and the authors of methods agree on."""
+"""The interface between the adapter and the methods."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["Algorithm", "Chunked", "Outcome", "Tensors"]
 
-#: Tensors by name. What is handed over is never written in place.
+#: Tensors by name. A tensor that is passed on is never modified in place.
 Tensors = dict[str, Tensor]
 
 
@@ -16,16 +16,17 @@ class Outcome(NamedTuple):
     """The result of adapting to one batch.
 
     Attributes:
-        logits: (B, classes), without a graph.
-        params: the adapted tensors from now on, under the names of `Algorithm.source`.
-        state: the rule's state from now on, under the names of `Algorithm.init`.
-        skipped: how many updates could not be made, as a number, or as a tensor () that is not
-            looked at until someone asks.
-        forwards: how many images passed forward through the model.
-        backwards: how many images passed backward.
-        loss: the mean self-supervised loss before the last update, a scalar; None where none was
+        logits: logits (B, classes), without a graph.
+        params: the new adapted tensors, under the names of `Algorithm.source`.
+        state: the new state, under the names of `Algorithm.init`.
+        skipped: number of updates that could not be made: an integer, or a tensor () that is read
+            only when the number is requested.
+        forwards: number of images passed forward through the model.
+        backwards: number of images passed backward through it.
+        loss: mean self-supervised loss before the last update, a tensor (); None if none was
             computed.
-        chunk: how many images could adapt together, where that was fewer than planned.
+        chunk: number of images that could adapt together, if that was fewer than planned;
+            otherwise None.
     """
 
     logits: Tensor
@@ -39,45 +40,44 @@ class Outcome(NamedTuple):
 
 
 class Algorithm(Protocol):
-    """A method on a backbone: pure functions of tensors.
+    """A method for a particular classifier, as pure functions of tensors.
 
-    Nothing is kept from call to call but what `adapt` returns, so whoever calls it may drop a
-    result at any moment.
+    Nothing is kept between calls except what `adapt` returns, so the caller may discard any result.
     """
 
     @property
     def source(self) -> Tensors:
-        """The tensors that adapt, at their start: what `Build` was given, or more."""
+        """The initial values of the tensors that adapt: those passed to `Build`, or more."""
         ...
 
     def init(self) -> Tensors:
-        """The state at the start, a flat dict; empty where nothing but parameters is kept."""
+        """The initial state, a flat dict; empty if only parameters are kept."""
         ...
 
     def adapt(self, params: Tensors, state: Tensors, images: Tensor) -> Outcome:
         """Adapt to images (B, C, H, W) in [0, 1] and predict them.
 
-        It is called without gradients; a loss needs ``torch.enable_grad()`` around it.
+        It is called with gradients disabled; a loss must be computed in ``torch.enable_grad()``.
         """
         ...
 
     def describe(self) -> list[str]:
-        """Lines on what a step costs and which loss it follows."""
+        """Lines that describe the loss and the cost of a step."""
         ...
 
 
 @runtime_checkable
 class Chunked(Algorithm, Protocol):
-    """An `Algorithm` that adapts to several images at a time, as many as fit into memory."""
+    """An `Algorithm` that adapts to as many images at a time as fit into memory."""
 
     def plan(self, image: Tensor) -> int:
-        """How many images like this one (1, C, H, W) adapt together; takes as long as a step."""
+        """Number of images like this one (1, C, H, W) that adapt together; as slow as a step."""
         ...
 
     def with_chunk(self, chunk: int) -> Chunked:
-        """The same algorithm, which adapts to that many images together."""
+        """The same algorithm with another number of images that adapt together."""
         ...
 
     def describe_memory(self, size: tuple[int | None, ...] | None) -> str:
-        """A line on the memory that images of this size (C, H, W) take; None if it is unknown."""
+        """A line on the memory that images take; ``size`` is (C, H, W), None if unknown."""
         ...

@@ -1,4 +1,4 @@
-"""How much memory adapting to one image takes, and how many images fit together."""
+"""The memory that adapting to one image takes, and the number of images that adapt together."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from .scope import no_recomputation
 
 __all__ = ["adapt", "chunk_size", "image_bytes", "memory_line"]
 
-#: Share of the free memory that images adapting together may take.
+#: Fraction of the free memory that images adapting together may take.
 _SHARE = 0.5
-#: ``torch.func`` keeps what a second derivative would need, and attention runs unfused: an image
-#: among others took 1.7 (GroupNorm ResNet) to 3 times (ViT) what it takes alone.
+#: Largest ratio of the memory of an image that adapts among others to that of an image alone, from
+#: 1.7 (GroupNorm ResNet) to 3 (ViT): ``torch.func`` keeps tensors for a second derivative, and
+#: attention is not fused.
 _AMONG_OTHERS = 3
 
 
 class _Peak(TorchDispatchMode):
-    """Most bytes alive at once, to within 2 %, of what operations made while this was active."""
+    """Measures the peak size of all tensors created in the block, in bytes, to within 2 %."""
 
     def __init__(self):
         super().__init__()
@@ -33,16 +34,16 @@ class _Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        # A view has the storage of an input: already counted, or made elsewhere.
+        # A view has the storage of an input, which is already counted or was created outside.
         given = {s.data_ptr() for s in _storages((args, kwargs))}
         for storage in _storages(out):
             where = storage.data_ptr()
             if where not in given:
-                # Whatever was there before is gone.
+                # An earlier storage at this address has been freed.
                 _, gone = self.alive.get(where, (None, 0))
                 self.alive[where] = StorageWeakRef(storage), storage.nbytes()
                 self.total += storage.nbytes() - gone
-        # Asking every storage whether it is still alive takes long, so only for a new peak.
+        # Checking whether every storage is still alive is slow, so only at a new peak.
         if self.total > 1.02 * self.peak:
             self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
             self.total = sum(size for _, size in self.alive.values())
@@ -60,32 +61,36 @@ def image_bytes(
     views: tuple[Tensor, ...],
     steps: int,
 ) -> int:
-    """Bytes at the peak of adapting to one image by gradient steps, beyond the model itself.
+    """Peak memory in bytes of adapting to one image by gradient steps, besides the model itself.
 
-    Measured, not modelled: the gradient is taken once, and what is alive meanwhile is counted. To
-    that come the views and, from the second step on, what the step before left.
+    This is measured: a gradient is computed once, and the tensors alive at the peak are counted.
+    The views, and in later steps the results of the step before, are added.
 
     Args:
         loss: ``(params, *views) -> scalar``.
-        params: the tensors that adapt.
-        views: one image's views.
-        steps: how many gradient steps an image takes.
+        params: tensors that adapt.
+        views: views of one image.
+        steps: number of gradient steps for an image.
     """
     leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
     with torch.enable_grad(), no_recomputation(), _Peak() as measured:
         torch.autograd.grad(loss(leaves, *views), list(leaves.values()), allow_unused=True)
     own = sum(t.numel() * t.element_size() for t in leaves.values())
     seen = sum(t.numel() * t.element_size() for t in views)
-    # The start is the model's; a later step has parameters of its own and the last gradients.
-    # At a step's end there are parameters from before it, gradients, and parameters after it.
+    # The initial parameters are the model's; later steps have their own, and the last gradients. At
+    # the end of a step there are the parameters before it, gradients, and the parameters after it.
     later = steps > 1
     return seen + max(measured.peak + 2 * later * own, (2 + later) * own)
 
 
 def chunk_size(wanted: int | str, per_image: Callable[[], int], device: torch.device) -> int:
-    """How many images adapt together: ``wanted``, or for ``"auto"`` what the device does best.
+    """The number of images that adapt together.
 
-    One on a CPU, where more are slower; elsewhere what fits into half of the free memory.
+    Args:
+        wanted: the number, or ``"auto"`` for one on a CPU, where more are slower, and as many as
+            fit into half of the free memory on an accelerator.
+        per_image: returns the memory of adapting to one image, in bytes.
+        device: device of the images.
     """
     if isinstance(wanted, int):
         return wanted

@@ -1,19 +1,19 @@
-"""The learned optimizer of MGG: one small network that turns gradients into updates.
+"""The learned optimizer of MGG: a small network that turns gradients into updates.
 
 Paper: Deng et al., "Learning to Generate Gradients for Test-Time Adaptation via Test-Time
 Training Layers" (AAAI 2025, arXiv 2412.16901); the layer is TTT-Linear of Sun et al. 2024
-(arXiv 2407.04620). Each adapted scalar is a sequence of its own through time; all scalars share
-the slow weights, and each has fast weights (W, b) that are themselves trained, one gradient step
-per update, to reconstruct what the gradient was.
+(arXiv 2407.04620). The gradients of each adapted scalar form a sequence over time. All scalars
+share the slow weights; each has fast weights (W, b) of its own, which are trained by one gradient
+step per update to reconstruct features of the gradient.
 
-What it computes, per scalar with gradient g     -> where
+Computed for each scalar with gradient g         -> where
     m, v and x = [m^/(sqrt v^ + e), g/(sqrt v^ + e)]  -> `gradient_features`
     q, k, v = linear maps of x; step size eta         -> `step`, "projections"
     1/2 ||f(k) - (v - k)||^2, one step on (W, b)      -> `step`, "memorise"
     h = q + f_new(q); update = tanh(W_o LN(h))        -> `step`, "recall"
 
-Everything is a pure function of (slow weights, state, gradients): adaptation calls it without a
-graph, meta-training with one. All scalars go through in one call.
+Everything is a pure function of slow weights, state and gradients: adaptation calls it without a
+graph, meta-training with one. One call processes all scalars.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ..errors import ArtifactError
 
 __all__ = ["SLOW_SHAPES", "check_slow", "gradient_features", "init_slow", "init_state", "step"]
 
-_EPS = 1e-6  # of both layer norms, as in the released code
+_EPS = 1e-6  # epsilon of both layer norms, as in the released code
 _WIDTH = 8
 
-#: The released checkpoint's tensors, without their common prefix ``seq_modeling_block.``.
+#: Tensors of the released checkpoint, without their common prefix ``seq_modeling_block.``.
 SLOW_SHAPES: dict[str, tuple[int, ...]] = {
     "W1": (1, _WIDTH, _WIDTH),
     "b1": (1, 1, _WIDTH),
@@ -47,7 +47,7 @@ SLOW_SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def init_slow(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Fresh slow weights, 164 scalars, to meta-train from."""
+    """Random slow weights, 164 scalars, to start meta-training from."""
     slow = {name: torch.zeros(shape, dtype=dtype) for name, shape in SLOW_SHAPES.items()}
     slow["W1"].normal_(0, 0.02, generator=generator)
     for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"):
@@ -61,10 +61,10 @@ def init_slow(generator: torch.Generator, dtype: torch.dtype = torch.float32) ->
 
 
 def check_slow(slow: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``slow`` in the canonical order, or say what is wrong with it.
+    """Check slow weights, and return them in the canonical order.
 
     Raises:
-        ArtifactError: a tensor is missing, unexpected, of another shape, or not finite.
+        ArtifactError: a tensor is missing, unexpected, not finite, or of another shape.
     """
     if missing := sorted(SLOW_SHAPES.keys() - slow.keys()):
         raise ArtifactError(f"not an MGG optimizer: tensor {missing[0]!r} is missing")
@@ -81,26 +81,27 @@ def check_slow(slow: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def init_state(slow: dict[str, Tensor], scalars: int) -> dict[str, Tensor]:
-    """Memory of ``scalars`` (n) parameters: m, v (n,), t (), W (d, d, n), b (d, n).
+    """The initial state for n ``scalars``: m, v (n,), t (), W (d, d, n), b (d, n).
 
-    The scalars come last, so that what is done to all of them alike streams through memory.
+    The dimension of the scalars is last, because operations on all of them then read contiguous
+    memory.
     """
     like = slow["W1"]
     return {
         "m": like.new_zeros(scalars),
         "v": like.new_zeros(scalars),
         "t": torch.zeros((), dtype=torch.int64, device=like.device),
-        # Views of the learned start: memory is spent at the first update, not before.
+        # Views of the learned initial values, so no memory is allocated before the first update.
         "W": like[0][:, :, None].expand(-1, -1, scalars),
         "b": slow["b1"][0, 0][:, None].expand(-1, scalars),
     }
 
 
 def gradient_features(grad: Tensor, m: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    """Running moments and the network's input x (2, n), both rows of order one.
+    """The network's input x (2, n), both rows of order one, and the new running moments m and v.
 
-    ``t`` is the count after this update (1 for the first). The exponent of the bias correction is
-    t + 1, as in the released code, which counts up and then adds one more; the paper writes t.
+    ``t`` is the number of updates including this one. The exponent of the bias correction is t + 1
+    as in the released code, which increments t and then adds one; the paper writes t.
     """
     m = 0.9 * m + 0.1 * grad
     v = 0.99 * v + 0.01 * grad.square()
@@ -110,7 +111,7 @@ def gradient_features(grad: Tensor, m: Tensor, v: Tensor, t: Tensor) -> tuple[Te
 
 
 def _layer_norm(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalised columns of z (d, n) and the reciprocal deviation, differentiable in both."""
+    """Normalised columns of z (d, n), and their reciprocal standard deviations (n,)."""
     centred = z - z.mean(0)
     scale = torch.rsqrt(centred.square().mean(0) + _EPS)
     return centred * scale, scale
@@ -119,10 +120,9 @@ def _layer_norm(z: Tensor) -> tuple[Tensor, Tensor]:
 def step(
     slow: dict[str, Tensor], state: dict[str, Tensor], grad: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradients (n,) -> updates (n,) in [-1, 1] and the next memory.
+    """Gradients (n,) -> updates (n,) in [-1, 1], and the new state; equation 5 of the paper.
 
-    The parameters move by minus the step size times the update. Equation 5 of the paper; see the
-    module's map.
+    The parameters change by minus the step size times the update. See the module's docstring.
     """
     t = state["t"] + 1
     x, m, v = gradient_features(grad.to(slow["W1"].dtype), state["m"], state["v"], t)

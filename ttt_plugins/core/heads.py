@@ -1,9 +1,10 @@
-"""What a self-supervised task puts on top of a backbone, as named tensors.
+"""The heads of self-supervised tasks, as named tensors.
 
-A head is a dict of tensors, built before anything adapts, so that it can be trained, saved and
-checked like the rest. The rotation head is a copy of the layers behind the split (``rest.<name>``)
-and a linear map to four classes (``head.weight``, ``head.bias``). BYOL's projector and predictor
-are two linear layers each (``projector.in.weight`` … ``predictor.out.bias``).
+A head is a dict of tensors that exists before adaptation, so that it can be trained, saved and
+checked like other learned tensors. The rotation head is a copy of the layers behind the split
+(``rest.<name>``) and a linear map to four classes (``head.weight``, ``head.bias``). BYOL's
+projector and predictor are two linear layers each (``projector.in.weight`` …
+``predictor.out.bias``).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _BYOL_HIDDEN, _BYOL_OUT = 256, 128
 
 
 def rest_tensors(model: nn.Module, split: int | str) -> dict[str, Tensor]:
-    """The model's own tensors behind the split: parameters, and running statistics."""
+    """The model's tensors behind the split: parameters and running statistics."""
     _, rest = trunk(model, split)
     owners = {name.rpartition(".")[0] for name in rest}
     named = {n: p.detach() for n, p in model.named_parameters() if n in set(rest)}
@@ -49,7 +50,7 @@ def rest_tensors(model: nn.Module, split: int | str) -> dict[str, Tensor]:
 def init_linear(
     inputs: int, outputs: int, generator: torch.Generator, bias: bool = True
 ) -> dict[str, Tensor]:
-    """Weight (outputs, inputs) and bias (outputs,) of a linear layer, as ``nn.Linear`` starts."""
+    """Weight (outputs, inputs) and bias (outputs,), initialised as in ``nn.Linear``."""
     bound = inputs**-0.5
     tensors = {"weight": torch.empty(outputs, inputs).uniform_(-bound, bound, generator=generator)}
     if bias:
@@ -60,10 +61,10 @@ def init_linear(
 def init_rotation(
     model: nn.Module, split: int | str, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """An untrained rotation head: the layers behind the split as they are, a random linear map.
+    """An untrained rotation head: a copy of the layers behind the split, and a random linear map.
 
     Raises:
-        InputError: no such split, or the width of the pooled features cannot be told.
+        InputError: there is no such split, or the width of the pooled features is unknown.
     """
     width = feature_width(model)
     if width is None:
@@ -78,18 +79,19 @@ def rotation_logits(
     head: Mapping[str, Tensor],
     images: Tensor,
 ) -> Tensor:
-    """Images (N, C, H, W) -> logits (N, 4) of how far each was rotated."""
+    """Images (N, C, H, W) -> logits (N, 4) of the number of quarter turns of each."""
     rest = {n.removeprefix("rest."): t for n, t in head.items() if n.startswith("rest.")}
     features = call(backbone, params, images, pooled=True, replaced=rest)
-    # A head that adapts is of single precision whatever the model's is.
+    # A head that adapts is in single precision even if the model is not.
     features = features.to(head["head.weight"].dtype)
     return F.linear(features, head["head.weight"], head["head.bias"])
 
 
 def byol_shapes(width: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of projector and predictor on features of a given width.
+    """Names and shapes of the tensors of projector and predictor for features of a given width.
 
-    Each is linear 256, ReLU, linear 128, without a norm (Bartler et al., arXiv 2103.16201).
+    Each is a linear layer with 256 outputs, a ReLU, and a linear layer with 128 outputs, without a
+    norm (Bartler et al., arXiv 2103.16201).
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for part, inputs in (("projector", width), ("predictor", _BYOL_OUT)):
@@ -105,7 +107,7 @@ def init_byol(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]
     """An untrained projector and predictor for a model's pooled features.
 
     Raises:
-        InputError: the width of the pooled features cannot be told.
+        InputError: the width of the pooled features is unknown.
     """
     width = feature_width(model)
     if width is None:
@@ -120,7 +122,7 @@ def init_byol(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]
 
 
 def project(head: Mapping[str, Tensor], part: str, x: Tensor) -> Tensor:
-    """``part`` ("projector" or "predictor") on (N, D) -> (N, 128)."""
+    """Apply ``part`` ("projector" or "predictor") to features (N, D); returns (N, 128)."""
     x = x.to(head[f"{part}.in.weight"].dtype)
     x = F.linear(x, head[f"{part}.in.weight"], head[f"{part}.in.bias"]).relu()
     return F.linear(x, head[f"{part}.out.weight"], head[f"{part}.out.bias"])
@@ -129,10 +131,15 @@ def project(head: Mapping[str, Tensor], part: str, x: Tensor) -> Tensor:
 def check_head(
     expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], where: str
 ) -> dict[str, Tensor]:
-    """``tensors`` if they are exactly the expected ones.
+    """Check the tensors of a head, and return them in the expected order.
+
+    Args:
+        expected: shapes by name.
+        tensors: tensors by name.
+        where: name of their artifact in error messages.
 
     Raises:
-        ArtifactError: one is missing, unexpected, of another shape, or not finite.
+        ArtifactError: a tensor is missing, unexpected, of another shape, or not finite.
     """
     for name in sorted(expected.keys() ^ tensors.keys()):
         state = "missing" if name in expected else "unexpected"

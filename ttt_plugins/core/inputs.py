@@ -1,4 +1,4 @@
-"""What a batch of images is checked for before anything happens to it."""
+"""Checks of a batch of images before it is processed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = [
     "refused_sizes",
 ]
 
-#: How far outside [0, 1] a pixel may lie before it is taken for a mistake (resampling overshoots).
+#: Largest distance of a pixel from [0, 1] that is no error; resampling overshoots the range.
 _RANGE_SLACK = 0.05
 
 
 def check_images(backbone: Backbone, images: object) -> Tensor:
-    """Type, shape and device of a batch; it waits for no device.
+    """Check the type, shape and device of a batch, without waiting for the device.
 
     Raises:
-        InputError: not images (B, C, H, W) on the backbone's device, in floating point.
+        InputError: these are no floating-point images (B, C, H, W) on the backbone's device.
     """
     if not isinstance(images, Tensor):
         raise InputError(f"images must be a torch.Tensor, got {type(images).__name__}")
@@ -38,49 +38,49 @@ def check_images(backbone: Backbone, images: object) -> Tensor:
     if not images.is_floating_point():
         raise InputError(
             f"images must be floating point in [0, 1], got {images.dtype}; "
-            "pass images.float() / 255 for 8-bit ones"
+            "for 8-bit images pass images.float() / 255"
         )
     if not images.numel():
-        raise InputError(f"an empty batch: images have shape {tuple(images.shape)}")
+        raise InputError(f"the batch is empty: images have shape {tuple(images.shape)}")
     channels = backbone.input_size[0]
     if images.shape[1] != channels:
         raise InputError(
-            f"images have {images.shape[1]} channels (shape {tuple(images.shape)}), the model "
+            f"images have {images.shape[1]} channels (shape {tuple(images.shape)}), but the model "
             f"takes {channels}; the layout is (B, C, H, W)"
         )
     if images.device != backbone.device:
         raise InputError(
-            f"images are on {images.device}, the adapter on {backbone.device}; move one"
+            f"images are on {images.device}, but the adapter is on {backbone.device}; move one"
         )
     return images
 
 
 def check_pixels(images: Tensor) -> None:
-    """Refuse images with pixels outside [0, 1] or not finite; an accelerator is waited for.
+    """Refuse images with pixels that are not finite or outside [0, 1]; this waits for the device.
 
     Raises:
         InputError: there are such pixels.
     """
     low, high = (bound.item() for bound in torch.aminmax(images.detach()))
     if low != low or high != high or max(abs(low), abs(high)) == float("inf"):
-        raise InputError("images hold NaN or infinite pixels; nothing was adapted")
+        raise InputError("images contain NaN or infinite pixels; nothing was adapted")
     if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
         raise InputError(
-            f"images must lie in [0, 1], these span {low:.3g}..{high:.3g}; normalisation "
-            "happens inside the adapter, so pass raw pixels divided by 255"
+            f"images must lie in [0, 1], but these range from {low:.3g} to {high:.3g}; the adapter "
+            "normalises them itself, so pass 8-bit pixels divided by 255"
         )
 
 
 def knows_normalisation(backbone: Backbone) -> bool:
-    """True, if it is known what images of a pipeline that normalises were normalised with.
+    """Return True if the backbone has the mean and std that its images are normalised with.
 
     Raises:
-        InputError: it is not.
+        InputError: the backbone does not normalise.
     """
     if not backbone.normalize:
         raise InputError(
-            "normalized_input=True says that images come with mean and std taken out, and this "
-            "adapter knows neither: give mean and std, or leave normalized_input out"
+            "normalized_input=True declares that images are already normalised, but this adapter "
+            "has no mean and std: give mean and std, or leave normalized_input out"
         )
     return True
 
@@ -88,8 +88,8 @@ def knows_normalisation(backbone: Backbone) -> bool:
 def pixels_of(backbone: Backbone, images: Tensor) -> Tensor:
     """The pixels in [0, 1] of images that were normalised with the backbone's mean and std.
 
-    Pixels that lie within rounding of an 8-bit value become that value: an image's views are drawn
-    from its bits, which are then those of the image before it was normalised.
+    Pixels that are within rounding of an 8-bit value become exactly that value, because the views
+    of an image are drawn from its bits before normalisation.
     """
     pixels = images * backbone.std + backbone.mean
     eight_bit = (pixels * 255).round() / 255
@@ -110,15 +110,15 @@ def refuse_tracing() -> None:
 def refused_sizes(
     backbone: Backbone, images: Tensor, last: tuple[int, ...] | None = None
 ) -> Iterator[None]:
-    """Tell an error inside the model as one of the images' size, where they have another.
+    """Report an error inside the model as one of the images' size if that is the likely cause.
 
     Args:
         backbone: the classifier.
-        images: (B, C, H, W), what the model gets.
-        last: (C, H, W) of the last images it took, where it names no size.
+        images: images (B, C, H, W) that are passed to the model in the block.
+        last: size (C, H, W) of the last images that the model accepted, used if it declares none.
 
     Raises:
-        InputError: the model fails, and images of another size are known to work.
+        InputError: the model failed, and images of another size are known to work.
     """
     try:
         yield

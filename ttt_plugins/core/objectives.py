@@ -1,4 +1,4 @@
-"""Losses that need no label, as pure functions."""
+"""Losses without labels, as pure functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["all_finite", "cosine_distance", "entropy", "feature_discrepancy", "r
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Shannon entropy of the softmax in nats, (B, classes) -> (B,).
+    """Shannon entropy of the softmax of logits (B, classes), in nats; returns (B,).
 
     Source: Wang et al., Tent, arXiv 2006.10726, section 3.1.
     """
@@ -23,7 +23,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def reliable(entropies: Tensor, classes: int, margin: float) -> Tensor:
-    """Which samples count, (B,) bool: entropy below ``margin`` x ln(classes).
+    """Whether each sample's entropy (B,) is below ``margin`` times ln(classes); returns bool (B,).
 
     Source: Niu et al., SAR, arXiv 2302.12400, equation 2.
     """
@@ -33,7 +33,7 @@ def reliable(entropies: Tensor, classes: int, margin: float) -> Tensor:
 def feature_discrepancy(
     mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor
 ) -> Tensor:
-    """Squared distance of a batch's feature statistics (D,) from the source's, a scalar.
+    """Squared distance between a batch's feature statistics (D,) and the source's, a scalar.
 
     ``(||std - source_std||^2 + ||mean - source_mean||^2) / 64``; the 64 is the released code's
     constant, not the batch size. Source: Deng et al., MGTTA, arXiv 2412.16901, equation 3.
@@ -43,7 +43,7 @@ def feature_discrepancy(
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """``2 - 2 cos(a, b)`` of each row, (N, D) and (N, D) -> (N,), in [0, 4].
+    """``2 - 2 cos(a, b)`` of each pair of rows of two tensors (N, D); returns (N,) in [0, 4].
 
     Source: BYOL, Grill et al., arXiv 2006.07733, equation 2; MT3's loss (arXiv 2103.16201).
     """
@@ -51,5 +51,5 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def all_finite(*tensors: Tensor) -> Tensor:
-    """Whether every value of every tensor is finite, a bool () on the device."""
+    """Whether all values of all tensors are finite, a bool tensor () on their device."""
     return torch.stack([torch.isfinite(t).all() for t in tensors]).all()

@@ -1,12 +1,12 @@
-"""Adapting once to a whole batch: its images share the gradient steps and are then predicted.
+"""Adaptation to a whole batch: its images share the gradient steps and are then predicted.
 
-A gradient step lowers the mean loss of all views of all images, starting from the source; after
-the steps the batch is predicted with the tensors they led to, which are then forgotten. An image
-costs what it costs in `per_image`, but the tensors move once for the batch, so all predictions of
-the batch run together and an image's prediction depends on the images beside it.
+The gradient steps start from the source and lower the mean loss of all views of all images. After
+the steps the batch is predicted with the adapted tensors, which are then discarded. The cost of an
+image is the same as in `per_image`, but all images of the batch are predicted together, and the
+prediction of an image depends on the other images of its batch.
 
-The views of a chunk of images pass through the network together; the gradients of several chunks
-are added up, so the chunk decides on memory and speed alone.
+The views of a chunk of images pass through the network together, and the gradients of the chunks
+are summed, so the size of the chunk only affects memory and speed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .views import image_keys
 
 __all__ = ["PerBatch"]
 
-#: Views that fill a CPU; more of them at once were not faster.
+#: Number of views that pass through the network together on a CPU; more were not faster.
 _CPU_VIEWS = 64
 
 
@@ -38,12 +38,13 @@ class PerBatch:
     Attributes:
         backbone: the classifier.
         task: the loss and its views.
-        source: start of the tensors that adapt, by the names `scope.call` and the task know.
+        source: initial values of the tensors that adapt, by the names that `scope.call` and the
+            task use.
         lr: learning rate of the gradient steps.
-        steps: how many there are.
-        copies: views of an image that a step passes through the network.
-        chunk: how many images' views pass together, or ``"auto"``.
-        seed: of the views.
+        steps: number of gradient steps.
+        copies: number of views of an image that pass through the network in a step.
+        chunk: number of images whose views pass through the network together, or ``"auto"``.
+        seed: seed for the views.
     """
 
     backbone: Backbone
@@ -56,11 +57,11 @@ class PerBatch:
     seed: int = 0
 
     def init(self) -> Tensors:
-        """Nothing is kept from batch to batch."""
+        """Return an empty state, because nothing is kept between batches."""
         return {}
 
     def describe(self) -> list[str]:
-        """Lines on what a step costs."""
+        """Lines that describe the cost of a step."""
         passes = self.steps * self.copies
         return [
             f"step: {self.steps} gradient step{'s' if self.steps > 1 else ''} on {self.task.name} "
@@ -69,21 +70,21 @@ class PerBatch:
         ]
 
     def describe_memory(self, size: tuple[int | None, ...] | None) -> str:
-        """A line on the memory that images of this size (C, H, W) take; None if it is unknown."""
+        """A line on the memory that images take; ``size`` is (C, H, W), None if unknown."""
         return memory_line(size, self.backbone, self._bytes_for, self.plan)
 
     def plan(self, image: Tensor) -> int:
-        """How many images like this one (1, C, H, W) pass through the network together."""
+        """Number of images like this one (1, C, H, W) whose views pass through together."""
         if self.chunk == "auto" and image.device.type == "cpu":
             return max(1, _CPU_VIEWS // self.copies)
         return chunk_size(self.chunk, lambda: self._bytes_for(image), image.device)
 
     def with_chunk(self, chunk: int) -> PerBatch:
-        """The same engine, which passes that many images together."""
+        """The same engine with another size of the chunks."""
         return replace(self, chunk=chunk)
 
     def adapt(self, params: Tensors, state: Tensors, images: Tensor) -> Outcome:
-        """Images (B, C, H, W) in [0, 1] -> logits from after the steps; nothing is kept."""
+        """Images (B, C, H, W) in [0, 1] -> logits after the steps; nothing is kept."""
         moved, skipped, loss = params, False, None
         for number in range(self.steps):
             loss, grads = self._gradient(moved, images, number)
@@ -96,7 +97,7 @@ class PerBatch:
         return Outcome(logits, params, state, int(skipped), passes + len(images), passes, loss)
 
     def _gradient(self, params: Tensors, images: Tensor, number: int) -> tuple[Tensor, Tensors]:
-        """The mean loss of all images' views, and its gradient."""
+        """The mean loss of the views of all images, and its gradient."""
         losses: list[Tensor] = []
         total: Tensors = {}
         for views in self._views(images, number):
@@ -109,16 +110,16 @@ class PerBatch:
         return torch.stack(losses).sum(), total
 
     def _views(self, images: Tensor, number: int) -> Iterator[list[Tensor]]:
-        """The views of a chunk of images, (images x copies, …) each, chunk by chunk."""
+        """The views (images x copies, …) of each chunk of images."""
         size = self.chunk if isinstance(self.chunk, int) else self.plan(images[:1])
         keys = image_keys(images, self.seed)
         for few, their_keys in zip(images.split(size), keys.split(size), strict=True):
-            # A caller's mixed precision is for the network, not for the pixels.
+            # A caller's mixed precision must not affect the pixels.
             with torch.autocast(images.device.type, enabled=False):
                 drawn = self.task.draw(few, their_keys, number)
             yield [view.flatten(0, 1) for view in drawn]
 
     def _bytes_for(self, image: Tensor) -> int:
-        """Estimated memory of a step on one image (1, C, H, W), in bytes, by a step's work."""
+        """Memory in bytes of a step on one image (1, C, H, W), measured with one gradient."""
         views = next(self.with_chunk(1)._views(image, 0))
         return image_bytes(self.task.loss, self.source, tuple(views), self.steps)

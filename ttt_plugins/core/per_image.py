@@ -1,13 +1,13 @@
-"""Adapting to each image on its own, a whole batch at a time.
+"""Adaptation to each image separately, for many images at a time.
 
-TTT and MT3 are this engine with different self-supervised tasks: draw views of an image, take a
-few gradient steps on the task from the start parameters, predict the image itself, forget. All
-images of a chunk step together, each with parameters of its own (``vmap`` over
-``functional_call``); the first step starts from shared parameters and does not copy them. With
-``keep`` images are taken one after the other instead and nothing is forgotten.
+TTT and MT3 are this engine with different self-supervised tasks: it draws views of an image, takes
+a few gradient steps on the task from the initial parameters, predicts the image itself, and
+discards the parameters. The images of a chunk take their steps together, each with parameters of
+its own (``vmap`` over ``functional_call``); the first step starts from shared parameters without
+copying them. With ``keep`` images are taken one after the other, and the parameters are kept.
 
-A chunk of one runs without ``vmap``. On a CPU that is the fast way, because the views of one image
-fill it and convolutions with weights of their own for every image run 1.4 times slower there.
+A chunk of one image runs without ``vmap``. This is the fast way on a CPU, where the views of one
+image use all of it, and convolutions with separate weights for every image are 1.4 times slower.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from .views import image_keys
 __all__ = ["SOURCE_ONLY", "PerImage", "Task", "check_square", "descend", "loss_and_gradient"]
 
 
-#: Fields that the configs of both methods once had, and what they could hold: a batch is one
-#: image here, so BatchNorm always ran on the source's statistics.
+#: Fields that the configs of both methods had in earlier versions, with checks of their values. A
+#: batch is one image here, so BatchNorm always used the source's statistics.
 SOURCE_ONLY: dict[str, Callable[[Any], bool]] = {
     "statistics": lambda value: value == "source",
     "prior": lambda value: isinstance(value, (int, float)) and value >= 0,
@@ -47,11 +47,12 @@ class Task:
     """A self-supervised task.
 
     Attributes:
-        name: in words, for `describe`.
+        name: name for descriptions.
         draw: ``(images (B, C, H, W), keys (B,), step) -> views``, a tuple of tensors whose first
             dimension is B.
         loss: ``(params, *views of one image) -> scalar``.
-        sure: ``(params, images) -> (B,) bool``, images that need no adaptation; None for no check.
+        sure: ``(params, images) -> bool (B,)``, whether images need no adaptation; None if all
+            images adapt.
     """
 
     name: str
@@ -61,10 +62,14 @@ class Task:
 
 
 def check_square(images: Tensor, why: str) -> None:
-    """Refuse images (B, C, H, W) of which no views can be drawn.
+    """Refuse images (B, C, H, W) from which no views can be drawn.
+
+    Args:
+        images: the images.
+        why: what needs them to be square, for the message.
 
     Raises:
-        InputError: they are not square, or a single pixel.
+        InputError: the images are not square, or have a single pixel.
     """
     height, width = images.shape[2:]
     if height != width:
@@ -76,7 +81,7 @@ def check_square(images: Tensor, why: str) -> None:
 def descend(
     params: Tensors, grads: Tensors, lr: float | Mapping[str, float] | Mapping[str, Tensor]
 ) -> Tensors:
-    """Plain gradient descent, ``params - lr * grads``; ``lr`` may be a rate () for each tensor."""
+    """Plain gradient descent, ``params - lr * grads``; ``lr`` may be a rate for each tensor."""
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
     return {name: p - rates[name] * grads[name] for name, p in params.items()}
 
@@ -84,10 +89,10 @@ def descend(
 def loss_and_gradient(
     loss: Callable[[Tensors], Tensor], params: Tensors, keep_graph: bool = False
 ) -> tuple[Tensor, Tensors]:
-    """A scalar loss and its gradient, without ``torch.func``, which costs a third more on a CPU.
+    """A scalar loss and its gradient, without ``torch.func``, which is a third slower on a CPU.
 
-    With ``keep_graph`` both stay differentiable in ``params``, for a step that is differentiated
-    through; otherwise both are constants.
+    With ``keep_graph`` both remain differentiable in ``params``, so that a step can be
+    differentiated; otherwise both are constants.
     """
     if not keep_graph:
         params = {n: p.detach().requires_grad_() for n, p in params.items()}
@@ -98,7 +103,7 @@ def loss_and_gradient(
 
 
 def _finite(loss: Tensor, grads: Tensors) -> Tensor:
-    """Whether a loss and its gradients are finite, a bool a image (leading dimensions of loss)."""
+    """Whether losses and their gradients are finite, bool of the shape of ``loss``."""
     fine = torch.isfinite(loss)
     for g in grads.values():
         fine = fine & torch.isfinite(g).reshape(*loss.shape, -1).all(-1)
@@ -112,16 +117,18 @@ class PerImage:
     Attributes:
         backbone: the classifier.
         task: the loss and its views.
-        source: start of the tensors that adapt, by the names `scope.call` and the task know.
-        lr: learning rate of the gradient steps, for all tensors or for each.
-        steps: how many there are.
-        copies: views of an image that a step passes through the network, for the count.
-        chunk: how many images adapt together, or ``"auto"`` (`chunks.chunk_size`).
-        keep: go on from where the last image led (online) instead of forgetting.
+        source: initial values of the tensors that adapt, by the names that `scope.call` and the
+            task use.
+        lr: learning rate of the gradient steps, for all tensors or for each by name.
+        steps: number of gradient steps.
+        copies: number of views of an image that pass through the network in a step.
+        chunk: number of images that adapt together, or ``"auto"`` (`chunks.chunk_size`).
+        keep: whether to continue from the parameters of the last image (online) instead of
+            discarding them.
         votes: ``(image (1, C, H, W), its key) -> views (1, K, C, H, W)`` whose predictions are
-            averaged; None predicts the image itself.
-        looks: images that a prediction passes through the network, for the count.
-        seed: of the views.
+            averaged; None to predict the image itself.
+        looks: number of images that pass through the network in a prediction.
+        seed: seed for the views.
     """
 
     backbone: Backbone
@@ -137,14 +144,14 @@ class PerImage:
     seed: int = 0
 
     def init(self) -> Tensors:
-        """How many images of the stream were seen, where it is kept; nothing otherwise."""
+        """The number of images seen so far if parameters are kept, otherwise an empty state."""
         if not self.keep:
             return {}
         device = next(iter(self.source.values())).device
         return {"seen": torch.zeros((), dtype=torch.int64, device=device)}
 
     def describe(self) -> list[str]:
-        """Lines on what a step costs."""
+        """Lines that describe the cost of a step."""
         each = "one image after the other, kept" if self.keep else "every image from the start"
         passes = self.steps * self.copies
         lines = [
@@ -158,31 +165,31 @@ class PerImage:
         return lines
 
     def describe_memory(self, size: tuple[int | None, ...] | None) -> str:
-        """A line on the memory that images of this size (C, H, W) take; None if it is unknown."""
+        """A line on the memory that images take; ``size`` is (C, H, W), None if unknown."""
         return memory_line(size, self.backbone, self.bytes_for, self.plan)
 
     def bytes_for(self, image: Tensor) -> int:
-        """Estimated memory of adapting to one image (1, C, H, W), in bytes, by a step's work."""
+        """Memory in bytes of adapting to one image (1, C, H, W), measured with one gradient."""
         views = [v[0] for v in self._draw(image, image_keys(image, self.seed), 0)]
         return image_bytes(self.task.loss, self.source, tuple(views), self.steps)
 
     def plan(self, image: Tensor) -> int:
-        """How many images like this one (1, C, H, W) adapt together."""
+        """Number of images like this one (1, C, H, W) that adapt together."""
         if self.keep or self.backbone.one_by_one:
             return 1
         return chunk_size(self.chunk, lambda: self.bytes_for(image), image.device)
 
     def with_chunk(self, chunk: int) -> PerImage:
-        """The same engine, which adapts to that many images together."""
+        """The same engine with another number of images that adapt together."""
         return replace(self, chunk=chunk)
 
     def _draw(self, images: Tensor, keys: Tensor, step: int) -> tuple[Tensor, ...]:
-        # A caller's mixed precision is for the network, not for the pixels.
+        # A caller's mixed precision must not affect the pixels.
         with torch.autocast(images.device.type, enabled=False):
             return self.task.draw(images, keys, step)
 
     def adapt(self, params: Tensors, state: Tensors, images: Tensor) -> Outcome:
-        """Images (B, C, H, W) in [0, 1] -> logits from after the steps, and what is kept."""
+        """Images (B, C, H, W) in [0, 1] -> logits after the steps, and what is kept."""
         keys = image_keys(images, self.seed)
         if self.keep:
             return self._stream(params, state, images, keys)
@@ -209,9 +216,12 @@ class PerImage:
     def _episodes(
         self, params: Tensors, images: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, int | None]:
-        """Logits (n, classes), which images' updates were finite (n,), their last losses (n,).
+        """Adapt to images and predict them, chunk by chunk.
 
-        Last, how many images could adapt together, where that was fewer than planned.
+        Returns:
+            logits (n, classes), whether each image's updates were finite (n,), the last losses
+            (n,), and the number of images that could adapt together if that was fewer than
+            planned, otherwise None.
         """
         chunk = self.chunk if isinstance(self.chunk, int) else self.plan(images[:1])
         parts, start, fitting, reason = [], 0, None, ""
@@ -230,11 +240,12 @@ class PerImage:
                     fitting = -(-size // 2)  # the estimate was too low
                 else:
                     fitting, reason = 1, (str(error).splitlines() or [""])[0]
-            # Outside the except clauses, which hold on to the failed attempt's tensors.
+            # Outside the except clause, which keeps the tensors of the failed attempt alive.
             chunk = fitting
         if reason:
-            # Image by image it works: torch.func cannot transform a layer (an autograd.Function of
-            # the old form, a look at a tensor's value, an assignment to part of a new tensor).
+            # It works image by image, so torch.func cannot transform a layer: it contains an
+            # autograd.Function of the old form, reads a tensor's value, or assigns to part of a new
+            # tensor.
             warnings.warn(
                 "this model's images adapt one at a time, which is slower on an accelerator: "
                 f"torch.func cannot run it on several ({reason})",
@@ -247,7 +258,7 @@ class PerImage:
     def _episode(
         self, params: Tensors, images: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, finiteness and last losses of a chunk of images, as in `_episodes`."""
+        """Logits, finiteness and last losses of a chunk of images; see `_episodes`."""
         if len(images) > 1:
             return self._episode_of_many(params, images, keys)
         params, fine, loss = self._steps(params, images, keys)
@@ -256,10 +267,10 @@ class PerImage:
     def _episode_of_many(
         self, params: Tensors, images: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`_episode` of several images, by ``vmap``."""
+        """`_episode` for several images, with ``vmap``."""
         own = None  # whether each image has parameters of its own yet
         fine = torch.ones(len(images), dtype=torch.bool, device=images.device)
-        # Attention's fused kernels have no rule for a batch of weights.
+        # The fused attention kernels do not support a batch of weights.
         with sdpa_kernel(SDPBackend.MATH):
             step = grad_and_value(self.task.loss)
             for number in range(self.steps):
@@ -278,7 +289,7 @@ class PerImage:
     def _steps(
         self, params: Tensors, images: Tensor, keys: Tensor
     ) -> tuple[Tensors, Tensor, Tensor]:
-        """The steps of a single image (1, C, H, W); whether all were finite; the last loss."""
+        """Parameters after the steps of one image, whether all were finite, and the last loss."""
         fine = torch.ones((), dtype=torch.bool, device=images.device)
         for number in range(self.steps):
             views = [v[0] for v in self._draw(images, keys, number)]
@@ -303,7 +314,7 @@ class PerImage:
         return votes.logsumexp(0, keepdim=True) - math.log(len(views))
 
     def _stream(self, params: Tensors, state: Tensors, images: Tensor, keys: Tensor) -> Outcome:
-        """Images in order, each adapting from where the last one led, then predicted."""
+        """Adapt to images in order, each from the parameters of the last, and predict them."""
         logits, losses, skipped, looked = [], [], 0, 0
         first = state["seen"]
         for i in range(len(images)):
@@ -311,7 +322,7 @@ class PerImage:
             if self.task.sure is not None:
                 looked += 1
             if self.task.sure is None or not self.task.sure(params, image).item():
-                # The place in the stream too: an image seen twice gets other views.
+                # With the position in the stream, so that a repeated image gets other views.
                 params, fine, loss = self._steps(params, image, keys[i : i + 1] + (first + i))
                 skipped += int(not fine)
                 losses.append(loss)
@@ -324,5 +335,5 @@ class PerImage:
 
 
 def _channels_last(views: Tensor) -> Tensor:
-    """Images (K, C, H, W) in another memory layout; other tensors as they are."""
+    """Images (K, C, H, W) in channels-last memory layout; other tensors unchanged."""
     return views.contiguous(memory_format=torch.channels_last) if views.ndim == 4 else views

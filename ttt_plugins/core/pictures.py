@@ -1,4 +1,4 @@
-"""Pictures of any source, as a classifier takes them."""
+"""Batches of pictures from any source, resized and cropped for a classifier."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def picture_transform(backbone: Backbone, size: int | None = None) -> Transform 
         size: side of the images in pixels, instead of the model's own.
 
     Returns:
-        The transform; None if the model does not say anything of pictures.
+        the transform; None if the model declares no settings for pictures.
     """
     _, height, width = backbone.input_size
     if size is None and height == width:
@@ -38,7 +38,7 @@ def picture_transform(backbone: Backbone, size: int | None = None) -> Transform 
 
 
 def is_source(images: Any) -> bool:
-    """Whether images are a source for `open_images`, rather than a loader of ready batches."""
+    """Whether this is a source for `open_images`, and not a loader that yields batches."""
     kinds = (str, Path, Tensor, LabelledImages, ImageSource, ImageStream)
     if isinstance(images, Dataset):
         return not isinstance(images, IterableDataset)
@@ -51,10 +51,10 @@ def image_batches(
     """Batches of a source's images in [0, 1], (B, C, H, W), on the classifier's device.
 
     Args:
-        source: what `open_images` takes.
-        backbone: the classifier, whose own transform resizes and crops pictures.
-        batch_size: images in a batch.
-        limit: how many images at most.
+        source: source of images, in any form that `open_images` accepts.
+        backbone: the classifier, whose transform resizes and crops pictures.
+        batch_size: number of images in a batch.
+        limit: largest number of images, None for all.
 
     Raises:
         DataError, InputError: the source cannot be read.

@@ -1,14 +1,13 @@
-"""Names of the methods; tests, the command line and the Hub code enumerate this registry.
+"""The registry of methods, which wrapping, artifacts and the command line look up by name.
 
-It is open: other packages add methods through entry points of the group
-``ttt_plugins.methods``::
+Other packages add methods through entry points of the group ``ttt_plugins.methods``::
 
     [project.entry-points."ttt_plugins.methods"]
     signsgd = "my_package.my_module"
 
-Loading the entry point registers them: its module calls `register` (or
-`ttt_plugins.methods.register_update_rule`), or it names a `Method`. That happens when the names
-are first listed, or one is asked for that this package does not have.
+Loading the entry point registers the methods: its module calls `register` (or
+`ttt_plugins.methods.register_update_rule`), or the entry point names a `Method`. Entry points are
+loaded when the names are first listed, or when an unknown name is requested.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ __all__ = [
 ]
 
 
-#: Entry points that other packages register methods through.
+#: Group of the entry points through which other packages register methods.
 GROUP = "ttt_plugins.methods"
 
 #: What `Method.fit` learns.
@@ -48,49 +47,49 @@ HEAD, SOURCE_STATISTICS = "head", "source statistics"
 
 
 class Build(Protocol):
-    """Makes a method's `Algorithm`."""
+    """Creates a method's `Algorithm`."""
 
     def __call__(
         self, config: Any, backbone: Backbone, source: Tensors, tensors: Tensors, seed: int, /
     ) -> Algorithm:
-        """The pure functions.
+        """Create the algorithm.
 
         Args:
-            config: the method's fields.
-            backbone: the classifier; `ttt_plugins.core.scope.call` runs it on adapted tensors.
-            source: the tensors that adapt, at their start, by the names that ``call`` knows.
-            tensors: what was learned beforehand, by name.
-            seed: of everything random.
+            config: the method's config.
+            backbone: the classifier; `ttt_plugins.core.scope.call` runs it with adapted tensors.
+            source: initial values of the tensors that adapt, by the names that ``call`` uses.
+            tensors: tensors that were learned beforehand, by name.
+            seed: seed for everything random.
         """
         ...
 
 
 class Check(Protocol):
-    """Validates learned tensors by name, shape and value."""
+    """Checks the names, shapes and values of learned tensors."""
 
     def __call__(self, config: Any, backbone: Backbone, tensors: Tensors, where: str, /) -> Tensors:
-        """``tensors`` in their canonical order; ``where`` names their origin in messages."""
+        """Return ``tensors`` in canonical order; ``where`` names their artifact in errors."""
         ...
 
 
 class Eligible(Protocol):
-    """Limits what may adapt."""
+    """Limits which parameters may adapt."""
 
     def __call__(self, config: Any, backbone: Backbone, /) -> Collection[str]:
-        """Names of parameters, relative to the user's model."""
+        """Names of the parameters that may adapt, relative to the user's model."""
         ...
 
 
 class FitsAny(Protocol):
-    """Tells whether what was learned serves any classifier."""
+    """Tells whether learned tensors can be used with any classifier."""
 
     def __call__(self, config: Any, tensors: Tensors, /) -> bool:
-        """Whether it does."""
+        """Whether they can."""
         ...
 
 
 class Fit(Protocol):
-    """Learns what can be learned from clean images while the classifier stays as it is."""
+    """Learns tensors from clean images, with an unchanged classifier."""
 
     def __call__(
         self,
@@ -101,15 +100,15 @@ class Fit(Protocol):
         /,
         progress: bool = True,
     ) -> Tensors:
-        """Learned tensors by name.
+        """Return the learned tensors by name.
 
         Args:
-            config: the method's fields.
-            backbone: the classifier, where it is to be used.
-            images: (N, C, H, W), or a loader of such batches or of tuples that begin with one;
-                or, where the method takes them one batch after the other, any source of images
+            config: the method's config.
+            backbone: the classifier, on the device where it is used.
+            images: images (N, C, H, W), or a loader of such batches or of tuples that begin with
+                one; if the method reads them batch by batch, also any source of images
                 (`ttt_plugins.data.opening.open_images`).
-            seed: of everything random.
+            seed: seed for everything random.
             progress: whether to show a progress bar.
         """
         ...
@@ -117,28 +116,30 @@ class Fit(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """What the library knows of a method.
+    """The record of a method.
 
     Attributes:
-        name: as users type it.
-        config: frozen dataclass of the method's fields. Some of its fields are the library's where
-            it has them: ``params``, what adapts (all that is eligible unless it has one),
-            ``statistics`` with ``prior``, what BatchNorm normalises with (the source's unless it
-            has one), ``window``, images per update (each batch unless it has one), and ``guard``
-            and ``pull`` (neither unless it has them).
-        build: makes the algorithm; None for a method that does not adapt.
+        name: name of the method: letters, digits and underscores.
+        config: frozen dataclass of the method's settings. The library reads some of its fields if
+            they exist: ``params``, the parameters that adapt (by default all eligible ones),
+            ``statistics`` with ``prior``, what BatchNorm normalises with (by default the source's
+            statistics), ``window``, the number of images in an update (by default those of each
+            batch), and ``guard`` and ``pull`` (by default neither).
+        build: creates the algorithm; None for a method that does not adapt.
         citation: reference of the method's paper.
-        default_artifact: bundled artifact whose learned tensors `wrap` takes when it is given none
-            and there is none for the very model; None where there is no such thing.
-        check: for what was learned beforehand; None for methods that learn nothing.
-        eligible: which parameters may adapt at all; None for no limits.
-        fits_any: None for methods whose artifacts belong to the weights they were made for.
-        fit: what learns from clean images; None where nothing can.
-        fits: what ``fit`` learns, `HEAD` or `SOURCE_STATISTICS`.
-        rank: ``config -> rank`` of low-rank changes; None for the library's own.
-        describe: ``(config, backbone) -> lines`` on what only this method has; None for none.
-        retired: fields that the config no longer has and that artifacts may still hold, each with
-            a check of the values that mean what the method does today.
+        default_artifact: name of the bundled artifact whose learned tensors `wrap` uses if none are
+            given and no bundled artifact was made for the model; None if the method has none.
+        check: checks learned tensors; None for a method that learns nothing.
+        eligible: limits the parameters that may adapt; None for no limits.
+        fits_any: tells whether learned tensors fit any classifier; None if they always belong to
+            the weights that they were made for.
+        fit: learns tensors from clean images; None if nothing can be learned from them.
+        fits: kind of tensors that ``fit`` learns, `HEAD` or `SOURCE_STATISTICS`.
+        rank: ``config -> rank`` of low-rank changes; None for the library's default.
+        describe: ``(config, backbone) -> lines`` that only this method adds to a description; None
+            for no lines.
+        retired: fields that the config no longer has but artifacts may contain, each with a check
+            for the values under which the method behaves as it does now.
     """
 
     name: str
@@ -167,7 +168,7 @@ class Method:
         return scope.select(backbone, getattr(config, "params", "all"), eligible)
 
     def source(self, config: Any, backbone: Backbone, names: Collection[str], seed: int) -> Tensors:
-        """The tensors that adapt, at their start, for the parameters of these names."""
+        """Initial values of the tensors that adapt, for parameters of these names."""
         rank = 0
         if getattr(config, "params", None) == "lora":
             rank = scope.LORA_RANK if self.rank is None else self.rank(config)
@@ -179,17 +180,21 @@ _discovered = False
 
 
 def register(method: Method) -> Method:
-    """Add a method; a second registration of the same name replaces the first.
+    """Add a method; it replaces an earlier one of the same name.
+
+    Returns:
+        the method.
 
     Raises:
-        InputError: what is given is no `Method`, its name is not of letters, digits and
-            underscores (artifacts and the command line carry it), or its config is no frozen
-            dataclass.
+        InputError: this is no `Method`, its name contains anything but letters, digits and
+            underscores, or its config is no frozen dataclass.
     """
     if not isinstance(method, Method):
         raise InputError(f"register takes a Method, got {type(method).__name__}")
     if not re.fullmatch(r"\w{1,64}", method.name):
-        raise InputError(f"a method's name is of letters, digits and _, got {method.name!r}")
+        raise InputError(
+            f"the name of a method must consist of letters, digits and _, got {method.name!r}"
+        )
     settings = getattr(method.config, "__dataclass_params__", None)
     if settings is None or not settings.frozen:
         raise InputError(
@@ -200,11 +205,11 @@ def register(method: Method) -> Method:
 
 
 def _discover() -> None:
-    """Load the entry points of other packages, once; a broken one is a warning that names it."""
+    """Load the entry points of other packages once, with a warning for each that fails."""
     global _discovered
     if _discovered:
         return
-    _discovered = True  # at once, since a plugin may ask for the names itself
+    _discovered = True  # before loading, because a plugin may list the methods itself
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
         before = dict(_METHODS)
         try:
@@ -215,21 +220,21 @@ def _discover() -> None:
             if taken:
                 raise InputError(f"it would replace {taken}")
         except (Exception, SystemExit) as error:
-            # All or nothing: what it had registered so far goes again.
+            # All or nothing: the methods that it has registered so far are removed.
             _METHODS.clear()
             _METHODS.update(before)
             package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             warnings.warn(
-                f"the plugin {point.name!r} ({point.value}, of the package {package}) is left "
-                f"out: {reason}",
+                f"the plugin {point.name!r} ({point.value}, of the package {package}) is not "
+                f"used: {reason}",
                 RuntimeWarning,
                 stacklevel=3,
             )
 
 
 def list_methods() -> list[str]:
-    """Names of all methods, sorted, those of installed plugins among them."""
+    """Sorted names of all methods, including those of installed plugins."""
     _discover()
     return sorted(_METHODS)
 
@@ -238,7 +243,7 @@ def get_method(method: str | object) -> Method:
     """The record of a method given by name or by a config object.
 
     Raises:
-        InputError: unknown; the message names the closest ones.
+        InputError: the method is unknown; the message names the closest one.
     """
     known = method in _METHODS if isinstance(method, str) else _of_config(method)
     if not known:
@@ -247,8 +252,8 @@ def get_method(method: str | object) -> Method:
         if method in _METHODS:
             return _METHODS[method]
         close = difflib.get_close_matches(method, _METHODS, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else " Is a package missing that has it?"
-        raise InputError(f"unknown method {method!r}; there are {list_methods()}.{hint}")
+        hint = f" Did you mean {close[0]!r}?" if close else " Is its package installed?"
+        raise InputError(f"unknown method {method!r}; the methods are {list_methods()}.{hint}")
     if record := _of_config(method):
         return record
     raise InputError(
@@ -262,7 +267,7 @@ def _of_config(config: object) -> Method | None:
 
 
 def configure(config: Any, overrides: dict[str, Any]) -> Any:
-    """``config`` with fields replaced.
+    """A copy of ``config`` with some fields replaced.
 
     Raises:
         InputError: a field does not exist, or the config refuses its value.
@@ -277,15 +282,15 @@ def configure(config: Any, overrides: dict[str, Any]) -> Any:
 
 
 def stored_config(method: Method, fields: Mapping[str, Any]) -> Any:
-    """The config of an artifact's fields, which may be of any version of the package.
+    """The config for the fields of an artifact, which any version of the package may have written.
 
     Raises:
-        InputError: a field never existed, or it holds what the method does not do.
+        InputError: there never was such a field, or its value is no longer supported.
     """
     current = {}
     for name, value in fields.items():
         if name not in method.retired:
             current[name] = tuple(value) if isinstance(value, list) else value
         elif not method.retired[name](value):
-            raise InputError(f"{method.name} does not run with {name}={value!r}")
+            raise InputError(f"{method.name} does not support {name}={value!r}")
     return configure(method.config(), current)

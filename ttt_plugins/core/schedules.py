@@ -1,4 +1,4 @@
-"""How a learning rate changes over the steps of a training, as a factor on its peak."""
+"""Learning rate schedules: the factor on the peak rate at every step of a training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SCHEDULES = ("constant", "cosine", "step", "one-cycle", "constant-then-decay")
 
 
 def cosine(step: int, steps: int, warmup: float) -> float:
-    """Rise linearly to 1 in the share ``warmup`` of the steps, then fall as half a cosine to 0."""
+    """Linear rise to 1 over the fraction ``warmup`` of the steps, then half a cosine down to 0."""
     rise = max(1, int(warmup * steps))
     if step < rise:
         return (step + 1) / rise
@@ -26,9 +26,9 @@ def schedule_factor(schedule: str, step: int, steps: int, warmup: float) -> floa
             (half a cosine up from 1/25 in the first 30 % of training, half a cosine down to 0 in
             the rest, as in arXiv 1708.07120); or ``"constant-then-decay"`` (constant for three
             quarters of training, then half a cosine down to 0).
-        step: counts from 0.
-        steps: of the whole training.
-        warmup: share of the steps in which ``"cosine"`` rises.
+        step: number of the step, from 0.
+        steps: number of steps of the whole training.
+        warmup: fraction of the steps in which ``"cosine"`` rises.
     """
     if schedule == "constant":
         return 1.0

@@ -1,10 +1,10 @@
-"""Which tensors of a backbone adapt, and the flat vector an update rule sees them as.
+"""Selecting the tensors that adapt, running a backbone with them, and flattening them.
 
-An adapted tensor is either a parameter of the model (``"model.<name>"``), or one factor of a
-low-rank change to one (``"lora.<name>.A"`` and ``".B"``). `call` runs the backbone on them.
+An adapted tensor is either a parameter of the model (``"model.<name>"``), or a factor of a low-rank
+change to a parameter (``"lora.<name>.A"`` and ``".B"``). `call` runs the backbone with them.
 
-Adapted tensors are of single precision at least, because usual steps are smaller than the distance
-between neighbouring numbers in half precision. `call` casts them to the dtype of the model.
+Adapted tensors have at least single precision, because usual steps are smaller than the distance
+between neighbouring numbers in half precision. `call` casts them to the model's type.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 _PREFIX = "model."  # Backbone keeps the user's model under this name
 _LORA = "lora."
 
-#: Rank of low-rank changes where a method has no field of its own for it.
+#: Rank of low-rank changes if a method does not define one.
 LORA_RANK = 4
 
 
@@ -51,15 +51,15 @@ def select(
 
     Args:
         backbone: the classifier.
-        params: ``"norm"`` (affine parameters of norm-like layers; in networks without norms the
-            gains of their convolutions), ``"all"`` (every floating-point parameter), ``"lora"``
-            (weights of linear layers and 1x1 convolutions, the classifier's left out), a regular
-            expression searched in the names, or a collection of names.
-        eligible: the method's own limits, names outside it are left out; None for no limits.
+        params: ``"norm"`` (affine parameters of norm layers; in networks without norms the gains of
+            their convolutions), ``"all"`` (all floating-point parameters), ``"lora"`` (weights of
+            linear layers and 1x1 convolutions except the classifier's), a regular expression that
+            is searched for in the names, or a collection of names.
+        eligible: names of the parameters that the method can adapt; None for all.
 
     Raises:
-        InputError: nothing was selected, a name does not exist or is outside the method's limits,
-            or the expression is malformed.
+        InputError: nothing is selected, a name does not exist or is not eligible, or the regular
+            expression is invalid.
     """
     named = [n for n, p in backbone.model.named_parameters() if p.is_floating_point()]
     limits = None if eligible is None else set(eligible)
@@ -84,7 +84,7 @@ def select(
 
 
 def _described(model: nn.Module, params: str, named: list[str]) -> set[str]:
-    """What a word or a regular expression selects."""
+    """Names that a keyword or a regular expression selects."""
     if params == "norm":
         return {n for names in norm_parameters(model).values() for n in names}
     if params == "all":
@@ -95,14 +95,14 @@ def _described(model: nn.Module, params: str, named: list[str]) -> set[str]:
         pattern = re.compile(params)
     except re.error as error:
         raise InputError(
-            f"params={params!r} is neither 'norm', 'all' nor 'lora' nor a regular "
+            f"params={params!r} is neither 'norm', 'all', 'lora' nor a valid regular "
             f"expression ({error})"
         ) from error
     return {n for n in named if pattern.search(n)}
 
 
 def _listed(params: Collection[str], named: list[str], limits: set[str] | None) -> set[str]:
-    """The given names, if the model has them and the method adapts them."""
+    """The given names, if the model has them and the method can adapt them."""
     try:
         chosen = set(params)
     except TypeError as error:
@@ -116,14 +116,14 @@ def _listed(params: Collection[str], named: list[str], limits: set[str] | None) 
         )
     if limits is not None and (outside := sorted(chosen - limits)):
         raise InputError(
-            f"params: {outside[0]!r} lies outside what this method adapts; the first it can "
-            f"are {[n for n in named if n in limits][:5]}"
+            f"params: {outside[0]!r} is not among the parameters that this method can adapt; the "
+            f"first of those are {[n for n in named if n in limits][:5]}"
         )
     return chosen
 
 
 def _matrices(model: nn.Module) -> set[str]:
-    """Weights of linear layers and ungrouped 1x1 convolutions, but the classifier's."""
+    """Weights of linear layers and ungrouped 1x1 convolutions, except the classifier's."""
     try:
         classifiers = classifier_names(model)
     except InputError:
@@ -142,11 +142,11 @@ def _matrices(model: nn.Module) -> set[str]:
 def parameters(
     backbone: Backbone, names: Collection[str], lora_rank: int = 0, seed: int = 0
 ) -> dict[str, Tensor]:
-    """The tensors that adapt, at their start, under the names `call` wants.
+    """Initial values of the tensors that adapt, under the names that `call` uses.
 
-    The backbone's own tensors, not copied, or in float32 where they are of half precision; or, with
-    ``lora_rank``, the two factors of a change to each: A (rank, inputs) drawn from ``seed``, B
-    (outputs, rank) zero, so that the start is the model itself.
+    These are the backbone's own tensors, not copied, but in float32 if they are of half precision.
+    With ``lora_rank`` they are two factors of a change to each tensor: A (rank, inputs), drawn from
+    ``seed``, and B (outputs, rank), which is zero, so that the initial model is unchanged.
     Source: Hu et al., LoRA, arXiv 2106.09685, section 4.1.
     """
     named = dict(backbone.model.named_parameters())
@@ -165,9 +165,9 @@ def parameters(
 
 
 def materialise(backbone: Backbone, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adapted tensors -> the model's parameters that differ from its own, by their full names.
+    """Adapted tensors -> the adapted parameters of the model, by their full names.
 
-    They keep the precision in which they adapt, float32 for a model in half precision.
+    They have the precision in which they adapt, float32 for a model in half precision.
     """
     whole = {n: t for n, t in params.items() if n.startswith(_PREFIX)}
     factors = [n.removesuffix(".A") for n in params if n.startswith(_LORA) and n.endswith(".A")]
@@ -182,23 +182,23 @@ def materialise(backbone: Backbone, params: Mapping[str, Tensor]) -> dict[str, T
 
 
 _RECOMPUTED = (
-    "the model saves memory by computing activations twice (torch.utils.checkpoint); the second "
-    "time it would do so with the source's parameters, not with the adapted ones: switch that off"
+    "the model saves memory by computing activations twice (torch.utils.checkpoint), but the "
+    "second time it would use the source's parameters, not the adapted ones: switch that off"
 )
 
 
 @contextmanager
 def no_recomputation() -> Iterator[None]:
-    """Refuse models that would silently give the gradient of other parameters.
+    """Refuse models whose gradients would silently be those at other parameters.
 
-    `call` lends a model its parameters for the forward pass; what is computed again during the
-    backward pass finds the model's own.
+    `call` exchanges the model's parameters only during the forward pass; activations that are
+    computed again during the backward pass would use the model's own parameters.
 
     Raises:
-        InputError: on leaving, the model did so.
+        InputError: raised at the end of the block if the model did so.
     """
     with ExitStack() as stack:
-        # A caller's own hooks on saved tensors, say to keep them elsewhere, are no recomputation.
+        # A caller's own hooks on saved tensors, for example to offload them, are no recomputation.
         with suppress(RuntimeError):
             stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTED))
         try:
@@ -241,21 +241,24 @@ def call(
     pooled: bool = False,
     replaced: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """The backbone's logits (B, classes), or pooled features (B, D), at ``params``.
+    """Run the backbone with adapted tensors.
 
     Args:
         backbone: the classifier.
-        params: adapted tensors; names that are no part of the model are passed over.
-        images: (B, C, H, W) in [0, 1].
-        pooled: whether to return the features that the classifier sees.
-        replaced: parameters and buffers to use whatever ``params`` says, by their names in the
-            user's model.
+        params: adapted tensors; those that are no part of the model are ignored.
+        images: images (B, C, H, W) in [0, 1].
+        pooled: whether to return pooled features, the input of the last layer, instead of logits.
+        replaced: parameters and buffers that take precedence over ``params``, by their names in
+            the user's model.
+
+    Returns:
+        logits (B, classes), or pooled features (B, D).
     """
     tensors = materialise(backbone, params)
     tensors |= {_PREFIX + n: t for n, t in (replaced or {}).items()}
     tensors = _in_own_precision(backbone, tensors)
-    # functional_call's own ties would put a module's tensors back wrongly where that module is
-    # registered in several places: it exchanges them twice and restores the first exchange.
+    # Without tie_weights: if a module is registered in several places, functional_call would
+    # exchange its tensors twice, and then restore those of the first exchange.
     tensors |= {
         n: tensors[first]
         for first in backbone.tied
@@ -266,7 +269,7 @@ def call(
 
 
 def _in_own_precision(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by their full names, cast to half precision where the model has it."""
+    """Tensors by their full names, cast to half precision if those of the model have it."""
     named = dict(backbone.named_parameters(remove_duplicate=False)) | dict(
         backbone.named_buffers(remove_duplicate=False)
     )
@@ -278,7 +281,7 @@ def _in_own_precision(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict
 
 
 def moved(params: Mapping[str, Tensor], fn: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Adapted tensors after a move or cast ``fn``; a cast to half precision leaves float32."""
+    """Adapted tensors after a move or cast ``fn``; after a cast to half precision in float32."""
     results = {n: fn(t) for n, t in params.items()}
     return {
         n: t if t.dtype == single_dtype(t.dtype) else params[n].to(t.device, single_dtype(t.dtype))
@@ -287,14 +290,14 @@ def moved(params: Mapping[str, Tensor], fn: Callable[[Tensor], Tensor]) -> dict[
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Tensors -> one vector (n,) of at least single precision, in the mapping's order.
+    """Tensors -> one vector (n,) in the mapping's order, in at least single precision.
 
-    In half precision the rules' squared gradients would underflow or overflow.
+    In half precision the squared gradients of update rules would underflow or overflow.
     """
     return single(torch.cat([t.reshape(-1) for t in tensors.values()]))
 
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One vector (n,) -> views of it, shaped and named as ``like``."""
+    """One vector (n,) -> views of it with the shapes and names of ``like``."""
     parts = vector.split([t.numel() for t in like.values()])
     return {name: part.view_as(t) for (name, t), part in zip(like.items(), parts, strict=True)}

@@ -1,7 +1,7 @@
-"""Update rules: pure pairs of ``init(params) -> state`` and ``step(...) -> (params, state)``.
+"""Update rules: pure functions ``init(params) -> state`` and ``step(...) -> (params, state)``.
 
-A rule sees the adapted parameters as a dict of tensors and returns new ones; nothing is written
-in place, so the caller may drop the result at any moment. A state is a flat dict of tensors.
+A rule gets the adapted parameters as a dict of tensors and returns new ones. Nothing is modified in
+place, so the caller may discard the result. A state is a flat dict of tensors.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class Evaluation(NamedTuple):
     """One forward and backward pass at some parameters.
 
     Attributes:
-        logits: (B, classes), detached.
-        loss: scalar, detached.
-        grads: one tensor per adapted parameter.
-        kept: which samples the loss counts, (B,) bool, where the objective selects.
+        logits: logits (B, classes), detached.
+        loss: the loss, a detached scalar.
+        grads: gradients by the names of the adapted parameters.
+        kept: whether each sample counts in the loss, bool (B,); None if the objective does not
+            select samples.
     """
 
     logits: Tensor
@@ -47,18 +48,18 @@ class Evaluation(NamedTuple):
 
     @property
     def finite(self) -> Tensor:
-        """Whether there is anything to learn from, a bool () on the device."""
-        # The squares too: the rules' second moments hold them.
+        """Whether loss and gradients are finite, a bool tensor () on the device."""
+        # Their squares must be finite too, because the second moments of rules contain them.
         return all_finite(self.loss, flatten(self.grads).square())
 
 
 class Situation(NamedTuple):
-    """What a rule may ask for beyond the gradients it is given.
+    """What a rule can use besides the gradients.
 
     Attributes:
-        evaluate: ``(params, first) -> evaluation``, another pass over the batch at other
-            parameters, for rules with more than one of ``passes``.
-        source: the parameters before anything adapted.
+        evaluate: ``(params, first) -> evaluation``, a further pass over the batch at other
+            parameters, for rules whose ``passes`` is above 1.
+        source: the parameters before adaptation.
     """
 
     evaluate: Callable[[Tensors, Evaluation], Evaluation]
@@ -66,32 +67,32 @@ class Situation(NamedTuple):
 
 
 class UpdateRule(Protocol):
-    """See the module's docstring.
+    """An update rule; see the module's docstring.
 
-    An update whose parameters are not finite is dropped together with its state, which lets a
-    rule decide on the device: a look at a tensor's value (``if``, ``item``) makes an accelerator
-    wait. A rule is called after a first pass that was not finite too, and what it makes of that
-    is dropped.
+    An update with parameters that are not finite is discarded together with its state. A rule can
+    use this to reject an update without reading a tensor's value (``if``, ``item``), for which it
+    would have to wait for the device. A rule is also called if the first pass was not finite, but
+    the result is discarded.
 
     Attributes:
-        passes: how many forward and backward passes over the batch a step needs.
+        passes: number of forward and backward passes over the batch in a step.
     """
 
     passes: ClassVar[int]
 
     def init(self, params: Tensors, /) -> Tensors:
-        """The state before the first step, a flat dict."""
+        """The initial state, a flat dict."""
         ...
 
     def step(
         self, params: Tensors, state: Tensors, first: Evaluation, situation: Situation, /
     ) -> tuple[Tensors, Tensors]:
-        """Parameters, state and the first pass's result -> new parameters and state."""
+        """Parameters, state and the result of the first pass -> new parameters and state."""
         ...
 
 
 def choose(which: Tensor, these: Tensors, those: Tensors) -> Tensors:
-    """``these`` where a bool () on the device holds, else ``those``; nobody waits to know."""
+    """``these`` if a bool tensor () is true, else ``those``, without waiting for the device."""
     return {name: torch.where(which, t, those[name]) for name, t in these.items()}
 
 
@@ -111,7 +112,7 @@ class SGD:
     momentum: float = 0.9
 
     def init(self, params: Tensors) -> Tensors:
-        """The velocity, zero."""
+        """A velocity of zero."""
         return {"velocity": torch.zeros_like(flatten(params))}
 
     def step(
@@ -134,7 +135,7 @@ class Adam:
     eps: float = 1e-8
 
     def init(self, params: Tensors) -> Tensors:
-        """Both moments and the count of steps, zero."""
+        """Both moments and the number of steps, all zero."""
         flat = flatten(params)
         return {
             "m": torch.zeros_like(flat),
@@ -145,7 +146,7 @@ class Adam:
     def step(
         self, params: Tensors, state: Tensors, first: Evaluation, _: Situation
     ) -> tuple[Tensors, Tensors]:
-        """One step along the first moment over the root of the second."""
+        """One step along the first moment, divided by the root of the second."""
         grad = flatten(first.grads)
         t = state["t"] + 1
         m = torch.lerp(state["m"], grad, 1 - self.beta1)
@@ -158,16 +159,16 @@ class Adam:
 
 @dataclass(frozen=True)
 class SharpnessAware:
-    """SAR's rule: the gradient is taken where a step of length ``radius`` uphill leads.
+    """SAR's rule: the gradient is taken after an ascent step of length ``radius``.
 
-    Source: Niu et al., arXiv 2302.12400, algorithm 1. The second pass filters the samples again;
-    when the moving average of the filtered entropy (weight 0.9) falls under ``recovery``, the
-    model has collapsed and everything starts again from the source.
+    Source: Niu et al., arXiv 2302.12400, algorithm 1. The second pass filters the samples again.
+    If the moving average of the filtered entropy (weight 0.9) falls below ``recovery``, the model
+    has collapsed, and parameters and state return to their initial values.
 
     Deviations from the released code:
-    1. A batch in which no sample is reliable moves nothing (there the mean over no samples is not
-       a number, and momentum still moves).
-    2. The moving average starts over with the recovery (there it survives it).
+    1. A batch without reliable samples changes nothing (released: the mean over no samples is NaN,
+       and momentum still moves the parameters).
+    2. Recovery resets the moving average (released: it is kept).
     """
 
     passes: ClassVar[int] = 2
@@ -180,13 +181,13 @@ class SharpnessAware:
     def init(self, params: Tensors) -> Tensors:
         """The velocity and the moving average of the loss."""
         flat = flatten(params)
-        # Not a number stands for an average that has not begun.
+        # NaN stands for an average of nothing so far.
         return {"velocity": torch.zeros_like(flat), "level": flat.new_full((), torch.nan)}
 
     def step(
         self, params: Tensors, state: Tensors, first: Evaluation, situation: Situation
     ) -> tuple[Tensors, Tensors]:
-        """The gradient of a second pass, uphill from here, moves the parameters."""
+        """One step of SGD with the gradient of a second pass, after the ascent."""
         grad = flatten(first.grads)
         direction = grad / (grad.norm() + 1e-12)
         second = situation.evaluate(_move(params, direction, -self.radius), first)
@@ -207,7 +208,7 @@ class SharpnessAware:
 
 @dataclass(frozen=True)
 class GradientMemory:
-    """MGG's learned optimizer as an update rule; ``slow`` are its shared weights."""
+    """MGG's learned optimizer as an update rule; ``slow`` holds its shared weights."""
 
     passes: ClassVar[int] = 1
 
@@ -215,12 +216,12 @@ class GradientMemory:
     slow: Tensors
 
     def init(self, params: Tensors) -> Tensors:
-        """The memory of every scalar at its learned start."""
+        """The learned initial memory of every scalar."""
         return gradient_memory.init_state(self.slow, sum(p.numel() for p in params.values()))
 
     def step(
         self, params: Tensors, state: Tensors, first: Evaluation, _: Situation
     ) -> tuple[Tensors, Tensors]:
-        """One step along what the memory makes of the gradients."""
+        """One step along the update that the memory layer computes from the gradients."""
         update, state = gradient_memory.step(self.slow, state, flatten(first.grads))
         return _move(params, update, self.lr), state

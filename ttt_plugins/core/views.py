@@ -1,9 +1,9 @@
 """Random views of image batches, as batched tensor operations on the images' device.
 
-Two sources of chance. Training draws from a ``torch.Generator``. Methods that adapt to each image
-on its own draw from the image: `image_keys` turns an image and a seed into a number, `uniforms`
-turns that into as many uniform numbers as a view needs. So an image's views do not depend on the
-batch it came in, nor on the device, and no state has to be kept.
+There are two sources of randomness. Training draws from a ``torch.Generator``. Methods that adapt
+to each image separately draw from the image: `image_keys` turns an image and a seed into a number,
+and `uniforms` turns that into the uniform numbers for a view. The views of an image therefore
+depend neither on its batch nor on the device, and no state has to be kept.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _randint(low: int, high: int, shape, images: Tensor, generator: torch.Genera
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Zero-pad each side by ``padding`` pixels and cut the original size at a random place."""
+    """Zero-pad each side by ``padding`` pixels, and crop the original size at a random place."""
     b, _, h, w = images.shape
     padded = F.pad(images, (padding,) * 4)
     top, left = _randint(0, 2 * padding + 1, (2, b), images, generator)
@@ -56,13 +56,13 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
 
 
 def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image left-right with probability one half."""
+    """Mirror each image horizontally with probability one half."""
     flip = _rand((len(images),), images, generator) < 0.5
     return torch.where(flip[:, None, None, None], images.flip(3), images)
 
 
 def _boxes(images: Tensor, height: Tensor, width: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 1, H, W) masks of boxes of the given sizes, centred uniformly, cut at the border."""
+    """Masks (B, 1, H, W) of boxes of the given sizes, at uniform centres, clipped at the border."""
     b, _, h, w = images.shape
     cy, cx = _rand((2, b), images, generator)
     rows = torch.arange(h, device=images.device) + 0.5
@@ -73,7 +73,7 @@ def _boxes(images: Tensor, height: Tensor, width: Tensor, generator: torch.Gener
 
 
 def cutout_(images: Tensor, size: int, fill: Tensor, generator: torch.Generator) -> Tensor:
-    """Overwrite one ``size`` x ``size`` square of each image with ``fill`` (C,).
+    """Overwrite a square of ``size`` pixels in each image with ``fill`` (C,), in place.
 
     Source: DeVries & Taylor, "Cutout", arXiv 1708.04552.
     """
@@ -85,17 +85,17 @@ def cutout_(images: Tensor, size: int, fill: Tensor, generator: torch.Generator)
 def cutmix_(
     images: Tensor, alpha: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Paste a box of another image of the batch into each image.
+    """Paste a box from another image of the batch into each image, in place.
 
-    The kept share is drawn from Beta(alpha, alpha) once a batch and corrected to the area
-    really pasted. Source: Yun et al., "CutMix", arXiv 1905.04899.
+    The share of an image that is kept is drawn from Beta(alpha, alpha) once for the batch, and then
+    computed from the area that was actually pasted. Source: Yun et al., "CutMix", arXiv 1905.04899.
 
     Returns:
-        the mixed images, the partner of each image (B,), and the share (B,) of the image's own
-        label.
+        the mixed images, the index (B,) of each image's partner, and the weight (B,) of each
+        image's own label, in [0, 1].
     """
     b, _, h, w = images.shape
-    # A Beta variate from the generator: the two Gammas of equal shape, one per side.
+    # A Beta variate from the generator, by two Gamma variates of equal shape.
     gammas = torch._standard_gamma(  # pyright: ignore[reportPrivateImportUsage]
         torch.full((2,), alpha, device=generator.device), generator=generator
     )
@@ -107,7 +107,7 @@ def cutmix_(
     return images.copy_(mixed), partner, 1 - mask.float().mean((1, 2, 3))
 
 
-# -- chance from the image -----------------------------------------------------------------
+# -- randomness from the image -------------------------------------------------------------
 
 
 def _scramble(z: Tensor) -> Tensor:
@@ -118,15 +118,15 @@ def _scramble(z: Tensor) -> Tensor:
 
 
 def image_keys(images: Tensor, seed: int) -> Tensor:
-    """(B, C, H, W) -> (B,) int64: a number for each image's bits and the seed."""
-    # In single precision, whatever the images come in, so that a move to another keeps the views.
+    """Images (B, C, H, W) -> int64 keys (B,), a hash of each image's bits and the seed."""
+    # Always in single precision, so that the views do not depend on the type of the images.
     bits = images.float().contiguous().view(torch.int32).flatten(1).long()
     place = torch.arange(1, bits.shape[1] + 1, device=bits.device) * _GAMMA
     return _scramble((_scramble(bits ^ place)).sum(1) + _scramble(torch.tensor(seed)).item())
 
 
 def uniforms(keys: Tensor, shape: tuple[int, ...], salt: int = 0) -> Tensor:
-    """(B,) keys -> (B, *shape) numbers in [0, 1), other ones for every ``salt``."""
+    """Keys (B,) -> uniform numbers (B, *shape) in [0, 1), different for every ``salt``."""
     count = 1
     for size in shape:
         count *= size
@@ -137,15 +137,15 @@ def uniforms(keys: Tensor, shape: tuple[int, ...], salt: int = 0) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, u: Tensor, padding: int) -> Tensor:
-    """K views of each image: zero-pad by ``padding``, cut the original size, maybe mirror.
+    """K views of each image: zero-padded, cropped to the original size, and half of them mirrored.
 
     Args:
-        images: (B, C, H, W).
-        u: (B, K, 3) uniform numbers: row, column, mirror (left-right below one half).
-        padding: pixels on each side.
+        images: images (B, C, H, W).
+        u: uniform numbers (B, K, 3): row, column, mirror (horizontally if below one half).
+        padding: zero padding on each side, in pixels.
 
     Returns:
-        (B, K, C, H, W).
+        views (B, K, C, H, W).
     """
     b, _, h, w = images.shape
     padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
@@ -158,11 +158,11 @@ def crop_and_flip(images: Tensor, u: Tensor, padding: int) -> Tensor:
 
 
 def quarter_turns(images: Tensor, quarters: Tensor) -> Tensor:
-    """Rotate each square image (..., C, S, S) by its number of quarter turns, as ``torch.rot90``.
+    """Rotate each square image by its number of quarter turns, as ``torch.rot90``.
 
     Args:
-        images: (..., C, S, S).
-        quarters: (...) integers in 0..3, counter-clockwise.
+        images: images (..., C, S, S).
+        quarters: numbers of counter-clockwise quarter turns (...), from 0 to 3.
     """
     k = quarters[..., None, None, None]
     turned = torch.where(k % 2 == 1, images.transpose(-1, -2), images)
@@ -172,17 +172,17 @@ def quarter_turns(images: Tensor, quarters: Tensor) -> Tensor:
 
 # -- views of BYOL and MT3 -----------------------------------------------------------------
 
-#: Uniform numbers that `byol_view` takes for a view.
+#: Number of uniform numbers that `byol_view` uses for a view.
 BYOL_NUMBERS = 10
-#: Uniform numbers that `shared_augmentation` takes for a task.
+#: Number of uniform numbers that `shared_augmentation` uses for a task.
 SHARED_NUMBERS = 5
 
 
 def _resampling(start: Tensor, size: Tensor, length: int) -> Tensor:
-    """(..., length, length) matrices that stretch ``size`` pixels from ``start`` to ``length``.
+    """Matrices (..., length, length) that stretch ``size`` pixels from ``start`` on to ``length``.
 
-    Bilinear with half-pixel centres, the edge pixels of the cut repeated: what cutting and
-    ``interpolate(mode="bilinear")`` give.
+    The interpolation is bilinear with half-pixel centres and repeats the edge pixels of the crop,
+    like cropping followed by ``interpolate(mode="bilinear")``.
     """
     place = torch.arange(length, device=start.device, dtype=torch.float32)
     start, size = start[..., None], size[..., None]
@@ -192,50 +192,51 @@ def _resampling(start: Tensor, size: Tensor, length: int) -> Tensor:
 
 
 def resized_crops(images: Tensor, u: Tensor) -> Tensor:
-    """K square crops of each image, resized to the image's size, some upside down.
+    """K square crops of each image, resized to the image's size, half of them upside down.
 
-    The side is an integer from 20/32 to 31/32 of the image's (20 to 31 pixels at 32).
+    The side of a crop is an integer from 20/32 to 31/32 of the image's (20 to 31 pixels at 32).
 
     Args:
-        images: (B, C, S, S).
-        u: (B, K, 4) uniform numbers: side, row, column, upside down (below one half).
+        images: images (B, C, S, S).
+        u: uniform numbers (B, K, 4): side, row, column, upside down (if below one half).
 
     Returns:
-        (B, K, C, S, S).
+        crops (B, K, C, S, S).
     """
     length = images.shape[-1]
     low, high = math.ceil(length * 20 / 32), max(length * 31 // 32, 1)
     size = low + (u[..., 0] * (high - low + 1)).floor()
-    room = length - size + 1
-    rows = _resampling((u[..., 1] * room).floor(), size, length)
+    places = length - size + 1
+    rows = _resampling((u[..., 1] * places).floor(), size, length)
     rows = torch.where(u[..., 3, None, None] < 0.5, rows.flip(-2), rows)
-    cols = _resampling((u[..., 2] * room).floor(), size, length).transpose(-1, -2)
+    cols = _resampling((u[..., 2] * places).floor(), size, length).transpose(-1, -2)
     return rows[:, :, None].to(images) @ images[:, None] @ cols[:, :, None].to(images)
 
 
 def to_grey(images: Tensor) -> Tensor:
-    """RGB (..., 3, H, W) -> luma (..., 1, H, W) with the weights of ITU-R BT.601."""
+    """RGB images (..., 3, H, W) -> luma (..., 1, H, W) with the weights of ITU-R BT.601."""
     red, green, blue = images.unbind(-3)
     return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(-3)
 
 
 def colour_jitter(images: Tensor, u: Tensor) -> Tensor:
-    """Shift brightness, scale contrast and saturation, turn the hue of RGB images.
+    """Change brightness, contrast, saturation and hue of RGB images.
 
-    Ranges: brightness + U(-0.16, 0.16); contrast, about each channel's mean, and saturation times
-    U(0.84, 1.16); hue + U(-0.04, 0.04) of a turn; clipped to [0, 1]. Source: MT3's released code
-    (TensorFlow's image operations), which clips once, at the end; here also before the colours
-    are turned, because hue and saturation are defined there.
+    Brightness is shifted by U(-0.16, 0.16); contrast, about each channel's mean, and saturation are
+    multiplied by U(0.84, 1.16); hue is shifted by U(-0.04, 0.04) of a turn. The result is clipped
+    to [0, 1]. Source: MT3's released code (TensorFlow's image operations), which clips only at the
+    end; here images are also clipped before saturation and hue change, which are defined for
+    colours in [0, 1].
 
     Args:
-        images: (..., 3, H, W) in [0, 1].
-        u: (..., 4) uniform numbers: brightness, contrast, saturation, hue.
+        images: images (..., 3, H, W) in [0, 1].
+        u: uniform numbers (..., 4): brightness, contrast, saturation, hue.
     """
     shift, contrast, saturation, hue = (2 * u - 1)[..., None, None, None].unbind(-4)
     x = images + 0.16 * shift
     mean = x.mean((-1, -2), keepdim=True)
     x = ((x - mean) * (1 + 0.16 * contrast) + mean).clamp(0, 1)
-    # hue, saturation, value
+    # to hue, saturation and value
     value, least = x.amax(-3, keepdim=True), x.amin(-3, keepdim=True)
     spread = value - least
     safe = torch.where(spread > 0, spread, 1)
@@ -244,23 +245,24 @@ def colour_jitter(images: Tensor, u: Tensor) -> Tensor:
     turn = torch.where(red_most, green - blue, torch.where(green_most, 2 + blue - red, 4))
     turn = torch.where(red_most | green_most, turn, 4 + red - green) + 6 * 0.04 * hue
     grey = spread / torch.where(value > 0, value, 1) * (1 + 0.16 * saturation)
-    # and back
+    # back to RGB
     k = (torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1) + turn) % 6
     share = torch.minimum(torch.minimum(k, 4 - k), torch.ones_like(k)).clamp_min(0)
     return (value - value * grey.clamp(0, 1) * share).clamp(0, 1)
 
 
 def byol_view(images: Tensor, u: Tensor) -> Tensor:
-    """K views of each image as MT3 draws them: crop, upside down, colours, grey.
+    """K views of each image as in MT3: cropped, upside down, with changed colours, or grey.
 
-    Colours are jittered with probability 0.8, images turned grey with 0.2; both only for RGB.
+    Colours change with probability 0.8, and images become grey with probability 0.2; both only if
+    the images are RGB.
 
     Args:
-        images: (B, C, S, S) in [0, 1].
-        u: (B, K, `BYOL_NUMBERS`) uniform numbers.
+        images: images (B, C, S, S) in [0, 1].
+        u: uniform numbers (B, K, `BYOL_NUMBERS`).
 
     Returns:
-        (B, K, C, S, S).
+        views (B, K, C, S, S).
     """
     x = resized_crops(images, u[..., :4])
     if images.shape[1] != 3:
@@ -271,15 +273,17 @@ def byol_view(images: Tensor, u: Tensor) -> Tensor:
 
 
 def shared_augmentation(images: Tensor, u: Tensor, noise: Tensor) -> Tensor:
-    """MT3's corruption of a whole task, the same for all of its images.
+    """MT3's batch augmentation of tasks, the same for all images of a task.
 
-    Upside down and mirrored with probability 0.5 each, blurred (3x3, deviation 1) with 0.2,
-    brightness + U(-0.2, 0.2), Gaussian noise of deviation U(0, 0.02), clipped to [0, 1].
+    Images are turned upside down and mirrored, each with probability 0.5, and blurred (3x3,
+    standard deviation of 1 pixel) with probability 0.2. Brightness is shifted by U(-0.2, 0.2), and
+    Gaussian noise with a standard deviation of U(0, 0.02) is added. The result is clipped to
+    [0, 1].
 
     Args:
-        images: (T, N, C, H, W) in [0, 1], T tasks.
-        u: (T, `SHARED_NUMBERS`) uniform numbers.
-        noise: standard normal, of the images' shape.
+        images: images (T, N, C, H, W) in [0, 1] of T tasks.
+        u: uniform numbers (T, `SHARED_NUMBERS`).
+        noise: standard normal numbers of the images' shape.
     """
     down, mirror, blur, shift, deviation = u.view(*u.shape, 1, 1, 1, 1).unbind(1)
     x = torch.where(down < 0.5, images.flip(-2), images)
@@ -289,7 +293,7 @@ def shared_augmentation(images: Tensor, u: Tensor, noise: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor) -> Tensor:
-    """3x3 Gaussian of deviation 1, the border reflected."""
+    """A 3x3 Gaussian blur with a standard deviation of 1 pixel, reflected at the border."""
     weights = torch.exp(-torch.tensor([1.0, 0.0, 1.0]) / 2).to(images)
     weights = weights / weights.sum()
     flat = images.flatten(0, -3)[:, None]
