@@ -1,7 +1,7 @@
 """The package's error types.
 
-Every error names the input, the cause and the remedy. Each subclass is also the built-in a
-caller would think of catching.
+Every message names the input, the cause and the remedy. Each subclass also derives from a suitable
+built-in exception.
 """
 
 __all__ = [
@@ -20,7 +20,7 @@ class TTTError(Exception):
 
 
 class InputError(TTTError, ValueError):
-    """An argument or a batch of images that cannot be used as it is."""
+    """An argument or a batch of images that cannot be used."""
 
 
 class DataError(TTTError, FileNotFoundError):
@@ -35,14 +35,14 @@ class ArtifactError(TTTError, ValueError):
 
 
 class HubError(ArtifactError, OSError):
-    """The Hub refuses, cannot be reached, or sends something else than it promised."""
+    """The Hub refuses, cannot be reached, or sends something other than it announced."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
 
 
 class MissingDependencyError(TTTError, ImportError):
-    """An optional package is needed; the message names the extra that brings it."""
+    """An optional package is missing; the message names the extra that installs it."""
 
 
 class DistributedError(TTTError, RuntimeError):

@@ -1,10 +1,11 @@
-"""What every method promises, as checks that any package can run on its own method.
+"""The contract of every method, as checks that any package can run on its own method.
 
     >>> from ttt_plugins.testing import check_method
     >>> check_method("signsgd")       # or a config object, or your own model
 
-Each law takes ``build``, which makes a new adapter around ``build.model``, always the same one but
-for the fields it is given, and ``images``, ``(n, seed) -> (n, C, H, W)`` in [0, 1].
+Each check, called a law, takes ``build``, which creates an adapter around ``build.model``, always
+the same except for the fields that it is given, and ``images``, which returns images in [0, 1]:
+``(n, seed) -> (n, C, H, W)``.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ _TINY: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_model(kind: str, seed: int = 0) -> nn.Module:
-    """A classifier of (B, 3, 32, 32) images into 10 classes, in eval mode, far from trained.
+    """A small untrained classifier of images (B, 3, 32, 32) into 10 classes, in eval mode.
 
     Args:
-        kind: of its norm layers: ``"batchnorm"``, ``"groupnorm"`` or ``"layernorm"``.
-        seed: of its weights.
+        kind: kind of its norm layers: ``"batchnorm"``, ``"groupnorm"`` or ``"layernorm"``.
+        seed: seed for its weights.
     """
     arch, options = _TINY[kind]
     with torch.random.fork_rng(devices=[]):
@@ -49,7 +50,7 @@ def tiny_model(kind: str, seed: int = 0) -> nn.Module:
         model = timm.create_model(arch, num_classes=10, **options)
         with torch.no_grad():
             for parameter in model.parameters():
-                # Norms start at one and zero, classifiers near zero: nothing a test can see.
+                # Norms start at one and zero and classifiers near zero, which would hide errors.
                 parameter.add_(0.2 * torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
     return model.eval()
 
@@ -64,7 +65,7 @@ def _images(shape: tuple[int, int, int]) -> Images:
 
 
 def stream(net: Adapter, images: Images, seeds, n: int = 6) -> list[Tensor]:
-    """The logits of one batch after the other."""
+    """The logits of one batch after the other, with one seed for each."""
     return [net(images(n, seed)) for seed in seeds]
 
 
@@ -74,7 +75,7 @@ def all_equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 
 
 def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Equal names, types and bits; NaN is equal to itself."""
+    """Whether two states have equal names, types and bits; NaN is equal to itself."""
     return a.keys() == b.keys() and all(
         a[n].dtype == b[n].dtype
         and torch.equal(a[n].isnan(), b[n].isnan())
@@ -84,7 +85,7 @@ def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def it_adapts(build: Build, images: Images) -> None:
-    """Otherwise most laws would hold for free: the state or the predictions move."""
+    """The state or the predictions change; otherwise most laws would hold trivially."""
     net = build()
     fresh = net.adaptation_state()
     del fresh["batches"]
@@ -118,7 +119,7 @@ def train_mode_is_eval_mode(build: Build, images: Images) -> None:
 
 
 def a_batch_of_one_is_a_batch(build: Build, images: Images) -> None:
-    """Single images: finite logits and parameters, no update skipped."""
+    """Single images give finite logits and parameters, and no update is skipped."""
     net = build()
     for seed in range(3):
         logits = net(images(1, seed))
@@ -131,7 +132,7 @@ def a_batch_of_one_is_a_batch(build: Build, images: Images) -> None:
 
 
 def a_rate_of_zero_is_the_plain_model(build: Build, images: Images) -> None:
-    """``lr=0`` predicts what the model does without adaptation, bit for bit."""
+    """With ``lr=0`` the logits are those of the model without adaptation, bit for bit."""
     probe = build()
     if not hasattr(probe.config, "lr"):
         return
@@ -140,7 +141,7 @@ def a_rate_of_zero_is_the_plain_model(build: Build, images: Images) -> None:
         still.append(build(lr=0.0, window=4))
     source = get_method("source")
     for net in still:
-        # On the backbone's statistics; a method that goes image by image rounds as a batch of one.
+        # With the backbone's statistics. A method that adapts image by image rounds as for one.
         plain, alone = (Adapter(probe.backbone, source, source.config()) for _ in range(2))
         for n in (6, 1, 3, 3):
             x, logits = images(n, n), net(images(n, n))
@@ -171,12 +172,12 @@ def _goes_on(build: Build, batches: list[Tensor], stops: Iterable[int], **fields
 
 
 def a_stream_stops_and_goes_on(build: Build, images: Images) -> None:
-    """A saved state, its names in any order, goes on in a new adapter as if unbroken."""
+    """A new adapter continues from a saved state, its names in any order, bit for bit."""
     _goes_on(build, [images(6, seed) for seed in range(5)], (0, 1, 3))
 
 
 def a_saved_adapter_is_the_same(build: Build, images: Images) -> None:
-    """``save_pretrained`` and ``from_pretrained``: config, learned tensors, stream."""
+    """``from_pretrained`` restores config, learned tensors and stream of ``save_pretrained``."""
     net = build()
     expected = stream(net, images, range(3))
     with tempfile.TemporaryDirectory() as work:
@@ -188,7 +189,7 @@ def a_saved_adapter_is_the_same(build: Build, images: Images) -> None:
 
 
 def the_wrapped_model_is_untouched(build: Build, images: Images) -> None:
-    """Weights, buffers, modes, gradients and hooks of the user's model stay as they were."""
+    """Weights, buffers, modes, gradients and hooks of the user's model do not change."""
 
     def looks(model: nn.Module) -> list:
         return [
@@ -212,7 +213,7 @@ def the_wrapped_model_is_untouched(build: Build, images: Images) -> None:
 
 
 def the_seed_decides(build: Build, images: Images) -> None:
-    """The same seed, the same logits; torch's global generator is neither read nor moved."""
+    """The same seed gives the same logits; torch's global generator is not used."""
     expected = stream(build(seed=3), images, range(3))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(99)
@@ -222,7 +223,7 @@ def the_seed_decides(build: Build, images: Images) -> None:
 
 
 def an_error_changes_nothing(build: Build, images: Images) -> None:
-    """After an exception inside the model the stream goes on as if it had not been asked."""
+    """After an exception inside the model the stream continues as if nothing had happened."""
     expected = stream(build(), images, range(3))
     net = build()
     logits = stream(net, images, range(2))
@@ -243,7 +244,7 @@ def an_error_changes_nothing(build: Build, images: Images) -> None:
 
 
 def a_full_window_is_one_update(build: Build, images: Images) -> None:
-    """A batch of at least ``window`` images is one update on it; smaller ones gather until then."""
+    """A batch of at least ``window`` images is one update; smaller ones are collected for one."""
     if not hasattr(build().config, "window"):
         return
     whole = images(8, 0)
@@ -260,20 +261,20 @@ def a_full_window_is_one_update(build: Build, images: Images) -> None:
         for part in whole.split(size):
             assert same_state(_moved(net), fresh), f"batches of {size}: an update before the 8th"
             net(part)
-        # Images join a running estimate batch by batch, which rounds in another order.
+        # A running estimate adds images batch by batch, which rounds differently.
         if net.backbone.statistics.kind != "stream":
             assert same_state(_moved(net), expected), f"batches of {size}: another update"
         assert not any(n.startswith("window.") for n in net.adaptation_state()), size
 
 
 def _moved(net: Adapter) -> dict[str, Tensor]:
-    """What an update changes: parameters and the rule's state."""
+    """The part of a state that an update changes: parameters and the rule's state."""
     state = net.adaptation_state()
     return {n: t for n, t in state.items() if n.startswith(("params.", "rule."))}
 
 
 def smaller_batches_are_predicted_at_once(build: Build, images: Images) -> None:
-    """While a window fills, predictions are those of the parameters as they are."""
+    """Until a window is full, predictions are those of the present parameters."""
     if not hasattr(build().config, "window"):
         return
     net, source = build(window=8), get_method("source")
@@ -291,7 +292,7 @@ def smaller_batches_are_predicted_at_once(build: Build, images: Images) -> None:
 
 
 def a_window_stops_and_goes_on(build: Build, images: Images) -> None:
-    """A stream cut anywhere in a window, saved and resumed, is the unbroken one."""
+    """A stream that is saved and resumed anywhere in a window is the uninterrupted one."""
     if not hasattr(build().config, "window"):
         return
     sizes = (3, 2, 6, 1, 3, 2)
@@ -315,7 +316,7 @@ def the_guard_watches(build: Build, images: Images) -> None:
     assert net.guard_events == []
 
 
-#: All of them, by name.
+#: All laws by name.
 LAWS: dict[str, Callable[[Build, Images], None]] = {
     law.__name__: law
     for law in (
@@ -339,18 +340,18 @@ LAWS: dict[str, Callable[[Build, Images], None]] = {
 
 
 class _Build:
-    """``build(**overrides)`` for the laws; ``model`` is the user's."""
+    """Creates adapters for the laws; ``model`` is the classifier."""
 
     def __init__(self, model: nn.Module, method: Any, options: dict[str, Any]):
         self.model, self.method = model, method
-        # Most laws are about updates on every batch, and their batches are small.
+        # Most laws need an update on every batch, and their batches are small.
         self.options: dict[str, Any] = options
         if hasattr(get_method(method).config, "window"):
             self.options = {"window": 1, **options}
 
     def __call__(self, **overrides: Any) -> Adapter:
         with warnings.catch_warnings():
-            # A bare module does not say how its input is normalised; here nobody minds.
+            # A plain module does not declare its normalisation, which does not matter here.
             warnings.filterwarnings("ignore", ".*does not say how its input")
             return wrap(self.model, self.method, **(self.options | overrides))
 
@@ -363,19 +364,20 @@ def check_method(
     input_size: tuple[int, int, int] = (3, 32, 32),
     **options: Any,
 ) -> list[str]:
-    """Hold a method to everything that methods promise, in about a second a network.
+    """Check that a method keeps all laws, in about a second for each network.
 
     Args:
-        method: a name of `list_methods()` or a config object.
-        model: the classifier; unless given, three small ones, on BatchNorm, GroupNorm, LayerNorm.
-        tensors: what the method learned beforehand, or a function of the model that makes it.
-        input_size: (C, H, W) of the images that ``model`` takes.
-        **options: as for `ttt_plugins.wrap`: fields of the config, seed, mean, std, normalize. A
-            method whose config has a field ``window`` is held to updates on every batch and to
-            those on windows.
+        method: a name from `list_methods()` or a config object.
+        model: the classifier; by default three small ones with BatchNorm, GroupNorm and LayerNorm.
+        tensors: tensors that the method learned beforehand, or a function of the model that
+            returns them.
+        input_size: size (C, H, W) of the images that ``model`` accepts.
+        **options: options as for `ttt_plugins.wrap`: fields of the config, seed, mean, std,
+            normalize. A method whose config has a field ``window`` is checked with updates on every
+            batch and with updates on windows.
 
     Returns:
-        what held, ``"<law> on <network>"``.
+        the laws that hold, each as ``"<law> on <network>"``.
 
     Raises:
         AssertionError: a law is broken; the message names it and the network.

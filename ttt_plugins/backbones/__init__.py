@@ -1,1 +1,1 @@
-"""What a classifier is made of, and the classifier as the methods see it."""
+"""The wrapped classifier, and what the methods need to know about its structure."""

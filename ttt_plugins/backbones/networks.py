@@ -1,6 +1,6 @@
 """Small 32x32 networks of the test-time-training papers, registered with timm.
 
-After ``import ttt_plugins`` they are ordinary timm models::
+After ``import ttt_plugins`` timm can create them::
 
     timm.create_model("ttt_resnet26", num_classes=10, width=16)      # GroupNorm
     timm.create_model("ttt_resnet26_bn", num_classes=10)             # BatchNorm
@@ -37,10 +37,11 @@ MT3_NETWORK: dict[str, Any] = {
 
 
 class PreActUnit(nn.Module):
-    """norm-relu-conv3x3 twice, with a shortcut that has no parameters.
+    """Norm, ReLU and 3x3 convolution, twice, with a shortcut that has no parameters.
 
-    Where the resolution halves, the shortcut is 2x2 average pooling; where channels are
-    added, they are zeros, half of them before the others and half after, or all of them after.
+    If the resolution halves, the shortcut is 2x2 average pooling. If there are more output channels
+    than input channels, the additional ones are zeros: half of them before the others and half
+    after, or all of them after.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class PreActUnit(nn.Module):
     ):
         super().__init__()
         self.norm1 = norm(width_in)
-        # TensorFlow's SAME at stride 2 pads bottom and right only.
+        # TensorFlow's SAME padding at stride 2 pads only bottom and right.
         self.pad_end = pad_end and stride > 1
         self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 0 if self.pad_end else 1, bias=bias)
         self.norm2 = norm(width_out)
@@ -82,19 +83,23 @@ class PreActResNet(nn.Module):
     """Pre-activation ResNet for small images, with timm's feature interface.
 
     Args:
-        depth: 6n + 2 layers, n units in each of the three stages; 26 is both papers' depth.
-        width: channels of the first stage; the next two have 2x and 4x as many.
+        num_classes: number of classes; 0 for no classifier.
+        in_chans: number of channels of the images.
+        depth: number of layers, 6n + 2 for n units in each of the three stages; 26 in both papers.
+        width: number of channels of the first stage; the next two have 2 and 4 times as many.
         norm: ``"group"`` or ``"batch"``.
-        groups: groups of every GroupNorm (TTT: 8 at width 16; MT3: 16 at width 32).
-        norm_eps: epsilon of the norms (PyTorch's default 1e-5; MT3's TensorFlow code: 1e-3).
-        conv_bias: biases in the units' convolutions (MT3: yes).
-        activate_shortcut: the very first unit's shortcut starts after the activation (MT3: yes).
-        hidden: width of a bias-free linear layer with ReLU between pooled features and
-            classifier (MT3: 256), 0 for none. It counts as part of the pooled features.
-        zeros_last: the shortcut's additional channels come after the others (TTT's released code),
-            instead of half before and half after.
-        pad_end: where the resolution halves, pad bottom and right alone, as TensorFlow does (MT3's
-            released weights: yes).
+        groups: number of groups of every GroupNorm (TTT: 8 at width 16; MT3: 16 at width 32).
+        norm_eps: epsilon of the norms (1e-5 by default in PyTorch; 1e-3 in MT3's TensorFlow code).
+        conv_bias: whether the units' convolutions have biases (MT3: yes).
+        activate_shortcut: whether the shortcut of the first unit starts after the activation (MT3:
+            yes).
+        hidden: width of a linear layer without bias, with a ReLU, between pooled features and
+            classifier (256 in MT3); 0 for no such layer. Its outputs are the pooled features.
+        pad_end: whether convolutions that halve the resolution pad only bottom and right, as in
+            TensorFlow (MT3's released weights: yes).
+        zeros_last: whether all additional channels of a shortcut come after the others, as in TTT's
+            released code, instead of half before and half after.
+        global_pool: ``"avg"``, or ``""`` for feature maps instead of logits.
     """
 
     def __init__(
@@ -166,22 +171,22 @@ class PreActResNet(nn.Module):
         return nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
 
     def get_classifier(self) -> nn.Module:
-        """The last layer, as timm calls it."""
+        """The classifier layer; part of timm's interface."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new last layer for so many classes, or none for 0."""
+        """Replace the classifier by a new one for this number of classes, or by none for 0."""
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
         self.head = self._classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, 32, 32) -> (B, 4 * width, 8, 8), after the last norm and ReLU."""
+        """Images (B, 3, 32, 32) -> maps (B, 4 * width, 8, 8) after the last norm and ReLU."""
         return F.relu(self.norm(self.stages(self.stem(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, C, H, W) -> pooled features (B, head_hidden_size) or logits (B, classes)."""
+        """Maps (B, C, H, W) -> pooled features (B, head_hidden_size) or logits (B, classes)."""
         if not self.global_pool:
             return x
         x = self.pre_logits(x.mean((2, 3)))
@@ -200,7 +205,7 @@ _CIFAR10 = {
     "pool_size": None,
     "crop_pct": 1.0,
     "interpolation": "bicubic",
-    # Channel means and deviations of the CIFAR-10 training images.
+    # Means and standard deviations of the channels of the CIFAR-10 training images.
     "mean": (0.4914, 0.4822, 0.4465),
     "std": (0.2470, 0.2435, 0.2616),
 }

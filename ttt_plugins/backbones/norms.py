@@ -1,7 +1,7 @@
-"""A network's norm layers: which there are, which adapt, and whose features are compared.
+"""The norm layers of a network, those that adapt, and those whose features are compared.
 
-Everything here asks a module what it is (its class, its parameters, timm's ``feature_info``);
-nothing asks for a model by name.
+Modules are recognised by their class, their parameters and timm's ``feature_info``, never by the
+name of the model.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = [
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
-#: Norms that take channels first whatever their shape.
+#: Layers whose channels are always the second dimension.
 _CHANNELS_FIRST = (*BATCH_NORMS, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 _CHANNELS_FIRST += _CONVOLUTIONS
-#: Norms whose class says so, whatever their parameters look like.
+#: Classes that are norms whatever the shapes of their parameters.
 _NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 _NORM_NAME = re.compile(r"norm|affine|^(bn|frn|gn|grn|ln|rms)(\dd)?$", re.IGNORECASE)
 
@@ -43,11 +43,11 @@ def _one_axis(tensor: Tensor) -> bool:
 
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Norm-like modules that own affine parameters, by name, in registration order.
+    """Norm layers with affine parameters, by name, in registration order.
 
-    Chosen by what a module is: its class is called a norm (or an affine layer that stands in for
-    one), no module inside it has parameters, and each of its own varies along a single axis
-    (PyTorch's own LayerNorm may normalise over several).
+    A module counts as one if the name of its class says norm (or affine, for a layer that replaces
+    one), no module inside it has parameters, and each of its own parameters varies along one axis;
+    PyTorch's own LayerNorm may normalise over several.
     """
     found = {}
     for name, module in model.named_modules():
@@ -61,9 +61,9 @@ def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def gain_modules(model: nn.Module) -> dict[str, list[str]]:
-    """Convolutions with a gain for each output channel beside weight and bias: which parameters.
+    """Convolutions with gains for their output channels -> names of those parameters.
 
-    The weight-standardised convolutions of NF-nets have them where others have a norm.
+    The weight-standardised convolutions of NF-nets have such gains instead of norms.
     """
     found = {}
     for name, module in model.named_modules():
@@ -82,9 +82,9 @@ def gain_modules(model: nn.Module) -> dict[str, list[str]]:
 
 
 def norm_parameters(model: nn.Module) -> dict[str, list[str]]:
-    """What adapts as ``"norm"``: module name -> full names of its parameters, in order.
+    """The parameters that adapt with ``params="norm"``: module name -> full parameter names.
 
-    The norms' affine parameters; the gains of convolutions in networks without any.
+    These are the affine parameters of norms or, in networks without norms, gains of convolutions.
     """
     own = {
         name: [n for n, p in module._parameters.items() if p is not None]
@@ -94,7 +94,7 @@ def norm_parameters(model: nn.Module) -> dict[str, list[str]]:
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """BatchNorm layers (timm's fused norm-activations too) that carry running statistics."""
+    """BatchNorm layers with running statistics, including timm's fused norm-activations."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -103,7 +103,7 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def fixed_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Other layers with running statistics: frozen BatchNorm, EvoNorm B. They always use those."""
+    """Other layers with running statistics (frozen BatchNorm, EvoNorm B), which always use them."""
     chosen = batch_norms(model)
     return {
         name: module
@@ -113,10 +113,11 @@ def fixed_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def late_norms(model: nn.Module) -> set[str]:
-    """Names of the norms in the last quarter of the stages or blocks, and of all after them.
+    """Names of the norms in the last quarter of the stages or blocks, and of all norms after them.
 
-    For a ViT with 12 blocks these are blocks 9-11 and the final norm, for a ResNet layer4: what
-    SAR leaves out. Models without timm's ``feature_info`` lose the last quarter of their norms.
+    SAR excludes them. For a ViT with 12 blocks they are those of blocks 9 to 11 and the final norm,
+    for a ResNet those of layer4. For a model without timm's ``feature_info`` they are the last
+    quarter of its norms.
     """
     norms = list(norm_parameters(model))
     listed = _listed_stages(model)
@@ -137,15 +138,16 @@ def named_late_norms(model: nn.Module) -> set[str]:
 def tapped_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The layers whose features are compared with the source (MGTTA, arXiv 2412.16901).
 
-    Block transformers: the first norm of every block but the first, and the final norm, as MGTTA
-    has it. Everything else: three norms, a third, two thirds and all of the way through (BatchNorms
-    where there are any, because each carries its source statistics). Reading the features of all
-    would cost a good part of a step, and a step of MGG may cost no more than one of Tent. Networks
-    without norms: three convolutions instead.
+    In block transformers these are the first norm of every block but the first, and the final norm,
+    as in MGTTA. In other networks they are three norms: one third and two thirds of the way through
+    the network, and the last (BatchNorms if there are any, because each stores its source
+    statistics). Reading the features of all norms would take a considerable part of a step, but a
+    step of MGG should cost no more than one of Tent. In networks without norms three convolutions
+    are used.
     """
     layers = batch_norms(model)
     if not layers:
-        # A norm of a single scalar does not say how many channels it sees.
+        # The number of channels of a norm with a single scalar is unknown.
         layers = {n: m for n, m in norm_modules(model).items() if channels(m) > 1}
         starts = [n for n in layers if re.fullmatch(r"(.*\.)?blocks\.\d+\.norm1", n)]
         if len(starts) > 1:
@@ -163,7 +165,7 @@ def tapped_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def channels(module: nn.Module) -> int:
-    """How many channels a norm or convolution puts out."""
+    """Number of output channels of a norm or convolution."""
     for attribute in ("num_features", "num_channels", "out_channels"):
         if isinstance(size := getattr(module, attribute, None), int):
             return size
@@ -173,10 +175,11 @@ def channels(module: nn.Module) -> int:
 
 
 def channel_axis(module: nn.Module, x: Tensor) -> int:
-    """Which axis of a norm's or convolution's output ``x`` holds its channels.
+    """The axis of the channels in the output ``x`` of a norm or convolution.
 
-    Told by the kind of the layer, else by which axis has as many entries as there are channels,
-    else (a map as wide as deep) by what the layer is called: the norms for NCHW maps end in "2d".
+    It follows from the class of the layer, or from the size of the axes. If the second and the last
+    axis both have as many entries as there are channels, it follows from the name of the class:
+    norms for NCHW maps end in "2d".
     """
     if isinstance(module, _CHANNELS_FIRST) or x.ndim == 2:
         return 1

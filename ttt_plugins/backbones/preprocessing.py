@@ -1,4 +1,4 @@
-"""The images a model takes: their size, and what they are normalised with."""
+"""The size of the images that a model accepts, and their normalisation."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .stages import image_size, inner, input_channels
 
 __all__ = ["InputSize", "Preprocessing", "input_size", "preprocessing"]
 
-#: (C, H, W); height and width are None where a model does not say.
+#: (C, H, W); height and width are None if the model does not declare them.
 InputSize = tuple[int, int | None, int | None]
 
 
 class Preprocessing(NamedTuple):
-    """What images in [0, 1] are normalised with, each (C, 1, 1) or (1, 1, 1)."""
+    """Mean and standard deviation of images in [0, 1], each (C, 1, 1) or (1, 1, 1)."""
 
     mean: Tensor
     std: Tensor
 
 
 def input_size(model: nn.Module) -> InputSize:
-    """(C, H, W) of the images that a model was made for."""
+    """Size (C, H, W) of the images that a model was made for."""
     _, network = inner(model)
     if not getattr(network, "pretrained_cfg", None):
         return input_channels(model), *(image_size(network) or (None, None))
@@ -38,22 +38,24 @@ def input_size(model: nn.Module) -> InputSize:
 def preprocessing(
     model: nn.Module, mean: Any, std: Any, normalize: bool, channels: int
 ) -> Preprocessing | None:
-    """What images are normalised with; None where they reach the model as they are.
+    """The normalisation of images, None if the model gets them unchanged.
 
     Args:
-        model: its ``pretrained_cfg`` says what is not given.
-        mean: a number, or one for each channel.
-        std: a number, or one for each channel.
+        model: the model, whose ``pretrained_cfg`` is used for values that are not given.
+        mean: one number, or one for each channel.
+        std: one number, or one for each channel.
         normalize: False for a model that normalises its input itself.
-        channels: how many channels the images have.
+        channels: number of channels of the images.
 
     Raises:
-        InputError: mean, std and normalize contradict each other or hold something other than
-            finite numbers, or std is not positive.
+        InputError: mean, std and normalize contradict each other, mean or std is not finite, or std
+            is not positive.
     """
     if not normalize:
         if mean is not None or std is not None:
-            raise InputError("normalize=False and mean or std given: choose one of the two")
+            raise InputError(
+                "normalize=False and mean or std contradict each other: give one of them"
+            )
         return None
     configured = bool(getattr(model, "pretrained_cfg", None))
     settings = resolve_model_data_config(model) if configured else {}
@@ -63,9 +65,9 @@ def preprocessing(
         raise InputError("mean and std belong together: give both or neither")
     if mean is None:
         warnings.warn(
-            f"{type(model).__name__} does not say how its input is normalised (no timm "
-            "pretrained_cfg): it gets images in [0, 1] unchanged. Pass mean= and std=, or "
-            "normalize=False if it normalises by itself.",
+            f"{type(model).__name__} does not say how its input is normalised (it has no timm "
+            "pretrained_cfg), so it gets images in [0, 1] unchanged. Pass mean= and std=, or "
+            "normalize=False if it normalises them itself.",
             stacklevel=4,
         )
         return None
@@ -77,7 +79,7 @@ def _numbers(name: str, value: Any, channels: int) -> Tensor:
     try:
         numbers = torch.as_tensor(value, dtype=torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} must hold numbers, got {value!r}") from error
+        raise InputError(f"{name} must consist of numbers, got {value!r}") from error
     if len(numbers) not in (1, channels) or not torch.isfinite(numbers).all():
         raise InputError(f"{name} must hold 1 or {channels} numbers, got {numbers}")
     if name == "std" and (numbers <= 0).any():
@@ -86,7 +88,7 @@ def _numbers(name: str, value: Any, channels: int) -> Tensor:
 
 
 def _warn_of_double_normalisation(model: nn.Module) -> None:
-    """Say so once if a module near the top looks like a normalisation of the model's own."""
+    """Warn if a module at the top looks like a normalisation inside the model."""
     for name, module in model.named_modules():
         if name.count(".") > 0:
             continue

@@ -1,4 +1,4 @@
-"""Layers that need special treatment, found by what they are."""
+"""Layers that need special treatment, recognised by their structure and not by model names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["caches", "derived", "prepare", "recurrent"]
 
 
 def prepare(model: nn.Module) -> None:
-    """Switch off, in a structural copy of a model, what cannot be adapted through.
+    """Disable what adaptation does not support in a structural copy of a model.
 
-    Attention layers of timm whose fused kernel gets a mask that depends on the queries (SAM):
-    PyTorch takes another kernel where the mask needs a gradient, which rounds otherwise.
-    Recomputation of activations: it is made for ``backward()`` and refuses gradients that are
-    asked for by name.
+    This disables the fused kernel in attention layers of timm whose mask depends on the queries
+    (SAM): PyTorch uses another kernel if the mask needs a gradient, which rounds differently. It
+    also disables recomputation of activations, which works with ``backward()`` but not with
+    ``torch.autograd.grad``.
     """
     for module in model.modules():
         named = vars(module)
@@ -27,16 +27,16 @@ def prepare(model: nn.Module) -> None:
 
 
 def recurrent(model: nn.Module) -> bool:
-    """Whether it has recurrent layers, which have no batching rule: ``vmap`` cannot run them."""
+    """Whether a model has recurrent layers, which ``vmap`` does not support."""
     return any(isinstance(module, nn.RNNBase) for module in model.modules())
 
 
 def caches(model: nn.Module) -> list[dict]:
-    """Dicts in which modules keep what they computed from parameters in eval mode.
+    """Dicts in which modules cache values computed from parameters in eval mode.
 
-    LeViT and similar networks look up attention biases there, and never renew them. With other
-    parameters that is the wrong value, and inside a function transform (``grad``, ``vmap``) it is
-    no value at all.
+    LeViT and similar networks cache attention biases and never update them. The cached values are
+    wrong for other parameters, and unusable outside the function transform (``grad``, ``vmap``) in
+    which they were computed.
     """
     return [
         value

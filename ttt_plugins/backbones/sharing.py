@@ -1,4 +1,4 @@
-"""A copy of a model that shares every tensor with it."""
+"""Copying the modules of a model while sharing its tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["deep_copy", "leave_inference_mode", "ordinary", "share_structure", "
 
 
 def ordinary(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy if it was created in inference mode: no graph takes those."""
+    """The tensor, or a copy if it was created in inference mode and cannot be part of a graph."""
     if not tensor.is_inference():
         return tensor
     with torch.inference_mode(False):
@@ -41,7 +41,7 @@ def leave_inference_mode(model: nn.Module) -> None:
 
 
 def _hooks(model: nn.Module) -> list[tuple[dict[int, Any], int, object]]:
-    """Forward hooks that are methods: the dict, the key in it, and the method's object."""
+    """Forward hooks: the dict, the key in it, and the object of a method, None for others."""
     return [
         (hooks, key, getattr(hook, "__self__", None))
         for module in model.modules()
@@ -51,15 +51,15 @@ def _hooks(model: nn.Module) -> list[tuple[dict[int, Any], int, object]]:
 
 
 def deep_copy(model: nn.Module, memo: Mapping[int, object]) -> nn.Module:
-    """As ``copy.deepcopy``, but attributes that cannot be copied, such as locks, are shared.
+    """``copy.deepcopy``, except that attributes that cannot be copied, such as locks, are shared.
 
     Args:
-        model: what to copy.
-        memo: what to use instead of a copy, by the id of the original.
+        model: the module to copy.
+        memo: objects to use instead of copies, by the id of the original.
     """
     try:
         return copy.deepcopy(model, dict(memo))
-    except Exception:  # whatever a class raises that is not made to be copied
+    except Exception:  # a class that is not made to be copied may raise anything
         shared = dict(memo)
     torchs = vars(nn.Module())  # parameters, modules and hooks are always copied
     for module in model.modules():
@@ -75,30 +75,30 @@ def deep_copy(model: nn.Module, memo: Mapping[int, object]) -> nn.Module:
 
 
 def share_structure(model: nn.Module, drop: type | None = None) -> nn.Module:
-    """Copy the module objects of ``model`` while sharing the storage of every tensor.
+    """Copy the modules of ``model``, sharing the storage of every tensor.
 
-    Tensors created in inference mode are copied, because adaptation could not differentiate.
+    Tensors created in inference mode are copied, because they cannot be differentiated.
 
     Args:
-        model: the user's, or the one inside an adapter.
-        drop: the class whose methods are left out where they are hooks of a module outside.
+        model: the user's model, or the one inside an adapter.
+        drop: class whose methods are removed from the hooks if their object is not in ``model``.
     """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
-        # A Parameter object of its own: `.to()` rebinds our data, not the user's.
+        # A separate Parameter object, so that `.to()` does not change the user's.
         memo[id(parameter)] = nn.Parameter(ordinary(parameter.detach()), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = ordinary(buffer.detach())
-    # A cache may hold tensors of a graph, which cannot be copied.
+    # A cache may contain tensors of a graph, which cannot be copied.
     memo |= {id(cache): {} for cache in caches(model)}
-    # As may what a hook computes before every forward pass.
+    # As may the tensors that a hook computes before every forward pass.
     memo |= {id(t): ordinary(t.detach()) for _, _, t in derived(model)}
     dropped, inside = object(), set(model.modules())
     for _, _, owner in _hooks(model):
         if drop and isinstance(owner, drop) and owner not in inside:
             memo[id(owner)] = dropped
     copied = deep_copy(model, memo)
-    leave_inference_mode(copied)  # further tensors, which are attributes
+    leave_inference_mode(copied)  # tensors that are plain attributes
     for hooks, key, owner in _hooks(copied):
         if owner is dropped:
             del hooks[key]
@@ -106,9 +106,9 @@ def share_structure(model: nn.Module, drop: type | None = None) -> nn.Module:
 
 
 def tied_parameters(model: nn.Module) -> dict[str, list[str]]:
-    """First name of each tied parameter -> its names in further modules.
+    """First name of each tied parameter -> its names in other modules.
 
-    A module that is registered in several places has its parameters once: those are no ties.
+    Parameters of a module that is registered in several places are not tied.
     """
     first: dict[int, str] = {}
     seen, tied = set(), {}

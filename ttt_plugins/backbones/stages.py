@@ -1,4 +1,4 @@
-"""A network's stages, classifier, pooled features, and where its trunk ends."""
+"""The structure of a network: stages, classifier, pooled features and trunk."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def _sized(module: nn.Module) -> bool:
 
 
 def inner(model: nn.Module) -> tuple[str, nn.Module]:
-    """The timm network inside modules that only wrap it, and its name's prefix.
+    """The timm network inside modules that only wrap it, and the prefix of its names.
 
-    A wrapper has no parameters of its own and one child that has any, such as
-    ``nn.Sequential(normalize, network)``. A model without a timm network inside is returned
-    itself, with the prefix ``""``.
+    A wrapper has no parameters of its own, and exactly one child with parameters, such as
+    ``nn.Sequential(normalize, network)``. If there is no timm network inside, the model itself is
+    returned with the prefix ``""``.
     """
     prefix, level = "", model
     while not hasattr(level, "feature_info") and not hasattr(level, "forward_features"):
@@ -46,10 +46,10 @@ def inner(model: nn.Module) -> tuple[str, nn.Module]:
 
 # -- classifier and pooled features ------------------------------------------------------------
 def image_size(model: nn.Module) -> tuple[int, int] | None:
-    """(H, W) that a network with position embeddings was made for, None if it does not say.
+    """Image size (H, W) of a network with position embeddings, None if it declares none.
 
-    It need not be ``pretrained_cfg``'s: ``timm.create_model(name, img_size=64)``. torchvision's
-    networks have ``image_size``, a side.
+    It may differ from ``pretrained_cfg``: ``timm.create_model(name, img_size=64)``. torchvision's
+    networks declare ``image_size``, the side of a square.
     """
     for module in (model, *model.children()):
         size = getattr(module, "img_size", None) or getattr(module, "image_size", None)
@@ -60,7 +60,7 @@ def image_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Channels of the images a model takes, by its first convolution."""
+    """Number of channels of the images that a model accepts, from its first convolution."""
     for module in model.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d)):
             return module.in_channels
@@ -73,14 +73,14 @@ def _makes_logits(module: nn.Module) -> bool:
 
 
 def classifier_names(model: nn.Module) -> list[str]:
-    """Names of all modules that turn pooled features into logits, in order.
+    """Names of all modules that compute logits from pooled features, in order.
 
-    More than one in distilled models, in CrossViT (one for each branch) and in ensembles. What
-    timm's ``pretrained_cfg`` says, else the last linear layer or 1x1 convolution and, where that
-    sits in one of several networks of an ``nn.ModuleList``, its like in the others.
+    There are several in distilled models, in CrossViT (one for each branch) and in ensembles. They
+    are those of timm's ``pretrained_cfg``, or else the last linear layer or 1x1 convolution and, if
+    that is in one of several networks of an ``nn.ModuleList``, the same layer in the others.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such module.
     """
     modules = dict(model.named_modules())
     prefix, net = inner(model)
@@ -108,7 +108,7 @@ def classifier_names(model: nn.Module) -> list[str]:
 
 
 def feature_width(model: nn.Module) -> int | None:
-    """D of the pooled features, None where the classifier does not tell."""
+    """Width D of the pooled features, None if the classifier does not determine it."""
     size = getattr(model, "head_hidden_size", None)
     if _has_pooling(model) and isinstance(size, int):
         return size
@@ -122,7 +122,7 @@ def feature_width(model: nn.Module) -> int | None:
 
 
 def _has_pooling(model: nn.Module) -> bool:
-    """Whether timm's uniform way to pooled features is there."""
+    """Whether the model has timm's uniform interface for pooled features."""
     head = getattr(model, "forward_head", None)
     return (
         hasattr(model, "forward_features")
@@ -132,15 +132,15 @@ def _has_pooling(model: nn.Module) -> bool:
 
 
 def pooled_features(model: nn.Module, x: Tensor) -> Tensor:
-    """Normalised images (B, C, H, W) -> what the classifier sees, (B, D).
+    """Normalised images (B, C, H, W) -> pooled features (B, D), the input of the classifier.
 
-    Of several classifiers of an ensemble: what they see side by side.
+    If there are several classifiers, their inputs are concatenated.
 
     Raises:
         InputError: the model has no classifier, or does not use it.
     """
     if _has_pooling(model):
-        network: Any = model  # timm's, whose methods torch's stubs do not know
+        network: Any = model  # torch's stubs do not know the methods of timm's models
         return _flat(network.forward_head(network.forward_features(x), pre_logits=True))
     seen: dict[str, Tensor] = {}
     names = classifier_names(model)
@@ -162,13 +162,13 @@ def pooled_features(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _flat(features: Tensor) -> Tensor:
-    """Maps (B, D, H, W) -> their means (B, D); anything else as it is."""
+    """Maps (B, D, H, W) -> their means (B, D); other tensors unchanged."""
     return features.flatten(2).mean(2) if features.ndim == 4 else features
 
 
 # -- stages and the trunk ----------------------------------------------------------------------
 def _listed_stages(model: nn.Module) -> list[str]:
-    """Modules with parameters that timm's ``feature_info`` lists, in order."""
+    """Names of the modules in timm's ``feature_info`` that have parameters, in order."""
     prefix, net = inner(model)
     info = getattr(net, "feature_info", None)
     named = [e.get("module") for e in info] if isinstance(info, list) else []
@@ -179,8 +179,9 @@ def _listed_stages(model: nn.Module) -> list[str]:
 def stages(model: nn.Module) -> list[str]:
     """Names of the stages or blocks, in order, without the classifier.
 
-    Those of timm's ``feature_info`` that have parameters; else the top-level modules that have,
-    looking inside lists of blocks, and inside the only one that is more than a single layer.
+    They are the modules in timm's ``feature_info`` that have parameters, or else the top-level
+    modules that have. Of lists of blocks the members are taken, and if only one module is more than
+    a single layer, the modules inside it.
     """
     listed = _listed_stages(model)
     if len(listed) > 1:
@@ -191,7 +192,7 @@ def stages(model: nn.Module) -> list[str]:
         heads = ()
 
     def parts(prefix: str, module: nn.Module) -> dict[str, nn.Module]:
-        """Children with parameters that are not only the classifier's."""
+        """Children that have parameters other than the classifier's."""
         found = {prefix + n: child for n, child in module.named_children()}
         return {
             n: child
@@ -217,29 +218,29 @@ def stages(model: nn.Module) -> list[str]:
     lists = [n for n, m in nested.items() if is_list(n, m)]
     found = []
     for name, module in nested.items():
-        # Several sequences are stages (a ResNet's layers); a single one is a list of blocks.
+        # Several sequences are stages, such as a ResNet's layers; a single one is a list of blocks.
         opened = name in lists and (isinstance(module, nn.ModuleList) or len(lists) == 1)
         found += parts(f"{name}.", module) if opened else [name]
     return found
 
 
 def trunk(model: nn.Module, split: int | str) -> tuple[list[str], list[str]]:
-    """Names of the parameters before and after a place in the network.
+    """Split the parameters of a network into those of its trunk and those after it.
 
-    Modules are taken to run in the order in which they are registered, which holds for all but a
-    few networks (Twins and CoaT register all patch embeddings first).
+    This assumes that modules run in the order in which they are registered, which is true except
+    for a few networks (Twins and CoaT register all patch embeddings first).
 
     Args:
-        model: the user's, or a wrapper of it.
-        split: how many stages belong to the trunk, counted from the end if negative (``-1``: all
-            but the last); the name of the last module that does; or ``"end"``: everything but
-            the classifier.
+        model: the user's model, or a wrapper of it.
+        split: number of stages in the trunk, counted from the end if negative (``-1`` for all but
+            the last); or the name of the last module of the trunk; or ``"end"`` for everything
+            except the classifier.
 
     Returns:
-        the trunk's parameters, and those between trunk and logits without the classifier's.
+        names of the trunk's parameters, and of those between the trunk and the classifier.
 
     Raises:
-        InputError: there is no such place.
+        InputError: the network cannot be split there.
     """
     heads = tuple(f"{n}." for n in classifier_names(model))
     names = [n for n, _ in model.named_parameters() if not n.startswith(heads)]
@@ -262,23 +263,23 @@ def trunk(model: nn.Module, split: int | str) -> tuple[list[str], list[str]]:
             )
         if isinstance(split, bool) or not isinstance(split, int) or not -count < split < count:
             raise InputError(
-                f"split must be a number of stages from 1 to {count - 1} (negative: from the "
-                f"end), a module's name or 'end', got {split!r}; the stages are {found}"
+                f"split must be a number of stages from 1 to {count - 1} (negative to count from "
+                f"the end), a module's name or 'end', got {split!r}; the stages are {found}"
             )
         if split == 0:
             raise InputError("split=0 leaves no trunk; the smallest is 1")
         last = found[split - 1 if split > 0 else count + split - 1]
-    # What follows the split's last one is rest.
+    # Everything after the last parameter of the trunk belongs to the rest.
     cut = max(i for i, n in enumerate(names) if n.startswith(f"{last}.")) + 1
     return names[:cut], names[cut:]
 
 
 def describe_split(model: nn.Module, split: int | str) -> str:
-    """A line on where the trunk ends and how much lies on either side."""
+    """A line on where the trunk ends, and on the number of parameters on either side."""
     named = dict(model.named_parameters())
     before, after = (sum(named[n].numel() for n in names) for names in trunk(model, split))
     if split == "end":
-        return f"split: the trunk is everything but {', '.join(classifier_names(model))}"
+        return f"split: the trunk is everything except {', '.join(classifier_names(model))}"
     found = stages(model)
     last = found[split - 1] if isinstance(split, int) else split
     return (

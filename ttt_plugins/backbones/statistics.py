@@ -1,4 +1,4 @@
-"""What BatchNorm layers normalise with, and the moments of features that MGG compares."""
+"""The statistics that BatchNorm layers normalise with, and the moments of compared features."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _KINDS = ("source", "batch", "mix", "stream")
 
 @dataclass(frozen=True)
 class NormStatistics:
-    """What the BatchNorm layers of a model normalise with.
+    """The statistics that the BatchNorm layers of a model normalise with.
 
-    It has no effect on models without BatchNorm and on layers whose statistics are frozen. A
-    single image has no batch statistics: with ``"batch"``, and with ``"mix"`` and a prior of 0, it
-    is normalised with the source's.
+    They have no effect on models without BatchNorm, or on layers whose statistics are frozen. A
+    single image has no batch statistics, so with ``"batch"``, and with ``"mix"`` and a prior of 0,
+    it is normalised with the source's.
 
     Attributes:
-        kind: ``"source"`` (the running statistics), ``"batch"``, ``"mix"``, the two averaged
-            (Schneider et al. 2020, arXiv 2006.16971, equation 1), or ``"stream"``, as ``"mix"``
-            with an estimate over the stream in place of the batch (`backbones.stream`).
+        kind: ``"source"`` for the running statistics of training, ``"batch"``, ``"mix"`` for an
+            average of both (Schneider et al. 2020, arXiv 2006.16971, equation 1), or ``"stream"``,
+            which averages the source's with an estimate over the stream (`backbones.stream`).
         prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``,
-            at least 0; a batch counts for as many as it has.
+            at least 0; a batch counts for its number of images.
 
     Raises:
-        InputError: another kind, or a prior that is negative or not a number.
+        InputError: the kind is unknown, or the prior is negative or not a number.
     """
 
     kind: str = "source"
@@ -54,7 +54,7 @@ class NormStatistics:
 
     @classmethod
     def of(cls, config: Any) -> NormStatistics:
-        """The choice in a config's fields ``statistics`` and ``prior``; without them, the source's.
+        """The statistics in a config's ``statistics`` and ``prior``, by default the source's.
 
         Raises:
             InputError: as for the class.
@@ -67,15 +67,15 @@ class NormStatistics:
     def moments(
         self, x: Tensor, mean: Tensor, var: Tensor, images: int
     ) -> tuple[Tensor, Tensor] | None:
-        """Mean and variance (C,) that a layer normalises with; None for the batch's own.
+        """Mean and variance (C,) that a layer normalises with, None for those of its input.
 
-        They are constants to the gradient: a layer then costs what it costs on batch statistics.
+        No gradient flows through them, so that a layer costs no more than with batch statistics.
 
         Args:
-            x: the layer's input, (N, C, ...).
-            mean: the layer's source mean, (C,).
-            var: the layer's source variance, (C,).
-            images: how many images the batch has; a layer may see each of them in several rows.
+            x: input (N, C, ...) of the layer.
+            mean: source mean (C,) of the layer.
+            var: source variance (C,) of the layer.
+            images: number of images in the batch, of which a layer may see several rows each.
         """
         if self.kind == "source" or (images == 1 and (self.kind == "batch" or not self.prior)):
             return mean, var
@@ -105,11 +105,11 @@ class NormStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsFields:
-    """The fields of a config whose method chooses what BatchNorm normalises with.
+    """The fields of a config that choose the statistics that BatchNorm normalises with.
 
     Attributes:
-        statistics: ``"batch"``, ``"source"``, ``"mix"`` or ``"stream"``, as `NormStatistics.kind`.
-        prior: as `NormStatistics.prior`.
+        statistics: ``"batch"``, ``"source"``, ``"mix"`` or ``"stream"``; see `NormStatistics.kind`.
+        prior: number of images that the source statistics count for; see `NormStatistics.prior`.
 
     Raises:
         InputError: as for `NormStatistics`.
@@ -125,17 +125,17 @@ class StatisticsFields:
 
 def _moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (C,) of a layer's input (N, C, ...)."""
-    # Sums of squares exceed float16's range.
+    # Sums of squares exceed the range of float16.
     mean, squares = _mean_and_squares(single(x), (0, *range(2, x.ndim)))
     return mean.to(x.dtype), (squares * (len(mean) / x.numel())).to(x.dtype)
 
 
 def _mean_and_squares(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and summed squared deviations over ``axes``, each as long as what is left.
+    """Mean and sum of squared deviations over ``axes``, both 1-dimensional.
 
-    On CPU ``var_mean`` over (0, 2, 3) takes twenty times what reading the tensor takes. Two plain
-    reads do: sums of values and of squares, a row at a time, put together in double precision,
-    because their difference cancels.
+    On a CPU ``var_mean`` over (0, 2, 3) takes twenty times as long as reading the tensor. Instead
+    the sums of values and of squares are computed row by row and combined in double precision,
+    because of cancellation in their difference.
     """
     count = 1
     for axis in axes:
@@ -151,10 +151,10 @@ def _mean_and_squares(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and variance over ``axes``, as ``torch.var_mean``, at memory speed.
+    """Variance and mean over ``axes``, as ``torch.var_mean``, but limited only by memory speed.
 
-    A step of MGG has to cost what a step of Tent does. The gradient is an affine function of the
-    input, one streaming operation.
+    A step of MGG should cost no more than a step of Tent. The gradient is an affine function of the
+    input.
     """
 
     @staticmethod
@@ -174,18 +174,18 @@ class _Moments(torch.autograd.Function):
         count, free = ctx.counts
         slope = grad_var * (2 / free)
         level = grad_mean / count - slope * mean
-        # In two steps: ``addcmul`` is not vectorised where it broadcasts.
+        # In two steps, because ``addcmul`` is not vectorised if it broadcasts.
         return (x * slope.view(ctx.shape)).add_(level.view(ctx.shape)), None, None
 
 
 class Feature(NamedTuple):
-    """What a compared layer put out, or took in, during a forward pass.
+    """The output, or for BatchNorm the input, of a compared layer in a forward pass.
 
     Attributes:
         values: the tensor.
-        axes: what its moments are taken over: the batch, and positions where it is a map.
-        norm: the BatchNorm whose input it is and whose running statistics are its unit; None
-            elsewhere.
+        axes: axes over which its moments are taken: the batch and, for maps, the positions.
+        norm: the BatchNorm whose input it is, in units of whose running statistics it is measured;
+            None for the output of another layer.
     """
 
     values: Tensor
@@ -193,10 +193,10 @@ class Feature(NamedTuple):
     norm: nn.modules.batchnorm._BatchNorm | None = None
 
     def unit(self, double: bool = False) -> tuple[Tensor, Tensor] | None:
-        """The source's mean (C,) and the reciprocal of its deviation (C,), where there are any.
+        """The source's mean (C,) and reciprocal standard deviation (C,), None if it has none.
 
         Args:
-            double: in double precision, whatever the model's is; otherwise at least single.
+            double: whether to return them in double precision; otherwise in at least single.
         """
         if self.norm is None or self.norm.running_mean is None or self.norm.running_var is None:
             return None
@@ -206,20 +206,21 @@ class Feature(NamedTuple):
 
 
 def feature_statistics(features: Sequence[Feature], correction: int = 1) -> tuple[Tensor, Tensor]:
-    """Concatenated mean and standard deviation (D,) of recorded features.
+    """Concatenated means and standard deviations (D,) of recorded features.
 
-    Over the batch for class tokens, over batch and positions for feature maps. BatchNorm inputs
-    are measured in units of their source deviation, from their source mean.
+    They are taken over the batch for class tokens, and over batch and positions for feature maps.
+    Inputs of BatchNorms are measured relative to their source mean, in units of their source
+    standard deviation.
 
     Args:
-        features: what `Backbone.recording` recorded.
+        features: features recorded by `Backbone.recording`.
         correction: 1 for the unbiased variance, 0 for the mean squared deviation.
     """
     means, deviations = [], []
     for feature in features:
-        # Sums of squares exceed float16's range.
+        # Sums of squares exceed the range of float16.
         var, mean = _Moments.apply(single(feature.values), feature.axes, correction)
-        # The square root's slope is infinite at zero (a dead channel, a batch of one).
+        # The square root has an infinite slope at zero: a dead channel, or a batch of one.
         std = torch.sqrt(var + 1e-12)
         if (unit := feature.unit()) is not None:
             mean, std = (mean - unit[0]) * unit[1], std * unit[1]
@@ -229,7 +230,7 @@ def feature_statistics(features: Sequence[Feature], correction: int = 1) -> tupl
 
 
 def feature_sums(features: Sequence[Feature]) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, sum and sum of squares (D,) in float64, to accumulate statistics over batches."""
+    """Count, sum and sum of squares (D,) of features in float64, to be added up over batches."""
     counts, firsts, seconds = [], [], []
     for feature in features:
         x = feature.values.double()
