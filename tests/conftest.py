@@ -66,6 +66,14 @@ def _randomise(model, seed, confidence):
     return model.eval()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_flushing():
+    """No test cuts the power, and flushing every file took longer than most small runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def images():
     """``images(n, seed=0, dtype=torch.float32)`` -> (n, 3, 32, 32) in [0, 1]."""

@@ -824,6 +824,7 @@ def test_demo_of_per_image_methods():
     nets = build_per_image_adapters()
     assert nets["ttt"].config.steps == 1
     assert nets["mt3"].method == "mt3"
-    sample = load_sample(n=2)
+    whole = load_sample(n=2)
+    sample = Sample(whole.labels, {name: whole.images[name] for name in ("clean", "fog")})
     result = predict_sample(nets, sample, progress=False)
     assert list(result.predictions) == ["ttt's model", "ttt", "mt3's model", "mt3"]

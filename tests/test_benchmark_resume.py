@@ -6,15 +6,15 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import pytest
 import torch
 from benchmark_fakes import FakeAdapter, figures, memory_data, write_parquet
 
 import ttt_plugins as tp
+from ttt_plugins.artifacts.saving import save_with_model
 from ttt_plugins.benchmark import PROTOCOLS, Execution, run_benchmark
 from ttt_plugins.benchmark import jobs as jobs_module
 from ttt_plugins.benchmark.resume import UNFINISHED, Progress
@@ -23,7 +23,6 @@ from ttt_plugins.core.heads import init_byol, init_rotation
 from ttt_plugins.errors import DataError, InputError, MissingDependencyError
 from ttt_plugins.utils import files as files_module
 from ttt_plugins.utils import robustbench as bridge
-from ttt_plugins.utils.locks import FileLock
 
 COUNTS = {("fog", 1): 20, ("fog", 5): 30, ("snow", 1): 20, ("snow", 5): 9}
 FILES = ["b_fake.json", "plot.png", "results.json", "unaggregated_results.csv"]
@@ -333,33 +332,6 @@ def test_two_runs_into_one_folder(tmp_path):
     run(out)  # and afterwards it is free again
 
 
-def test_a_lock_ends_with_its_process(tmp_path):
-    code = (
-        "import os, sys\nfrom pathlib import Path\n"
-        "from ttt_plugins.utils.locks import FileLock\n"
-        "with FileLock(Path(sys.argv[1])) as lock:\n"
-        "    assert lock.take()\n"
-        "    print('held', flush=True)\n    sys.stdin.read()\n"
-    )
-    out = tmp_path / "out"
-    out.mkdir()
-    argv = [sys.executable, "-W", "ignore", "-c", code, str(out)]
-    holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with FileLock(out) as lock:
-            assert not lock.take()
-        with pytest.raises(InputError, match="another run is writing"):
-            run(out)
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdin.close()
-        holder.stdout.close()
-    with FileLock(out) as lock:
-        assert lock.take()
-
-
 @pytest.mark.parametrize("after", [0, 1, 3, 6])
 def test_a_disk_that_fills_up(after, tmp_path, monkeypatch):
     out = tmp_path / "out"
@@ -389,25 +361,26 @@ def test_a_disk_that_fills_up(after, tmp_path, monkeypatch):
         assert again.forwards < sum(COUNTS.values())
 
 
-def test_killed_and_resumed_on_the_command_line(tmp_path, capsys):
+def test_killed_and_resumed_on_the_command_line(tmp_path, make_model, capsys):
+    small = ("ttt_resnet26", {"width": 8, "depth": 8, "groups": 4})
+    model = save_with_model(make_model("groupnorm"), *small, tmp_path / "model")
     folder = tmp_path / "data"
     folder.mkdir()
     write_parquet(folder / "test.parquet", 24, 3)
     _write_npz(folder)
-    argv = ["benchmark", "ttt_resnet26", "--method", "tent", "--data-dir", str(folder)]
-    argv += ["--corruption", "fog", "snow", "--severity", "1", "5", "--batch-size", "6"]
+    argv = ["benchmark", str(model), "--method", "tent", "--data-dir", str(folder)]
+    argv += ["--corruption", "fog", "snow", "--severity", "1", "5", "--batch-size", "4"]
     argv += ["--protocol", "continual", "--seed", "0", "1", "--lr", "0.01", "--threads", "1"]
-    program = [sys.executable, "-W", "ignore", "-m", "ttt_plugins", *argv]
     out = tmp_path / "out"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running = subprocess.Popen([*program, "--out", str(out)], **quiet)
+    running = forked.start(main, [*argv, "--out", str(out)])
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and running.poll() is None:
+    while time.monotonic() < deadline and running.is_alive():
         if len(list(out.glob(f"{UNFINISHED}/method0*/0*.safetensors"))) >= 3:
             break
         time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
+    running.kill()
+    running.join()
+    assert running.exitcode == -signal.SIGKILL
     assert names(out) == [UNFINISHED]
     assert main([*argv, "--out", str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

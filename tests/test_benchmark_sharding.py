@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 
+import forked
 import pytest
 from benchmark_fakes import FakeAdapter, figures, memory_data, write_parquet
+from torch import distributed
 from torch.distributed import HashStore, TCPStore
 
 from ttt_plugins.benchmark import Results, Worker, run_benchmark, worker_from_environment
@@ -61,24 +62,28 @@ def test_a_folder_may_be_shared(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def _hold(folder):
+    with FileLock(folder) as lock:
+        print(lock.take(), flush=True)
+        time.sleep(120)
+
+
 def test_a_lock_ends_with_a_process_that_is_killed(tmp_path):
-    code = (
-        "import sys\nfrom pathlib import Path\n"
-        "from ttt_plugins.utils.locks import FileLock\n"
-        "with FileLock(Path(sys.argv[1])) as lock:\n"
-        "    print(lock.take(), flush=True)\n    sys.stdin.read()\n"
-    )
-    argv = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "lock")]
-    holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with FileLock(tmp_path / "lock") as lock:
+    out, said = tmp_path / "out", tmp_path / "said"
+    out.mkdir()
+    said.touch()
+    holder = forked.start(_hold, out, output=said)
+    with FileLock(out) as lock:
         try:
-            assert holder.stdout.readline() == "True\n"
+            while holder.is_alive() and said.read_text() != "True\n":
+                time.sleep(0.002)
+            assert holder.is_alive()
             assert not lock.take()
+            with pytest.raises(InputError, match="another run is writing"):
+                _run(out)
         finally:
-            holder.send_signal(signal.SIGKILL)
-            holder.wait()
-            holder.stdin.close()
-            holder.stdout.close()
+            holder.kill()
+            holder.join()
         assert lock.take()
 
 
@@ -280,70 +285,55 @@ def test_several_processes_need_a_folder():
         _run(None, workers(2)[0])
 
 
-VICTIM = """
-import os, signal, sys
-from datetime import timedelta
-import torch
-from torch import distributed
-torch.set_num_threads(1)
-from benchmark_fakes import FakeAdapter, memory_data
-from ttt_plugins.benchmark import Worker, run_benchmark
-
-rank, port, out, victim = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-store = distributed.TCPStore(
-    "127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)
-)
-gloo = distributed.PrefixStore("gloo", store)
-distributed.init_process_group("gloo", store=gloo, rank=rank, world_size=2)
-distributed.barrier()
-
 class Mortal(FakeAdapter):
-    seen = 0
+    """One rank kills its process half-way; the others wait for that, so that it gets its share."""
+
+    def __init__(self, store, dies):
+        super().__init__()
+        self.store, self.dies, self.seen = store, dies, 0
+
     def forward(self, images):
         self.seen += 1
-        if rank == victim and self.seen == 6:
-            print("killed", flush=True)
+        if self.dies and self.seen == 6:
             os.kill(os.getpid(), signal.SIGKILL)
-        if rank != victim and self.seen == 1:
-            store.get("go")  # until the victim is dead: it gets its share for certain
+        if not self.dies and self.seen == 1:
+            self.store.get("go")
         return super().forward(images)
 
-counts = eval(sys.argv[5])
-worker = Worker(store, rank, 2)
-results = run_benchmark(
-    Mortal(), memory_data(counts), baseline=FakeAdapter("source", lr=0.0), out=out, worker=worker,
-    batch_size=7, progress=False, model_name="a/b", seed=[0, 3], protocol="reset-per-corruption",
-)
-worker.leave()
-"""
+
+def _work(rank, port, out, victim):
+    patience = timedelta(seconds=60)
+    options = {"is_master": False, "wait_for_workers": False, "timeout": patience}
+    store = TCPStore("127.0.0.1", port, **options)
+    gloo = distributed.PrefixStore("gloo", store)
+    distributed.init_process_group("gloo", store=gloo, rank=rank, world_size=2)
+    distributed.barrier()
+    worker = Worker(store, rank, 2)
+    _run(out, worker, Mortal(store, rank == victim), protocol="reset-per-corruption")
+    worker.leave()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_two_gloo_processes_one_killed_half_way(victim, tmp_path):
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     out = tmp_path / "out"
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    argv = [sys.executable, "-W", "ignore", "-c", VICTIM]
-    rest = [str(server.port), str(out), str(victim), repr(COUNTS)]
     running = [
-        subprocess.Popen([*argv, str(rank), *rest], env=environment, stdout=subprocess.PIPE)
+        forked.start(
+            _work, rank, server.port, out, victim, environment={"GLOO_SOCKET_IFNAME": "lo"}
+        )
         for rank in (0, 1)
     ]
     try:
-        assert running[victim].wait(120) == -signal.SIGKILL
+        running[victim].join(120)
+        assert running[victim].exitcode == -signal.SIGKILL
         assert (out / UNFINISHED / "run.json").exists()
         server.set("go", "yes")
-        assert running[1 - victim].wait(120) == 0
+        running[1 - victim].join(120)
+        assert running[1 - victim].exitcode == 0
     finally:
         for process in running:
             process.kill()
-            process.wait()
-            process.stdout.close()
+            process.join()
     found = Results.from_json((out / "results.json").read_text())
     alone = _run(tmp_path / "alone", protocol="reset-per-corruption")
     assert figures(found) == figures(alone)  # nothing lost, nothing twice

@@ -1,10 +1,12 @@
 """The examples of hosts run as they stand, with the real packages."""
 
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import forked
+import huggingface_hub
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -22,22 +24,29 @@ NEEDS = {
 }
 
 
-def run(name, *arguments, **environment):
-    """Standard output of an example; everything is made, so nothing may touch the network."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
-    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, env=variables
+def _run(name, arguments, path):
+    script = EXAMPLES / f"{name}.py"
+    os.chdir(ROOT)
+    sys.argv, sys.path[:0] = [str(script), *arguments], [str(script.parent), *path]
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def run(name, file, arguments=(), path=()):
+    """What an example prints as a script; everything is made, so nothing may touch the network."""
+    process = forked.start(
+        _run, name, arguments, path, output=file, environment={"HF_HUB_OFFLINE": "1"}
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process.join()
+    assert process.exitcode == 0, file.read_text()
+    return file.read_text()
 
 
 @pytest.mark.parametrize("name", SAYS)
-def test_examples_run(name):
+def test_examples_run(name, tmp_path):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
-    output = run(name)
+    output = run(name, tmp_path / "said")
     for words in SAYS[name]:
         assert words in output
 
@@ -63,12 +72,13 @@ def test_the_online_tta_example_leaves_the_checkout_as_it_is(tmp_path):
         "print(ADAPTATION_REGISTRY.get(cfg.MODEL.ADAPTATION).__name__, cfg.TTT_PLUGINS.FIELDS)\n",
     }
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+        place = tmp_path / "host" / name
+        place.parent.mkdir(exist_ok=True, parents=True)
+        place.write_text(text)
     cfg = ("--cfg", "ttt_plugins/hosts/cfgs/cifar10_c/ttt.yaml")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     options = ("TTT_PLUGINS.FIELDS.mode", "online")
-    output = run("online_tta", str(tmp_path), *cfg, *options, PYTHONPATH=paths)
+    arguments = (str(tmp_path / "host"), *cfg, *options)
+    output = run("online_tta", tmp_path / "said", arguments, [str(ROOT / "tests")])
     assert output.startswith("TTT ")
     assert "mode: online" in output
-    assert {n: (tmp_path / n).read_text() for n in files} == files
+    assert {n: (tmp_path / "host" / n).read_text() for n in files} == files

@@ -1,9 +1,10 @@
 """Adapters under timm's scripts: the loader, the warm-up and the loop of its validate.py."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import timm
@@ -13,7 +14,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 
 import ttt_plugins as tp
 import ttt_plugins.hosts.timm_models  # registers the name ttt_plugins
-from ttt_plugins.hosts.timm_models import TimmModel
+from ttt_plugins.hosts.timm_models import TimmModel, run_script
 
 MGG = "bundled:mgg-resnet26-cifar10"
 
@@ -113,11 +114,6 @@ def test_a_model_without_a_configuration(images):
     assert torch.equal(model(images(2)), net(images(2)))
 
 
-def run(*arguments):
-    command = [sys.executable, "-W", "ignore", "-m", "ttt_plugins.hosts.timm_models", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_a_script_is_run_with_the_name_known(tmp_path):
     """Arguments in validate.py's form, model-kwargs read as it reads them."""
     script = tmp_path / "script.py"
@@ -133,10 +129,17 @@ def test_a_script_is_run_with_the_name_known(tmp_path):
     )
     (tmp_path / "neighbour.py").write_text("")
     kwargs = ("--model-kwargs", f"adapter='{MGG}'", "lr=0.004")
-    done = run(str(script), "--model", "ttt_plugins", *kwargs)
-    assert done.returncode == 0, done.stderr
-    assert "lr=0.004" in done.stdout
-    assert "no script" in run(str(tmp_path / "none.py")).stderr
+
+    def run():
+        sys.argv = ["timm_models", str(script), "--model", "ttt_plugins", *kwargs]
+        runpy.run_module("ttt_plugins.hosts.timm_models", run_name="__main__", alter_sys=True)
+
+    process = forked.start(run, output=tmp_path / "said")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "said").read_text()
+    assert "lr=0.004" in (tmp_path / "said").read_text()
+    with pytest.raises(tp.InputError, match="no script"):
+        run_script([str(tmp_path / "none.py")])
 
 
 def test_the_example(folder, capsys):

@@ -216,9 +216,12 @@ def test_tests_import_no_package_called_tests():
             assert not any(n.split(".")[0] == "tests" for n in names), path.name
 
 
-def test_importing_brings_no_optional_package():
+def test_importing_brings_no_optional_package_and_leaves_ctrl_c_alone():
     code = (
-        "import sys, ttt_plugins, ttt_plugins.cli\n"
+        "import signal, sys\n"
+        "before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)\n"
+        "import ttt_plugins, ttt_plugins.cli\n"
+        "assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))\n"
         "loaded = {m.split('.')[0] for m in sys.modules}\n"
         "print(sorted(loaded & {'robustbench', 'autoattack', 'matplotlib', 'pyarrow', 'pandas',\n"
         "    'torch_ttt'}))"

@@ -239,7 +239,7 @@ def test_one_commit_for_all_files_of_a_revision(artifact, expected, client, hub,
     revisions = {path.split("/")[4] for _, path, _ in hub.requests[start:] if "/resolve/" in path}
     assert revisions <= set(repository.commits)  # never a branch or tag, which could move
     both = client("load", name="tests/revisions@v1", options={"revision": "main"})
-    error_of(both, "two revisions")
+    error_of(both, "two different revisions")
     error_of(client("load", name=str(old), options={"revision": "v1"}), "not on the Hub")
 
 
@@ -466,7 +466,7 @@ def test_no_such_revision(artifact, client, hub):
 
 def test_a_gated_repository(artifact, client, hub):
     hub.add("tests/gated", files_of(artifact("tent")[0]), gated=True)
-    error_of(client("load", name="tests/gated"), "gated", "ask for access")
+    error_of(client("load", name="tests/gated"), "gated", "request access")
 
 
 @pytest.mark.parametrize(
@@ -521,7 +521,10 @@ def test_a_faulty_server(fault, file, artifact, expected, client, hub):
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("forbidden", ["403", "the token has no right"]), ("gone", ["404", "it is not there"])],
+    [
+        ("forbidden", ["403", "the token does not allow this"]),
+        ("gone", ["404", "it does not exist"]),
+    ],
 )
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_a_refused_file_is_not_called_unreachable(fault, words, file, artifact, client, hub):

@@ -2,12 +2,11 @@
 
 import colorsys
 import copy
-import os
-import subprocess
-import sys
-from dataclasses import asdict, replace
+import socket
+from dataclasses import replace
 from functools import partial
 
+import forked
 import pytest
 import timm
 import torch
@@ -458,30 +457,25 @@ def test_resumed_equals_unbroken(data, tmp_path, same_tensors, monkeypatch):
         train_mt3(recipe_of(lr=1.0), data, tmp_path / "b", resume=True, progress=False)
 
 
-_WORKER = """
-import json, sys, torch
-torch.set_num_threads(1)
-import ttt_plugins
-from ttt_plugins.data.images import LabelledImages
-from ttt_plugins.train.mt3 import MT3Recipe, train_mt3
-out, fields = sys.argv[1], json.loads(sys.argv[2])
-saved = torch.load(f"{out}/data.pt", weights_only=True)
-data = LabelledImages(saved["images"], saved["labels"])
-train_mt3(MT3Recipe(**fields), data, f"{out}/two", progress=False)
-"""
-
-
 def test_two_processes_equal_one(data, tmp_path):
-    import json
-
+    """With the variables that torchrun sets; `test_benchmark_sharding` starts torchrun itself."""
     recipe = recipe_of(tasks=3, epochs=1)
     model, head, log = train_mt3(recipe, data, tmp_path / "one", progress=False)
-    torch.save({"images": data.images, "labels": data.labels}, tmp_path / "data.pt")
-    (tmp_path / "worker.py").write_text(_WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += ["2", str(tmp_path / "worker.py"), str(tmp_path), json.dumps(asdict(recipe))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=240)
+
+    def work():
+        train_mt3(recipe, data, tmp_path / "two", progress=False)
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["GLOO_SOCKET_IFNAME"] = "lo"
+    processes = [
+        forked.start(work, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+    ]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
     two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
     for name, tensor in model.state_dict().items():
         assert torch.allclose(two["meta"][f"model.{name}"], tensor, atol=1e-6)

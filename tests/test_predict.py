@@ -3,10 +3,8 @@
 import csv
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 from PIL import Image
@@ -73,27 +71,24 @@ def test_predictions_are_the_adapters(folder, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir() if "predictions" in p.name] == ["predictions.csv"]
 
 
-def test_a_killed_run_resumes_as_if_it_was_unbroken(folder, tmp_path):
+def test_a_killed_run_resumes_as_if_it_was_unbroken(folder, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole.csv", tmp_path / "broken.csv"
     assert main(arguments(folder, whole)) == 0
-    code = (
-        "import os, signal, sys\n"
-        "from ttt_plugins.cli import predict\n"
-        "from ttt_plugins.cli.main import main\n"
-        "write, done = predict._write_rows, []\n"
-        "def dies(*args):\n"
-        "    write(*args)\n"
-        "    done.append(1)\n"
-        "    predict._CHECKPOINT_SECONDS = 0 if len(done) == 3 else 1e9\n"
-        "    if len(done) == 5:\n"
-        "        args[0].flush()\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "predict._write_rows = dies\n"
-        f"main({arguments(folder, broken)!r})\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(tp.__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment)
-    assert done.returncode == -signal.SIGKILL
+    write, written = predict._write_rows, []
+
+    def dies(*args):
+        write(*args)
+        written.append(1)
+        predict._CHECKPOINT_SECONDS = 0 if len(written) == 3 else 1e9
+        if len(written) == 5:
+            args[0].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "_write_rows", dies)
+        process = forked.start(main, arguments(folder, broken))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not broken.exists()
     part = broken.with_name("broken.csv.part")
     assert len(part.read_text().splitlines()) == 1 + 5 * 4  # two batches beyond the checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,29 @@ else:
 """
 
 
+#: A process that has imported nothing but ttt_plugins, and runs each code in a copy of itself.
+SERVER = """
+import json, os, sys, traceback
+import ttt_plugins
+for line in sys.stdin:
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        os.dup2(write, 1)
+        try:
+            exec(json.loads(line), {})
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+            sys.stdout.flush()
+            os._exit(1)
+    os.close(write)
+    with open(read) as stream:
+        said = stream.read()
+    print(json.dumps([os.waitpid(child, 0)[1], said]), flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
 def run():
     """``run(code)``: its output in a fresh process."""
@@ -28,19 +52,19 @@ def run():
         bridge.import_robustbench()
     except MissingDependencyError as error:
         pytest.skip(str(error))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-W", "ignore", "-c", SERVER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as server:
 
-    def run(code):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        def ask(code):
+            print(json.dumps(code), file=server.stdin, flush=True)
+            status, said = json.loads(server.stdout.readline())
+            assert status == 0, said
+            return said
 
-    return run
+        yield ask
+        server.stdin.close()
 
 
 def test_a_failed_import_spoils_nothing(run):

@@ -64,8 +64,9 @@ def test_a_killed_save_leaves_an_artifact_and_the_next_one_tidies(
     way, make_net, make_model, tmp_path
 ):
     folder = make_net("mgg", make_model("groupnorm")).save_pretrained(tmp_path / "net")
-    end, last, kills = time.monotonic() + 8, -1, 0
-    while kills < 20 or time.monotonic() < end:
+    end, last, kills = time.monotonic() + 60, -1, 0
+    while kills < 40 or last < 0:
+        assert time.monotonic() < end
         saver = start_saver(folder, last + 1, 1, way)
         time.sleep(0.02 + 0.0017 * (kills % 40))
         saver.kill()
@@ -74,7 +75,6 @@ def test_a_killed_save_leaves_an_artifact_and_the_next_one_tidies(
         artifact = read_artifact(folder)  # the reader restores what two renames left apart
         if "training" in artifact.config:
             last = number_of(folder)
-    assert last >= 0
     make_net("mgg", make_model("groupnorm")).save_pretrained(folder)
     assert neighbours(folder) == []
 
@@ -118,7 +118,7 @@ def test_a_save_killed_between_its_renames_is_restored(
 def test_two_savers_and_a_reader(way, make_net, make_model, tmp_path):
     folder = tmp_path / "net"
     savers = [start_saver(folder, start, 2, way) for start in (0, 1)]
-    end, seen = time.monotonic() + 5, set()
+    end, seen = time.monotonic() + 1, set()
     try:
         while time.monotonic() < end or len(seen) < 4:
             assert time.monotonic() < end + 60
