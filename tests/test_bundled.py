@@ -104,3 +104,11 @@ def test_a_field_of_a_bundled_artifact_can_be_changed(images):
 def test_an_unknown_bundled_name_lists_the_real_ones():
     with pytest.raises(tp.ArtifactError, match="source-resnet26-cifar10"):
         tp.from_pretrained("bundled:nothing")
+
+
+def test_a_bundled_optimizer_keeps_the_statistics_of_its_own_network(make_model):
+    own = tp.wrap("bundled:source-resnet26-cifar10", "mgg")
+    assert "source.mean" in own.learned_tensors()
+    other = tp.wrap(make_model("groupnorm"), "mgg")
+    assert "source.mean" not in other.learned_tensors()
+    assert "has no effect" in other.describe()

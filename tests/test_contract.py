@@ -540,7 +540,7 @@ def test_normalised_images_are_checked_as_pixels(make_model, make_net, images):
     net(normalised(model, images(4)))
     with pytest.raises(tp.InputError, match="must lie in"):
         net(normalised(model, 2 * images(4)))
-    with pytest.raises(tp.InputError, match="knows neither"):
+    with pytest.raises(tp.InputError, match="has no mean and std"):
         tp.wrap(model, "tent", normalize=False, normalized_input=True)
     with pytest.raises(tp.InputError, match="normalized_input must be"):
         tp.wrap(model, "tent", normalized_input="yes")

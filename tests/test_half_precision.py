@@ -169,3 +169,29 @@ def test_what_was_learned_is_not_rounded(dtype, make_net, make_model, images, sa
     assert not torch.equal(fitted, fitted.to(dtype).float())
     net(images(4, 0, dtype))
     assert net.skipped_updates == 0
+
+
+@pytest.mark.parametrize("method", ["tent", "sar", "mgg"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_adapts_without_breaking(make_model, method, dtype, images):
+    net = tp.wrap(make_model("groupnorm").to(dtype), method, window=1)
+    for seed in range(3):
+        assert torch.isfinite(net(images(4, seed=seed))).all()
+    assert net.skipped_updates == 0
+    params = [t for n, t in net.adaptation_state().items() if n.startswith("params.")]
+    assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in params)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", ["tent", "sar", "mgg"])
+def test_another_precision_in_the_middle_of_a_stream(method, dtype, make_model, images):
+    net = tp.wrap(make_model("batchnorm"), method, window=1)
+    net(images(4))
+    net.to(dtype)
+    assert torch.isfinite(net(images(4, 1).to(dtype))).all()
+    assert net.batches == 2
+    assert net.skipped_updates == 0
+    fresh = tp.wrap(make_model("batchnorm").to(dtype), method, window=1)
+    fresh(images(4).to(dtype))
+    kinds = [{k: t.dtype for k, t in n.adaptation_state().items()} for n in (net, fresh)]
+    assert kinds[0] == kinds[1]

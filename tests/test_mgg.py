@@ -702,3 +702,29 @@ def test_hand_made_rules_on_the_same_objective(rule, make_model, images):
     still(images(8))
     same = {"statistics": net.config.statistics, "prior": net.config.prior}
     assert torch.equal(still(images(8)), tp.wrap(model, "source", **same)(images(8)))
+
+
+def test_mixed_statistics_do_not_hide_the_shift_from_mgg(make_model, images):
+    model = make_model("batchnorm")
+    x = images(8)
+    found = []
+    for kind in ({"statistics": "batch"}, {"statistics": "mix", "prior": 0.0}):
+        net = tp.wrap(model, "mgg", **kind)
+        with torch.no_grad(), net.backbone.recording() as record:
+            net.backbone(x)
+        found.append(feature_statistics(record))
+    for batch, mix in zip(*found, strict=True):
+        assert torch.allclose(batch, mix, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("loader", [None, 3, [{"image": torch.zeros(4, 3, 32, 32)}], [()]])
+def test_loaders_of_clean_images(loader, make_model):
+    net = tp.wrap(make_model("groupnorm"), "mgg")
+    with pytest.raises(tp.InputError, match="loader"):
+        net.fit_source_statistics(loader)
+
+
+def test_clean_images_in_a_folder_that_is_not_there(make_model):
+    net = tp.wrap(make_model("groupnorm"), "mgg")
+    with pytest.raises(tp.DataError, match="abc: no such file or folder"):
+        net.fit_source_statistics("abc")

@@ -17,6 +17,7 @@ import torch
 import ttt_plugins as tp
 from ttt_plugins.artifacts.card import refresh
 from ttt_plugins.artifacts.folder import Artifact, read_artifact, write_artifact
+from ttt_plugins.core.gradient_memory import init_slow
 from ttt_plugins.utils import files
 
 ROOT = Path(__file__).parent.parent
@@ -223,3 +224,36 @@ def test_a_reader_that_never_finds_rest_says_so(make_net, make_model, tmp_path, 
     monkeypatch.setattr(files, "_is_at", lambda handle, folder: False)
     with pytest.raises(tp.ArtifactError, match="was replaced during every one"):
         read_artifact(folder)
+
+
+def test_a_foreign_folder_with_a_config_json_is_not_replaced(make_model, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "precious.bin").write_text("keep me")
+    with pytest.raises(tp.ArtifactError, match="not an artifact"):
+        tp.wrap(make_model("groupnorm"), "tent").save_pretrained(tmp_path)
+    assert (tmp_path / "precious.bin").read_text() == "keep me"
+
+
+def test_a_file_in_the_way_of_a_save(make_model, tmp_path):
+    (tmp_path / "here").write_text("a file")
+    with pytest.raises(tp.ArtifactError, match="not an artifact"):
+        tp.wrap(make_model("groupnorm"), "tent").save_pretrained(tmp_path / "here")
+
+
+def test_what_is_saved_beside_an_adapter(make_model, tmp_path):
+    net = tp.wrap(make_model("groupnorm"), "tent")
+    for records in ({"training": {"a": torch.ones(1)}}, {"training": 3}, {"card": 3}):
+        with pytest.raises(tp.ArtifactError, match="JSON"):
+            net.save_pretrained(tmp_path / "net", **records)
+    generator = torch.Generator().manual_seed(0)
+    broken = tp.wrap(
+        make_model("groupnorm"),
+        "mgg",
+        tensors={f"memory.{n}": t for n, t in init_slow(generator).items()},
+    )
+    broken._tensors["memory.W1"].fill_(torch.nan)
+    with pytest.raises(tp.ArtifactError, match="not finite"):
+        broken.save_pretrained(tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+    with pytest.raises(tp.InputError, match="org/name"):
+        net.push_to_hub(None)

@@ -748,3 +748,11 @@ def test_views_draw_from_their_generator_alone():
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "field", ["epochs", "sequences", "length", "batch_size", "truncation", "validate_every"]
+)
+def test_a_recipe_of_nothing_is_refused(field):
+    with pytest.raises(tp.InputError, match=field):
+        meta.MGGRecipe(**{field: 0})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -743,3 +744,26 @@ def test_only_plain_files_are_published(file, kind, make_model, tmp_path):
             tp.ArtifactError, match=f"{file} is (a link|one of several|not a plain)"
         ):
             place(folder, "somebody/name")
+
+
+class _Payload:
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return (open, (self.marker, "w"))
+
+
+def test_model_args_cannot_make_timm_unpickle_a_file(make_model, tmp_path):
+    model = make_model("groupnorm")
+    args = {"width": 8, "depth": 8, "groups": 4}
+    folder = save_with_model(model, "ttt_resnet26", args, tmp_path / "source-x")
+    assert tp.wrap(str(folder), "source").num_classes == 10
+    evil, marker = tmp_path / "evil.pth", tmp_path / "marker"
+    evil.write_bytes(pickle.dumps(_Payload(marker)))
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"] = args | {"checkpoint_path": str(evil)}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(tp.ArtifactError):
+        tp.from_pretrained(folder)
+    assert not marker.exists()
