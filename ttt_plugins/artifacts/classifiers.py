@@ -36,9 +36,7 @@ from .tensor_files import TensorInfo, described, fingerprint, read_tensors, tens
 
 __all__ = ["carried_model", "check_fingerprint", "described_model", "load_model", "refuse_random"]
 
-#: What an artifact must record to find the same weights again.
 Origin = dict[str, Any]
-
 #: Names that timm's own loaders give to the weights in a repository, in the order they try them.
 _TIMM_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 
