@@ -369,8 +369,7 @@ def check_method(
     Args:
         method: a name from `list_methods()` or a config object.
         model: the classifier; by default three small ones with BatchNorm, GroupNorm and LayerNorm.
-        tensors: tensors that the method learned beforehand, or a function of the model that
-            returns them.
+        tensors: learned tensors by name, or a function of the model that returns them.
         input_size: size (C, H, W) of the images that ``model`` accepts.
         **options: options as for `ttt_plugins.wrap`: fields of the config, seed, mean, std,
             normalize. A method whose config has a field ``window`` is checked with updates on every

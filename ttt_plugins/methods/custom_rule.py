@@ -29,7 +29,8 @@ def register_update_rule(
         config: frozen dataclass of the rule's settings, each with a default. If it has fields
             ``params``, ``statistics``, ``prior``, ``window``, ``guard`` or ``pull``, as one that
             inherits from `ttt_plugins.core.window.OnlineFields` does, they mean the same as in
-            `Tent`. Without ``window`` there is an update on every batch, without ``guard`` no guard.
+            `Tent`. Without ``window`` there is an update on every batch, without ``guard`` none is
+            checked.
         make: ``config -> rule``, a pair of pure functions as in `ttt_plugins.core.updates`.
         citation: reference of the rule's paper.
 
