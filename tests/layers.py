@@ -24,4 +24,6 @@ FORBIDDEN = {
 }
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 70
-MOST_FILES_IN_BENCHMARK = 13
+#: Fourteen: `field.py` makes many runs of what twelve others measure in one, and `field_report.py`
+#: sets them side by side.
+MOST_FILES_IN_BENCHMARK = 14

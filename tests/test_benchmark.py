@@ -185,12 +185,17 @@ def test_mixed_stream_agrees_with_a_plain_loop():
 
 def test_every_protocol_meets_every_image_once():
     counts = {("fog", 1): 5, ("snow", 2): 3}
-    data = memory_data(counts)
-    for protocol in PROTOCOLS:
+    data = memory_data(counts, clean=4)
+    for protocol, facts in PROTOCOLS.items():
         met = []
         for stretch in plan(protocol, data, 0):
             met += [(stretch.cells[part], row) for part, row in stretch.rows.tolist()]
-        assert sorted(met) == sorted((cell, row) for cell, n in counts.items() for row in range(n))
+        wanted = [(cell, row) for cell, n in counts.items() for row in range(n)]
+        # The clean images surround each cell.
+        wanted += [(("clean", 0), row) for row in range(4)] * (2 * facts.with_clean)
+        assert sorted(met) == sorted(wanted)
+    with pytest.raises(InputError, match="needs clean images"):
+        plan("clean-corrupt-clean", memory_data(counts), 0)
     with pytest.raises(InputError, match="continual"):
         plan("backwards", data, 0)
 
@@ -289,6 +294,13 @@ def test_extra_corruptions_are_the_last_training_rows(compact_folder):
     assert torch.equal(load_stream(compact_folder, "spatter").labels, train.labels[-12:])
     part = load_stream(compact_folder, "spatter", n_examples=5)
     assert torch.equal(part.labels, train.labels[-12:-7])
+    # The clean images of extra corruptions alone are those that they are made from.
+    data = open_dataset("cifar10", compact_folder, corruptions=["spatter"], n_examples=5)
+    assert torch.equal(data.clean().images, train.images[-12:-7])
+    assert data.from_clean
+    both = open_dataset("cifar10", compact_folder, corruptions=["spatter", "snow"], n_examples=5)
+    assert not torch.equal(both.clean().images, train.images[-12:-7])
+    assert not both.from_clean
 
 
 def test_imagenet_goes_the_same_way(robustbench, tmp_path):

@@ -66,7 +66,8 @@ def names(out):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("after", [0, 1, 4, 9, 12])
 def test_a_stopped_run_ends_with_the_figures_of_an_unbroken_one(protocol, after, tmp_path):
-    options = {"protocol": protocol, "seed": [0, 3]}
+    clean = 10 if PROTOCOLS[protocol].with_clean else 0
+    options = {"protocol": protocol, "seed": [0, 3], "data": memory_data(COUNTS, clean)}
     unbroken = run(tmp_path / "unbroken", **options)
     with pytest.raises(Stopped):
         run(tmp_path / "out", Stopping(after), **options)

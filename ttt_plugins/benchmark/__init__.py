@@ -12,6 +12,8 @@ from .cells import Cell, CorruptionData
 from .comparison import compare, comparison_table
 from .device import Execution
 from .evaluate import evaluate_cell
+from .field import FIELD, FieldStream, run_field
+from .field_report import FieldResults
 from .folders import load_stream, open_dataset
 from .protocols import PROTOCOLS
 from .results import CellRecord, MethodRecord, Results
@@ -21,11 +23,14 @@ __all__ = [
     "CORRUPTIONS",
     "DATASETS",
     "EXTRA_CORRUPTIONS",
+    "FIELD",
     "PROTOCOLS",
     "Cell",
     "CellRecord",
     "CorruptionData",
     "Execution",
+    "FieldResults",
+    "FieldStream",
     "MethodRecord",
     "Results",
     "Worker",
@@ -35,5 +40,6 @@ __all__ = [
     "load_stream",
     "open_dataset",
     "run_benchmark",
+    "run_field",
     "worker_from_environment",
 ]

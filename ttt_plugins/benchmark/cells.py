@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..data.datasets import PICTURES
+from ..data.fresh import corrupt_rows, flip_and_crop
 from ..data.images import LabelledImages
+from ..data.labelled import LabelledPictures
+from ..errors import InputError
 
-__all__ = ["Cell", "CorruptionData"]
+__all__ = ["CLEAN", "Cell", "CorruptionData"]
 
 #: (corruption, severity)
 Cell = tuple[str, int]
+#: Memory for the images that are read at once, if they are read by rows.
+_PIECE_BYTES = 256 << 20
+#: The uncorrupted images as a cell of a stream.
+CLEAN: Cell = ("clean", 0)
 
 
 @dataclass(frozen=True)
@@ -21,13 +31,21 @@ class CorruptionData:
     """The checked cells of a data folder.
 
     Attributes:
-        dataset: a key of `DATASETS`.
+        dataset: a key of `DATASETS`, or `PICTURES`.
         layout: ``"robustbench"``, ``"compact"``, or a caller's name for its own arrays.
         counts: number of images in each cell, in the order in which the cells are evaluated.
         load: reads one cell, with uint8 images (N, 3, H, W).
         read_labels: reads only the labels (N,) of one cell; by default through ``load``.
         clean: reads the uncorrupted test images; None if the folder has none.
         note: remark on the images that must accompany published figures, or None.
+        from_clean: whether row i of every cell is row i of the clean images, corrupted by a
+            function of `ttt_plugins.data.corruptions`.
+        device: device on which images are corrupted.
+        load_rows: reads some rows (N,) of one cell, in their order, for cells that are not to be in
+            memory as a whole; it also reads `CLEAN` if there is a ``clean_count``.
+        clean_count: number of clean images that ``load_rows`` reads; None if they are read by
+            ``clean``, or if there are none.
+        piece: largest number of images to read at once by ``load_rows``.
     """
 
     dataset: str
@@ -37,10 +55,192 @@ class CorruptionData:
     clean: Callable[[], LabelledImages] | None = field(default=None, repr=False)
     note: str | None = None
     read_labels: Callable[[Cell], Tensor] | None = field(default=None, repr=False)
+    from_clean: bool = False
+    device: str = "cpu"
+    load_rows: Callable[[Cell, Tensor], LabelledImages] | None = field(default=None, repr=False)
+    clean_count: int | None = None
+    piece: int | None = None
 
     def labels(self, cell: Cell) -> Tensor:
         """The labels (N,) of one cell, int64."""
         return self.load(cell).labels if self.read_labels is None else self.read_labels(cell)
+
+    def read(self, cell: Cell, rows: Tensor | None = None) -> LabelledImages:
+        """Read one cell, or some of its rows (N,), in their order."""
+        if rows is None or self.load_rows is None:
+            whole = self.load(cell)
+            return whole if rows is None else whole[rows]
+        return self.load_rows(cell, rows)
+
+    def with_clean(self) -> CorruptionData:
+        """The same cells and the clean images as the cell `CLEAN`, after them.
+
+        Raises:
+            InputError: there are no clean images.
+        """
+        if CLEAN in self.counts:
+            return self
+        if self.clean_count is not None:
+            return replace(self, counts={**self.counts, CLEAN: self.clean_count})
+        if self.clean is None:
+            raise InputError("this protocol needs clean images, and the data has none")
+        clean = functools.cache(self.clean)
+
+        def load(cell: Cell) -> LabelledImages:
+            return clean() if cell == CLEAN else self.load(cell)
+
+        def labels(cell: Cell) -> Tensor:
+            return clean().labels if cell == CLEAN else self.labels(cell)
+
+        counts = {**self.counts, CLEAN: len(clean())}
+        return replace(self, counts=counts, load=load, read_labels=labels, clean=clean)
+
+    # -- other streams of the same images --------------------------------------------------
+
+    @property
+    def total(self) -> int:
+        """Number of images of all cells."""
+        return sum(self.counts.values())
+
+    @property
+    def highest(self) -> list[Cell]:
+        """Each corruption at its highest severity."""
+        severities: dict[str, int] = {}
+        for name, severity in self.counts:
+            if (name, severity) != CLEAN:
+                severities[name] = max(severity, severities.get(name, 0))
+        return list(severities.items())
+
+    def view(
+        self,
+        cells: Iterable[Cell],
+        base: Callable[[Cell], Cell] = lambda cell: cell,
+        read: Callable[[Cell, Tensor | None], LabelledImages] | None = None,
+    ) -> CorruptionData:
+        """Some of the cells, or others that ``read`` makes from the cells that ``base`` names."""
+        read = read or self.read
+        return replace(
+            self,
+            counts={cell: self.counts[base(cell)] for cell in cells},
+            load=read,
+            load_rows=None if self.load_rows is None else read,
+            read_labels=lambda cell: self.labels(base(cell)),
+            clean=None,
+            clean_count=None,
+        )
+
+    def _corrupted(self, cell: Cell, rows: Tensor | None, repeat: int = 0) -> LabelledImages:
+        """A cell, or rows of it, computed from the clean images with the noise of a number."""
+        clean = self.read(CLEAN, rows)
+        rows = torch.arange(len(clean)) if rows is None else rows
+        images = corrupt_rows(clean.images, rows, *cell, repeat=repeat, device=self.device)
+        return LabelledImages(images, clean.labels)
+
+    def corrupted(self, cells: Iterable[Cell]) -> CorruptionData:
+        """These cells, computed from the cell `CLEAN`, which remains for streams that need it."""
+
+        def read(cell: Cell, rows: Tensor | None = None) -> LabelledImages:
+            return self.read(CLEAN, rows) if cell == CLEAN else self._corrupted(cell, rows)
+
+        view = self.view(cells, lambda _: CLEAN, read)
+        return replace(view, from_clean=True, clean_count=self.counts[CLEAN])
+
+    def with_all_severities(self) -> CorruptionData | None:
+        """The corruptions at all severities, computed from the clean images if one is stored.
+
+        None if only one severity is stored and others cannot be computed.
+        """
+        stored = [cell for cell in self.counts if cell != CLEAN]
+        if len({severity for _, severity in stored}) > 1:
+            return self.view(stored)
+        if not self.from_clean or CLEAN not in self.counts:
+            return None
+
+        def read(cell: Cell, rows: Tensor | None = None) -> LabelledImages:
+            own = self.read if cell in self.counts else self._corrupted
+            return own(cell, rows)
+
+        cells = [(name, severity) for name, _ in stored for severity in range(1, 6)]
+        return self.view(cells, lambda cell: cell if cell in self.counts else CLEAN, read)
+
+    def repeated(self, images: int) -> CorruptionData:
+        """The highest severities again and again, until there are so many images.
+
+        Each passage after the first has fresh noise, or fresh flips and crops of the stored images
+        where the corruption cannot be computed.
+        """
+        passes: dict[Cell, tuple[Cell, int]] = {}
+        total = repeat = 0
+        computed = self.from_clean and CLEAN in self.counts
+        while total < images:
+            for name, severity in self.highest:
+                if total < images:
+                    again = f"{name} again {repeat}" if repeat else name
+                    passes[again, severity] = ((name, severity), repeat)
+                    total += self.counts[name, severity]
+            repeat += 1
+
+        def read(cell: Cell, rows: Tensor | None = None) -> LabelledImages:
+            base, repeat = passes[cell]
+            if computed and repeat:
+                return self._corrupted(base, rows, repeat)
+            stored = self.read(base, rows)
+            if not repeat:
+                return stored
+            rows = torch.arange(len(stored)) if rows is None else rows
+            return LabelledImages(flip_and_crop(stored.images, rows, repeat), stored.labels)
+
+        made = "noise" if computed else "flips and crops"
+        view = self.view(passes, lambda cell: passes[cell][0], read)
+        return replace(view, layout=f"{self.layout}, repeated with fresh {made}")
+
+    @classmethod
+    def from_pictures(
+        cls,
+        pictures: Mapping[str, LabelledPictures],
+        corruptions: Sequence[str] = (),
+        severities: Sequence[int] = (1, 2, 3, 4, 5),
+        device: str = "cpu",
+    ) -> CorruptionData:
+        """Create cells from labelled pictures, which are read by rows.
+
+        Args:
+            pictures: pictures by the name of their cell.
+            corruptions: functions of `ttt_plugins.data.corruptions`, which make the cells from one
+                source of clean pictures instead.
+            severities: severities of these corruptions.
+            device: device on which they are computed.
+
+        Raises:
+            InputError: several sources are to be corrupted, or a name is reserved.
+        """
+        cells = {(name, 0): own for name, own in pictures.items()}
+        if corruptions:
+            if len(pictures) > 1:
+                raise InputError("several sources cannot be corrupted in one run: give one")
+            cells = {CLEAN: next(iter(pictures.values()))}
+        elif CLEAN in cells:
+            raise InputError("'clean' is the name of the pictures that are to be corrupted")
+
+        def read(cell: Cell, rows: Tensor | None = None) -> LabelledImages:
+            own = cells[cell]
+            return own.read(torch.arange(len(own)) if rows is None else rows)
+
+        largest = max(own.side[0] * own.side[1] * 3 for own in cells.values())
+        data = cls(
+            dataset=PICTURES,
+            layout="pictures",
+            counts={cell: len(own) for cell, own in cells.items()},
+            load=read,
+            load_rows=read,
+            read_labels=lambda cell: cells[cell].labels,
+            device=device,
+            piece=max(1, _PIECE_BYTES // largest),
+        )
+        if not corruptions:
+            return data
+        made = data.corrupted((name, level) for name in corruptions for level in severities)
+        return replace(made, layout="pictures, corrupted")
 
     @classmethod
     def from_arrays(

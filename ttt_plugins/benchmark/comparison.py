@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..data.datasets import DATASETS
+from ..data.datasets import dataset_title
 from ..errors import DataError, InputError
 from ..utils.files import write_text
 from ..utils.text import align, printable
@@ -25,7 +25,8 @@ from .leaderboard import mean_corruption_error
 from .protocols import PROTOCOLS
 from .results import MethodRecord, Results, read_results
 
-__all__ = ["Entry", "compare", "comparison_table", "differences", "page", "read_entries", "rows"]
+__all__ = ["Entry", "compare", "comparison_table", "differences", "page", "read_entries"]
+__all__ += ["render", "rows"]
 
 #: Marks a page of this module, near its beginning, so that it may be replaced.
 PAGE_MARK = '<meta name="generator" content="ttt-plugins compare">'
@@ -214,19 +215,43 @@ def page(entries: Sequence[Entry]) -> str:
         "Along the stream": plots.curves(list(map(_curve, entries)), colours),
         "Against cost": plots.scatter(methods, colours),
     }
+    return render(
+        f"Adaptation on {dataset_title(entries[0].results.settings['dataset'])}",
+        rows(entries),
+        ("Not the same in all runs:", differences(entries)),
+        figures,
+        [(entry.label, _settings(entry)) for entry in entries],
+    )
+
+
+def render(
+    title: str,
+    table: Sequence[Sequence[str]],
+    remarks: tuple[str, Sequence[str]],
+    figures: Mapping[str, Any],
+    settings: Sequence[tuple[str, Mapping[str, str]]],
+) -> str:
+    """A self-contained HTML page.
+
+    Args:
+        title: heading of the page.
+        table: rows of cells, header first.
+        remarks: a sentence and the list below it; nothing is shown for an empty list.
+        figures: matplotlib figures by heading.
+        settings: a label and named settings for each column.
+    """
     source = resources.files("ttt_plugins.benchmark") / "comparison.html.jinja"
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
         source.read_text(encoding="utf-8")
     )
-    header, *lines = rows(entries)
     return template.render(
         mark=Markup(PAGE_MARK),
-        dataset=DATASETS[entries[0].results.settings["dataset"]].title,
-        header=header,
-        rows=lines,
-        differences=differences(entries),
+        title=title,
+        header=table[0],
+        rows=table[1:],
+        remarks=remarks,
         pictures=[(name, Markup(plots.to_svg(drawn))) for name, drawn in figures.items()],
-        methods=[(entry.label, _settings(entry)) for entry in entries],
+        settings=settings,
         version=__version__,
     )
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.adaptive import AdaptiveModel
 from ..data.images import LabelledImages
 from ..errors import InputError
-from .adaptive import AdaptiveModel
 from .cells import Cell
+from .protocols import Stretch
 
 __all__ = [
     "Execution",
@@ -26,6 +29,11 @@ __all__ = [
     "reset_peak_memory",
     "to_unit",
 ]
+
+#: What Linux tells of this process.
+_PROCESS = Path("/proc/self")
+#: Cells, and the sorted rows of each that are wanted; None for whole cells.
+_Wanted = tuple[tuple[Cell, ...], tuple[tuple[int, tuple[int, ...]], ...] | None]
 
 #: Images are moved to the GPU together if they take at most this fraction of its free memory.
 _SHARE = 0.25
@@ -92,34 +100,72 @@ class Loader:
 
     Args:
         load: reads one cell.
+        load_rows: reads some rows of a cell; None if cells are read as a whole.
     """
 
-    def __init__(self, load: Callable[[Cell], LabelledImages]):
-        self._load = load
+    def __init__(
+        self,
+        load: Callable[[Cell], LabelledImages],
+        load_rows: Callable[[Cell, Tensor], LabelledImages] | None = None,
+    ):
+        self._load, self._load_rows = load, load_rows
         self._thread = ThreadPoolExecutor(1, "ttt-plugins-load")
-        self._read: dict[tuple[Cell, ...], Future[dict[int, LabelledImages]]] = {}
+        self._read: dict[_Wanted, Future[dict[int, LabelledImages]]] = {}
 
-    def _start(self, cells: tuple[Cell, ...]) -> Future[dict[int, LabelledImages]]:
-        if cells not in self._read:
-            self._read[cells] = self._thread.submit(
-                lambda: {i: self._load(cell) for i, cell in enumerate(cells)}
-            )
-        return self._read[cells]
+    def _start(self, wanted: _Wanted) -> Future[dict[int, LabelledImages]]:
+        if wanted not in self._read:
+            self._read[wanted] = self._thread.submit(self._parts, wanted)
+        return self._read[wanted]
+
+    def _parts(self, wanted: _Wanted) -> dict[int, LabelledImages]:
+        cells, rows = wanted
+        if rows is None or self._load_rows is None:
+            return {i: self._load(cell) for i, cell in enumerate(cells)}
+        return {i: self._load_rows(cells[i], torch.tensor(own)) for i, own in rows}
 
     def __call__(
         self, cells: tuple[Cell, ...], following: tuple[Cell, ...] | None = None
     ) -> dict[int, LabelledImages]:
         """Return position in ``cells`` -> images, and prefetch the cells in ``following``."""
-        wanted = self._start(cells)
-        # All others are dropped, so that at most two sets of cells are in memory.
-        for other in [c for c in self._read if c not in (cells, following)]:
+        return self._get((cells, None), None if following is None else (following, None))
+
+    def piece(
+        self, stretch: Stretch, rows: Tensor, following: tuple[Stretch, Tensor] | None
+    ) -> tuple[dict[int, LabelledImages], Tensor]:
+        """Images for some rows (N, 2) of a stretch, and the pairs that pick them from these images.
+
+        Only these rows are read if the data can be read by rows. Those of ``following`` are
+        prefetched.
+        """
+        ahead = None if following is None else self._wanted(*following)
+        wanted = self._wanted(stretch, rows)
+        parts = self._get(wanted, ahead)
+        if wanted[1] is None:
+            return parts, rows
+        picks = rows.clone()
+        for part, own in wanted[1]:
+            places = rows[:, 0] == part
+            picks[places, 1] = torch.searchsorted(torch.tensor(own), rows[places, 1].contiguous())
+        return parts, picks
+
+    def _wanted(self, stretch: Stretch, rows: Tensor) -> _Wanted:
+        if self._load_rows is None:
+            return stretch.cells, None
+        chosen = rows[:, 0].unique().tolist()
+        own = (tuple(rows[rows[:, 0] == part, 1].unique().tolist()) for part in chosen)
+        return stretch.cells, tuple(zip(chosen, own, strict=True))
+
+    def _get(self, wanted: _Wanted, following: _Wanted | None) -> dict[int, LabelledImages]:
+        reading = self._start(wanted)
+        # All others are dropped, so that at most two sets of images are in memory.
+        for other in [w for w in self._read if w not in (wanted, following)]:
             del self._read[other]
         if following is not None:
             self._start(following)
         try:
-            return wanted.result()
+            return reading.result()
         except BaseException:
-            self._read.pop(cells, None)
+            self._read.pop(wanted, None)
             raise
 
     def close(self) -> None:
@@ -189,19 +235,26 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Restart the measurement of `peak_memory`; this has no effect on the CPU."""
+    """Restart the measurement of `peak_memory`; on the CPU only Linux can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            _PROCESS.joinpath("clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of tensors on the GPU, or of the process on the CPU."""
+    """Peak memory in bytes since `reset_peak_memory`: of tensors on the GPU, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", _PROCESS.joinpath("status").read_text())
+        if found is not None:
+            return int(found[1]) * 1024
     try:
         import resource
     except ImportError:  # not available on Windows
         return 0
-    # Linux counts kilobytes, macOS bytes.
+    # macOS counts bytes, and since the start of the process.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

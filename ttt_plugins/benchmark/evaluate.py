@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.adaptive import AdaptiveModel, device_of
 from ..data.images import LabelledImages
 from ..errors import InputError
-from .adaptive import AdaptiveModel, device_of
 from .device import Execution, batches, gather, peak_memory, reset_peak_memory
 from .protocols import Stretch
 from .results import CellRecord
@@ -67,8 +67,8 @@ class Evaluation:
         seconds: wall time for adapting and predicting, with images already in memory.
         forwards, backwards: numbers of images passed through the model, in each direction.
         skipped: number of skipped updates.
-        peak_memory: peak memory in bytes: of tensors on the GPU; on the CPU, of the process so
-            far.
+        peak_memory: peak memory in bytes while these images were evaluated: of tensors on the GPU,
+            on the CPU of the process (except on Linux: since its start).
     """
 
     answers: Answers

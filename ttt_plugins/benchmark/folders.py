@@ -24,7 +24,7 @@ from ..errors import DataError, InputError
 from ..utils import robustbench as bridge
 from .cells import Cell, CorruptionData
 
-__all__ = ["load_stream", "open_dataset"]
+__all__ = ["has_extra_corruptions", "load_stream", "open_dataset"]
 
 
 def open_dataset(
@@ -53,7 +53,9 @@ def open_dataset(
             RobustBench cannot download the ImageNet data sets.
 
     Returns:
-        the cells, in the order of ``corruptions`` and ``severities``.
+        the cells, in the order of ``corruptions`` and ``severities``. In the compact layout the
+        clean images of a choice of extra corruptions only are the training images that these are
+        made from, otherwise the test images.
 
     Raises:
         InputError: an unknown dataset, corruption or severity.
@@ -103,6 +105,18 @@ def load_stream(
     return data.load((corruption, severity))
 
 
+def has_extra_corruptions(dataset: str, data_dir: str | Path) -> bool:
+    """Whether a data folder, in either layout, has all extra corruptions of the data set."""
+    spec, folder = DATASETS[dataset], Path(data_dir)
+    places = [folder, folder / spec.title]
+    places += [] if spec.compact is None else [folder / spec.compact.folder]
+    files = [
+        [p / f"{n}.{'npy' if p.name == spec.title else 'npz'}" for n in spec.extra_corruptions]
+        for p in places
+    ]
+    return bool(spec.extra_corruptions) and any(all(f.is_file() for f in row) for row in files)
+
+
 def _download(spec: Dataset, root: Path, folder: Path, allowed: bool) -> None:
     if not allowed:
         also = "" if spec.compact is None else " and no <corruption>.npz files"
@@ -143,7 +157,7 @@ def _find_test_parquet(
 
 
 def _read_clean(file: Path, n_examples: int | None) -> LabelledImages:
-    return read_parquet(file)[:n_examples]
+    return read_parquet(file, stop=n_examples)
 
 
 # -- the compact layout ------------------------------------------------------------------
@@ -179,6 +193,8 @@ def _open_compact(
         )
     read = functools.cache(read_labels)
     cells: dict[Cell, LabelledImages] = {}
+    clean = functools.partial(_read_clean, test, n_examples)
+    from_rows: set[int] = set()
     paths = [folder / f"{name}.npz" for name in names]
     with ThreadPoolExecutor() as threads:  # decompression releases the GIL
         read_file = functools.partial(_read_npz, spec=spec, severities=severities)
@@ -196,16 +212,25 @@ def _open_compact(
             _check_labels(source, known.numpy(), spec.classes)
             used = _enough(path, len(images), n_examples, f"severity_{severity}")
             # The extra ones are made from the last rows of the training file, in its order.
-            known = known[len(known) - len(images) :] if extra else known
+            first = len(known) - len(images) if extra else 0
+            known = known[first:]
+            from_rows.add(first)
             pixels = torch.from_numpy(images[:used]).permute(0, 3, 1, 2).contiguous()
             cells[name, severity] = LabelledImages(pixels, known[:used])
+    # Test images have no part in a choice that is made on the extra corruptions.
+    only_extra = set(names) <= set(spec.extra_corruptions) and len(from_rows) == 1
+    if only_extra:
+        train, start = test.with_name("train.parquet"), from_rows.pop()
+        stop = None if n_examples is None else start + n_examples
+        clean = functools.partial(read_parquet, train, start, stop)
     return CorruptionData(
         dataset,
         "compact",
         {cell: len(images) for cell, images in cells.items()},
         cells.__getitem__,
-        functools.partial(_read_clean, test, n_examples),
+        clean,
         spec.compact.note,
+        from_clean=only_extra,
     )
 
 

@@ -8,17 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.adaptive import AdaptiveModel
 from ..errors import DataError
 from ..utils.locks import FileLock
-from .adaptive import AdaptiveModel
-from .cells import Cell
+from .cells import CorruptionData
 from .device import Execution, Loader
 from .evaluate import cell_records, classify, join
-from .protocols import Stretch
+from .protocols import CONCENTRATION, Stretch, plan, streams
 from .results import CellRecord
 from .resume import Progress
 
-__all__ = ["Job", "claim", "job_records", "run_job"]
+__all__ = ["Job", "claim", "job_records", "planned", "run_job"]
+
+#: A stretch and rows of it.
+Piece = tuple[Stretch, Tensor]
 
 #: Largest number of images in a piece; longer stretches are stored in several. It exceeds the
 #: 10,000 of a CIFAR cell, so that a cell is one piece, and is small enough to be cheap to lose.
@@ -35,6 +38,7 @@ class Job:
         seed: seed for the order of the images.
         stream: index of the stream in the protocol's plan.
         stretches: stretches of the stream; empty for the clean images, which are not in a plan.
+        piece: largest number of images in a piece, None for `PIECE`.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Job:
     seed: int | None
     stream: int
     stretches: tuple[Stretch, ...] = ()
+    piece: int | None = None
 
     def __len__(self) -> int:
         return sum(len(stretch) for stretch in self.stretches)
@@ -52,19 +57,40 @@ class Job:
         cells = self.stretches[0].cells if self.stretches else ()
         return "clean" if not cells else cells[0][0] if len(cells) == 1 else "mixed"
 
-    @property
-    def first_cells(self) -> tuple[Cell, ...] | None:
-        """The first cells to read, None if there are none."""
-        return self.stretches[0].cells if self.stretches else None
-
     def batches(self, batch_size: int) -> int:
         """Number of batches."""
         return sum(-(-len(stretch) // batch_size) for stretch in self.stretches)
 
-    def pieces(self, batch_size: int) -> list[tuple[Stretch, Tensor]]:
+    def pieces(self, batch_size: int) -> list[Piece]:
         """The pieces as (stretch, rows in it), split between batches."""
-        size = max(1, PIECE // batch_size) * batch_size
+        size = max(1, (self.piece or PIECE) // batch_size) * batch_size
         return [(stretch, rows) for stretch in self.stretches for rows in stretch.rows.split(size)]
+
+    def first_piece(self, batch_size: int) -> Piece | None:
+        """The first of the `pieces`, None if there are none."""
+        return next(iter(self.pieces(batch_size)), None)
+
+
+def planned(settings: dict[str, Any], data: CorruptionData, methods: int) -> list[Job]:
+    """The jobs on the cells of a run, in the order of seeds, streams and methods.
+
+    Args:
+        settings: settings of the run, as in ``results.json``.
+        data: the cells.
+        methods: number of methods.
+
+    Raises:
+        InputError: the protocol does not exist or does not fit the data.
+    """
+    jobs = []
+    concentration = settings["concentration"] or CONCENTRATION
+    for seed in settings["seeds"]:
+        stretches = plan(settings["protocol"], data, seed, concentration)
+        for number, stream in enumerate(streams(stretches)):
+            for method in range(methods):
+                name = f"method{method}-seed{seed}-stream{number:03d}"
+                jobs.append(Job(name, method, seed, number, tuple(stream), data.piece))
+    return jobs
 
 
 def _restore(job: Job, net: AdaptiveModel, progress: Progress, count: int) -> int:
@@ -87,7 +113,7 @@ def run_job(
     batch_size: int,
     execution: Execution,
     advance: Callable[[int], object],
-    following: tuple[Cell, ...] | None = None,
+    following: Piece | None = None,
 ) -> None:
     """Evaluate an adapter on a stream, and store each piece before the next begins.
 
@@ -101,7 +127,7 @@ def run_job(
         batch_size: number of images in a batch.
         execution: memory layout and precision.
         advance: called with 1 after every batch, and with the number of batches in stored pieces.
-        following: cells that the caller will request next, which are prefetched.
+        following: the piece that the caller will request next, which is prefetched.
     """
     pieces = job.pieces(batch_size)
     net.reset()
@@ -110,8 +136,8 @@ def run_job(
         advance(sum(-(-len(rows) // batch_size) for _, rows in pieces[:done]))
     for number, (stretch, rows) in enumerate(pieces[done:], done):
         last = number + 1 == len(pieces)
-        parts = loader(stretch.cells, following if last else pieces[number + 1][0].cells)
-        evaluation = classify(net, parts, rows, batch_size, lambda: advance(1), execution)
+        parts, picks = loader.piece(stretch, rows, following if last else pieces[number + 1])
+        evaluation = classify(net, parts, picks, batch_size, lambda: advance(1), execution)
         resumable = not last and progress.folder is not None
         state = net.adaptation_state() if resumable else None
         progress.save(job.name, number, evaluation, state)

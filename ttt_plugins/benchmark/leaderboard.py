@@ -14,7 +14,7 @@ import re
 from statistics import fmean
 from typing import Any
 
-from ..data.datasets import DATASETS, Dataset
+from ..data.datasets import DATASETS, PICTURES, Dataset
 from ..utils.text import printable
 from .protocols import PROTOCOLS
 from .results import MethodRecord, Results
@@ -32,11 +32,13 @@ def mean_corruption_error(method: MethodRecord, dataset: str) -> float | None:
 
     Args:
         method: record of the method.
-        dataset: a key of `DATASETS`.
+        dataset: a key of `DATASETS`, or `PICTURES`.
 
     Returns:
         the mCE; None if a cell is missing, or no errors of AlexNet are published.
     """
+    if dataset == PICTURES:
+        return None
     spec, accuracy = DATASETS[dataset], method.accuracies()
     if spec.reference_errors is None or not accuracy.keys() >= set(spec.cells):
         return None
@@ -52,7 +54,9 @@ def _suffix(spec: Dataset) -> str:
 
 
 def leaderboard_files(results: Results) -> dict[str, str]:
-    """The contents of the two files by file name."""
+    """The contents of the two files by file name; RobustBench has none for a user's pictures."""
+    if results.settings["dataset"] == PICTURES:
+        return {}
     suffix = _suffix(DATASETS[results.settings["dataset"]])
     name = re.sub(r"[^\w.-]+", "_", results.methods[0].name)
     return {

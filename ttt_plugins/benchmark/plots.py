@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data.datasets import DATASETS
+from ..data.datasets import dataset_title
 from ..errors import MissingDependencyError
 from ..utils.text import printable
 from .results import CellRecord, MethodRecord, Results
@@ -15,8 +16,10 @@ __all__ = [
     "COLOURS",
     "accuracy_along",
     "bars",
+    "batch_counts",
     "curves",
     "figure",
+    "heat_map",
     "percentages",
     "plot_results",
     "scatter",
@@ -29,6 +32,8 @@ __all__ = [
 COLOURS = ["#999999", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442"]
 #: Largest number of points in a curve; more would only show noise.
 _POINTS = 50
+#: Differences beyond this many percentage points have the same colour in a heat map.
+_MOST_POINTS = 20.0
 
 
 def figure(width: float, height: float) -> Any:
@@ -100,18 +105,45 @@ def bars(columns: Mapping[str, Mapping[str, float]], colours: Sequence[str], wid
 
 
 def curves(
-    lines: Sequence[tuple[str, Sequence[int], Sequence[float]]], colours: Sequence[str]
+    lines: Sequence[tuple[str, Sequence[int], Sequence[float]]],
+    colours: Sequence[str],
+    across: str = "images since the last reset",
+    up: str = "accuracy so far in %",
 ) -> Any:
-    """Curves of (label, images since the last reset, accuracy so far in [0, 1]) per method."""
+    """Curves of (label, places, accuracy in [0, 1]) per method, with the labels of the axes."""
     drawn = figure(8, 4)
     axes = drawn.add_subplot()
     for (label, places, values), colour in zip(lines, colours, strict=True):
         shares = [100 * value for value in values]
         axes.plot(places, shares, color=colour, label=_name(label), marker=".")
-    axes.set_xlabel("images since the last reset")
-    axes.set_ylabel("accuracy so far in %")
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    return drawn
+
+
+def heat_map(rows: Sequence[str], columns: Sequence[str], points: Sequence[Sequence[float]]) -> Any:
+    """Heat map of differences in percentage points: blue above zero, red below it.
+
+    Args:
+        rows: labels of the rows.
+        columns: labels of the columns.
+        points: one sequence of differences for each row; NaN where there is none.
+    """
+    drawn = figure(2.6 + 0.9 * len(columns), 1.2 + 0.32 * len(rows))
+    axes = drawn.add_subplot()
+    most = max((abs(v) for row in points for v in row if math.isfinite(v)), default=0.0)
+    limit = max(1.0, min(most, _MOST_POINTS))
+    shown = axes.imshow(points, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_xticks(range(len(columns)), list(map(_name, columns)), rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), list(map(_name, rows)))
+    for row, values in enumerate(points):
+        for column, value in enumerate(values):
+            colour = "white" if abs(value) > 0.6 * limit else "black"
+            text = f"{value:+.1f}" if math.isfinite(value) else "–"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    drawn.colorbar(shown, label="points above the source")
     return drawn
 
 
@@ -148,7 +180,7 @@ def plot_results(results: Results) -> bytes:
     drawn = bars(columns, colours, max(6.0, 0.62 * len(names) + 2))
     severities = ", ".join(map(str, methods[0].by("severity")))
     drawn.axes[0].set_title(
-        f"{_name(settings['model'])} on {DATASETS[settings['dataset']].title} "
+        f"{_name(settings['model'])} on {dataset_title(settings['dataset'])} "
         f"(severity {severities})\n"
         f"{settings['protocol']}, batch size {settings['batch_size']}",
         fontsize=10,
@@ -165,8 +197,10 @@ def percentages(method: MethodRecord) -> dict[str, float]:
     return {**shares, "mean": 100 * (method.mean() or 0.0)}
 
 
-def _batches(cells: Sequence[CellRecord], batch_size: int, interleaved: bool) -> list[list[int]]:
-    """[number correct, number of images] for each batch of one stream."""
+def batch_counts(
+    cells: Sequence[CellRecord], batch_size: int, interleaved: bool
+) -> list[list[int]]:
+    """[number correct, number of images] for each batch of one stream, from its cells' records."""
     if interleaved:
         total = sum(cell.n for cell in cells)
         right = [sum(column) for column in zip(*(c.correct_per_batch for c in cells), strict=True)]
@@ -196,7 +230,7 @@ def accuracy_along(
     grouped: dict[tuple[int | None, int], list[CellRecord]] = {}
     for cell in method.cells:
         grouped.setdefault((cell.seed, cell.stream), []).append(cell)
-    streams = [_batches(cells, batch_size, interleaved) for cells in grouped.values()]
+    streams = [batch_counts(cells, batch_size, interleaved) for cells in grouped.values()]
     sizes = [[images for _, images in stream] for stream in streams]
     longest = max(sizes, key=sum)
     chosen = [s for s, size in zip(streams, sizes, strict=True) if size == longest]

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .cells import Cell, CorruptionData
+from .cells import CLEAN, Cell, CorruptionData
 
 __all__ = [
     "CONCENTRATION",
     "PROTOCOLS",
+    "WITH_CLEAN",
     "StreamProtocol",
     "Stretch",
     "correlated",
@@ -149,6 +150,20 @@ def _gradual(data: CorruptionData, _: int | None, order: Order) -> list[Stretch]
     return _one_by_one(cells, data, order, _at_the_start)
 
 
+def _clean_around(data: CorruptionData, _: int | None, order: Order) -> list[Stretch]:
+    """For each cell one half of the clean images, the cell, and the other half."""
+    clean = order(CLEAN, data.counts[CLEAN]).tensor_split(2)
+    stretches = []
+    for cell in data.counts:
+        if cell == CLEAN:
+            continue
+        parts = [(CLEAN, clean[0]), (cell, order(cell, data.counts[cell])), (CLEAN, clean[1])]
+        for place, (shown, rows) in enumerate(parts):
+            pairs = torch.stack([torch.zeros_like(rows), rows], 1)
+            stretches.append(Stretch(place == 0, (shown,), pairs, visit=place // 2))
+    return stretches
+
+
 def _mixed(data: CorruptionData, seed: int | None, _: Order) -> list[Stretch]:
     pairs = [
         torch.stack([torch.full((count,), position), torch.arange(count)], 1)
@@ -168,12 +183,16 @@ class StreamProtocol:
         resets: description of where the adapter is reset.
         interleaved: whether a batch may hold images of several cells.
         by_class: whether images come by class, in the order of `correlated`.
+        sorted: whether the images of a cell are sorted by class.
+        with_clean: whether the clean images are a cell of the stream.
     """
 
     stretches: Planner
     resets: str
     interleaved: bool = False
     by_class: bool = False
+    sorted: bool = False
+    with_clean: bool = False
 
 
 #: ``reset-per-cell``: a reset before each cell. ``reset-per-corruption``: a reset before each
@@ -181,7 +200,9 @@ class StreamProtocol:
 #: ``gradual``: like ``continual``, but the severities of each corruption rise and fall again (1, 2,
 #: .., 5, .., 2, 1; CoTTA, arXiv 2203.13591), so that all but the highest occur twice. ``mixed``:
 #: the images of all cells shuffled together, with a single reset before them. ``correlated``: a
-#: reset before each cell, whose images come by class.
+#: reset before each cell, whose images come by class. ``sorted``: likewise, but all images of a
+#: class come together. ``clean-corrupt-clean``: for each cell a reset, one half of the clean
+#: images, the cell, and the other half.
 PROTOCOLS = {
     "reset-per-cell": StreamProtocol(_cells_in_order(_each_cell), "before each cell"),
     "reset-per-corruption": StreamProtocol(
@@ -193,7 +214,13 @@ PROTOCOLS = {
     ),
     "mixed": StreamProtocol(_mixed, "before the first image only", interleaved=True),
     "correlated": StreamProtocol(_cells_in_order(_each_cell), "before each cell", by_class=True),
+    "sorted": StreamProtocol(_cells_in_order(_each_cell), "before each cell", sorted=True),
+    "clean-corrupt-clean": StreamProtocol(
+        _clean_around, "before the clean images that precede each cell", with_clean=True
+    ),
 }
+#: Protocols whose streams have the clean images as a cell.
+WITH_CLEAN = [name for name, protocol in PROTOCOLS.items() if protocol.with_clean]
 
 
 def plan(
@@ -215,19 +242,22 @@ def plan(
         stretches that together cover every cell.
 
     Raises:
-        InputError: there is no such protocol, there are no cells, or the concentration is not
-            positive.
+        InputError: there is no such protocol, there are no cells or no clean images that it needs,
+            or the concentration is not positive.
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"unknown protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
     if not data.counts:
         raise InputError("no cells to evaluate on")
     chosen = PROTOCOLS[protocol]
+    if chosen.with_clean:
+        data = data.with_clean()
 
     def order(cell: Cell, count: int) -> Tensor:
         if chosen.by_class:
             return correlated(data.labels(cell), concentration, seed)
-        return shuffled(count, seed)
+        rows = shuffled(count, seed)
+        return rows[data.labels(cell)[rows].argsort(stable=True)] if chosen.sorted else rows
 
     return chosen.stretches(data, seed, order)
 
@@ -252,6 +282,7 @@ def describe_order(protocol: str, seeds: list[int | None], concentration: float 
             f"each cell by class, Dirichlet({concentration}) shares of as many slots as classes, "
             f"numpy.random.RandomState({drawn})"
         )
+    by_class = ", then sorted by class" if chosen.sorted else ""
     if seeds == [None]:
-        return "each cell as stored"
-    return f"each cell shuffled by torch.Generator().manual_seed({drawn})"
+        return f"each cell as stored{by_class}"
+    return f"each cell shuffled by torch.Generator().manual_seed({drawn}){by_class}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypeVar
 
-from ..data.datasets import DATASETS
+from ..data.datasets import DATASETS, PICTURES
 from ..errors import DataError
 from ..utils.text import align
 from .cells import Cell
@@ -50,8 +50,8 @@ class CellRecord:
         seconds: wall time for adapting and predicting, with data already in memory.
         forwards, backwards: numbers of images passed through the model, in each direction. If
             cells are mixed in one stream, each gets its images' share of time and passes.
-        peak_memory: peak memory in bytes: of tensors on the GPU; on the CPU, of the process so
-            far.
+        peak_memory: peak memory in bytes while these images were evaluated: of tensors on the GPU,
+            on the CPU of the process (except on Linux: since its start).
         correct_per_batch: numbers of correct predictions among this cell's images, per batch.
         seed: seed for the order of the images.
         stream: number of the stream of this method and seed, from 0; there is a reset between one
@@ -206,7 +206,7 @@ class Results:
         settings = stored.pop("settings", None)
         _check_types(settings, _SETTINGS, "settings")
         _check_types(stored, _CIRCUMSTANCES, "results")
-        for name, known in (("dataset", DATASETS), ("protocol", PROTOCOLS)):
+        for name, known in (("dataset", (*DATASETS, PICTURES)), ("protocol", PROTOCOLS)):
             if name in settings and settings[name] not in known:
                 raise ValueError(f"unknown {name} {settings[name][:40]!r}")
         return cls(settings, stored, records)

@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,15 @@ from ..artifacts.folder import CONFIG
 from ..artifacts.tensor_files import fingerprint
 from ..errors import DataError, InputError
 from ..utils.files import nearest_path, replacing
+from ..utils.locks import FileLock
+from ..utils.processes import Worker
 from ..utils.robustbench import version
 from ..version import __version__
 from .evaluate import Answers, Evaluation
 from .results import Results, finite, read_results
 
-__all__ = ["Progress", "begin_run", "check_out", "join_run", "machine", "versions", "write_files"]
+__all__ = ["Progress", "begin_run", "begun", "check_out", "join_run", "machine", "versions"]
+__all__ += ["write_files"]
 
 #: Name of the folder in the results folder.
 UNFINISHED = "unfinished"
@@ -177,6 +180,29 @@ def join_run(out: Path, settings: dict[str, Any]) -> Results | None:
         return None
     _check_settings(out / "results.json", settings)  # the others finished before this one joined
     return read_results(out / "results.json")
+
+
+@contextlib.contextmanager
+def begun(
+    out: Path, settings: dict[str, Any], resume: bool, overwrite: bool, worker: Worker | None
+) -> Iterator[Results | None]:
+    """Lock the results folder against other runs and prepare it; yields finished results."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot create this folder ({error.strerror})") from error
+    with FileLock(out) as lock, contextlib.ExitStack() as stack:
+        leading = worker is None or stack.enter_context(worker.main_process_first())
+        if leading:
+            if not lock.take():
+                raise InputError(f"{out}: another run is writing into this folder")
+            stored = begin_run(out, settings, resume, overwrite)
+        else:
+            stored = join_run(out, settings)
+        if worker is not None:
+            lock.take(shared=True)
+        stack.close()  # lets the other processes continue
+        yield stored
 
 
 # -- pieces ------------------------------------------------------------------------------

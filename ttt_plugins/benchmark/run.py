@@ -15,27 +15,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..artifacts.tensor_files import fingerprint
-from ..data.datasets import DATASETS
+from ..core.adaptive import AdaptiveModel, device_of
+from ..data.datasets import DATASETS, PICTURES
 from ..data.images import LabelledImages
 from ..errors import InputError
 from ..utils import robustbench as bridge
 from ..utils.checks import check_seed
-from ..utils.locks import FileLock
 from ..utils.processes import Worker
 from . import plots
-from .adaptive import AdaptiveModel, device_of
 from .cells import CorruptionData
 from .device import Execution, Loader, to_unit
-from .jobs import Job, claim, job_records, run_job
+from .jobs import Job, claim, job_records, planned, run_job
 from .leaderboard import leaderboard_files, mean_corruption_error
-from .protocols import CONCENTRATION, PROTOCOLS, describe_order, plan, shuffled, streams
+from .protocols import CONCENTRATION, PROTOCOLS, WITH_CLEAN, describe_order, shuffled
 from .results import CellRecord, MethodRecord, Results, read_results
 from .resume import (
     UNFINISHED,
     Progress,
-    begin_run,
+    begun,
     check_out,
-    join_run,
     machine,
     versions,
     write_files,
@@ -66,6 +64,7 @@ def run_benchmark(
     resume: bool = False,
     worker: Worker | None = None,
     progress: bool = True,
+    only_results: bool = False,
 ) -> Results:
     """Evaluate an adapter on every cell, and its unadapted model on the same images.
 
@@ -76,12 +75,10 @@ def run_benchmark(
         net: the adapter.
         data: cells from `open_dataset` or `CorruptionData.from_arrays`.
         baseline: the same model wrapped as ``"source"``.
-        out: folder for ``results.json``, RobustBench's two files and ``plot.png``, which are
-            written together at the end; until then finished pieces are stored in its subfolder
-            ``unfinished``. None writes nothing.
+        out: folder for ``results.json``, RobustBench's two files and ``plot.png``, written together
+            at the end; until then its subfolder ``unfinished`` has the pieces. None writes nothing.
         protocol: a key of `PROTOCOLS`: the order of the images, and where ``net`` is reset.
-        concentration: concentration of the Dirichlet distribution for the protocol ``correlated``,
-            above 0.
+        concentration: of the Dirichlet distribution of the protocol ``correlated``, above 0.
         batch_size: number of images in a batch, at least 1.
         seed: seed for the order of the images; None keeps the stored order. With several seeds the
             run is repeated for each, which then also seeds the adapter, and figures are means.
@@ -90,34 +87,35 @@ def run_benchmark(
         command: the command line that started the run, for the record.
         overwrite: whether to replace other results or an unfinished run in ``out``.
         resume: whether to resume an unfinished run of the same settings, which gives the figures of
-            an uninterrupted one, or return the results of a finished one; otherwise a run starts.
+            an uninterrupted one, or return those of a finished one; otherwise a run starts.
         worker: this process, if several share the run and ``out``.
         progress: whether to show a progress bar.
+        only_results: whether ``results.json`` is the only file to write.
 
     Returns:
         the results; each of several processes returns the results of all.
 
     Raises:
-        InputError: the settings do not fit each other, the model, or the contents of ``out``, such
-            as an artifact.
+        InputError: the settings do not fit each other, the model or what is in ``out``.
         DataError: the data cannot be read, or ``out`` cannot be written.
         DistributedError: the processes lost their connection.
     """
     nets = [net] if baseline is None else [net, baseline]
     seeds = [seed] if seed is None or isinstance(seed, int) else list(dict.fromkeys(seed))
     _check_arguments(nets, data, batch_size, seeds)
-    if out is not None:
-        out = check_out(out)
-    elif worker is not None:
+    if out is None and worker is not None:
         raise InputError("several processes need a shared folder: give out")
+    out = None if out is None else check_out(out)
     execution = execution or Execution()
+    data = data.with_clean() if protocol in WITH_CLEAN else data
     order = {"protocol": protocol, "concentration": concentration, "batch_size": batch_size}
     settings = _settings(model_name, nets, data, order, seeds, execution)
-    run = _Run(nets, data, settings, execution, command, progress)
+    run = _Run(nets, data, settings, execution, command, progress, only_results)
     if out is None:
         return run.in_memory()
-    plots.figure(1, 1)  # reports a missing matplotlib now rather than after hours
-    with _begun(out, settings, resume, overwrite, worker) as stored:
+    if not only_results:
+        plots.figure(1, 1)  # reports a missing matplotlib now rather than after hours
+    with begun(out, settings, resume, overwrite, worker) as stored:
         return run.into(out, worker) if stored is None else stored
 
 
@@ -133,8 +131,8 @@ def _check_arguments(
                 f"{type(net).__name__} is no adapter: wrap the model first, as in "
                 'ttt_plugins.wrap(model, "tent")'
             )
-    classes = DATASETS[data.dataset].classes
-    if nets[0].num_classes not in (None, classes):
+    classes = None if data.dataset == PICTURES else DATASETS[data.dataset].classes
+    if classes is not None and nets[0].num_classes not in (None, classes):
         raise InputError(f"{data.dataset} has {classes} classes, the model {nets[0].num_classes}")
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -178,29 +176,6 @@ def _settings(
     }
 
 
-@contextlib.contextmanager
-def _begun(
-    out: Path, settings: dict[str, Any], resume: bool, overwrite: bool, worker: Worker | None
-) -> Iterator[Results | None]:
-    """Lock the results folder against other runs and prepare it; yields finished results."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot create this folder ({error.strerror})") from error
-    with FileLock(out) as lock, contextlib.ExitStack() as stack:
-        leading = worker is None or stack.enter_context(worker.main_process_first())
-        if leading:
-            if not lock.take():
-                raise InputError(f"{out}: another run is writing into this folder")
-            stored = begin_run(out, settings, resume, overwrite)
-        else:
-            stored = join_run(out, settings)
-        if worker is not None:
-            lock.take(shared=True)
-        stack.close()  # lets the other processes continue
-        yield stored
-
-
 class _Run:
     """The jobs of a run, executed by one or several processes, whose results are then joined.
 
@@ -211,6 +186,7 @@ class _Run:
         execution: memory layout, precision, compilation.
         command: the command line that started the run.
         show: whether to show a progress bar.
+        only_results: whether ``results.json`` is the only file to write.
 
     Raises:
         InputError: the protocol does not exist or does not fit the data.
@@ -224,20 +200,15 @@ class _Run:
         execution: Execution,
         command: str | None,
         show: bool,
+        only_results: bool = False,
     ):
+        self.only_results = only_results
         self.nets, self.data, self.settings = nets, data, settings
         self.execution, self.command, self.show = execution, command, show
         self.batch_size: int = settings["batch_size"]
         self.clean: LabelledImages | None = None
-        self.jobs: list[Job] = []
+        self.jobs = planned(settings, data, len(nets))
         self._seeded: dict[tuple[int, int | None], AdaptiveModel] = {}
-        concentration = settings["concentration"] or CONCENTRATION
-        for seed in settings["seeds"]:
-            stretches = plan(settings["protocol"], data, seed, concentration)
-            for number, stream in enumerate(streams(stretches)):
-                for method in range(len(nets)):
-                    name = f"method{method}-seed{seed}-stream{number:03d}"
-                    self.jobs.append(Job(name, method, seed, number, tuple(stream)))
         if data.clean is not None:
             bridge.import_robustbench()
             clean, seed = data.clean(), settings["seeds"][0]
@@ -292,7 +263,7 @@ class _Run:
             self.execution.prepare(net)
         clean = 0 if self.clean is None else -(-len(self.clean) // self.batch_size)
         total = sum(job.batches(self.batch_size) or clean for job in self.jobs)
-        loader = Loader(self.data.load)
+        loader = Loader(self.data.load, self.data.load_rows)
         try:
             with tqdm(total=total, unit="batch", disable=not self.show, leave=False) as bar:
                 yield loader, bar
@@ -309,8 +280,8 @@ class _Run:
     ) -> None:
         net = self._net(job)
         if job.stretches:
-            cells = None if following is None else following.first_cells
-            run_job(job, net, loader, progress, self.batch_size, self.execution, advance, cells)
+            ahead = None if following is None else following.first_piece(self.batch_size)
+            run_job(job, net, loader, progress, self.batch_size, self.execution, advance, ahead)
         elif self.clean is not None:
             if progress.value(job.name) is None:
                 progress.save_value(job.name, self._clean_accuracy(net, self.clean, advance))
@@ -350,9 +321,12 @@ class _Run:
 
     def _finish(self, out: Path, progress: Progress) -> None:
         results = self._assemble(progress)
-        texts = {"results.json": results.to_json(), **leaderboard_files(results)}
-        files = {name: text.encode() for name, text in texts.items()}
-        write_files(out, {**files, "plot.png": plots.plot_results(results)})
+        files = {"results.json": results.to_json().encode()}
+        if not self.only_results:
+            texts = leaderboard_files(results)
+            files |= {name: text.encode() for name, text in texts.items()}
+            files["plot.png"] = plots.plot_results(results)
+        write_files(out, files)
         progress.discard()
 
     def _assemble(self, progress: Progress) -> Results:

@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..adapter import Adapter
 from ..benchmark import (
     DATASETS,
+    FIELD,
     PROTOCOLS,
+    CorruptionData,
     Execution,
     compare,
     open_dataset,
     run_benchmark,
+    run_field,
     worker_from_environment,
 )
+from ..benchmark.folders import has_extra_corruptions
 from ..benchmark.protocols import CONCENTRATION
 from ..benchmark.resume import check_out
+from ..core.registry import get_method
+from ..data.corruptions import TENSOR_CORRUPTIONS
 from ..errors import InputError
 from ..utils.checks import check_seed
 from ..utils.processes import Worker, place_from_environment
 from ..utils.text import printable
 from ..wrapping import wrap
+from .flags import key_value
 from .models import adapter_from_args, add_model_flags
+from .pictures import add_source_flags, folder_classes, named_sources, picture_cells
 
 __all__ = ["add_benchmark", "add_compare"]
 
 #: The largest number of threads; with far too many the system kills the process during the run.
 _THREADS = 1024
+#: Number of images of each corruption in the field, unless another is given.
+_FIELD_IMAGES = 256
 
 
 def add_benchmark(commands) -> None:
@@ -55,16 +69,26 @@ def add_benchmark(commands) -> None:
         type=int,
         nargs="+",
         help="seed for the order of the images in a cell and for the adapter's random draws "
-        "(default: stored order, and 0); several seeds give means and standard errors",
+        "(default: stored order, and 0; with --images or --field both 0); several seeds give means "
+        "and standard errors",
     )
     add.add_argument("--overwrite", action="store_true", help="replace existing results in OUT")
     add.add_argument("--resume", action="store_true", help="resume the unfinished run in OUT")
     _add_execution_flags(add)
+    _add_field_flags(add)
 
 
 def _add_data_flags(add: argparse.ArgumentParser) -> None:
     add.add_argument("--dataset", choices=DATASETS, default="cifar10")
-    add.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
+    data = add.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data-dir", type=Path, help="folder with the images of a data set")
+    data.add_argument(
+        "--images",
+        nargs="+",
+        metavar="[NAME=]SOURCE",
+        help="labelled pictures instead, each source a cell: class folders, parquet, npz, "
+        "hf://datasets/ORG/NAME; they are shuffled with the seed",
+    )
     levels = range(1, 6)
     add.add_argument(
         "--severity", type=int, nargs="+", choices=levels, help="severity levels (default: all)"
@@ -73,6 +97,48 @@ def _add_data_flags(add: argparse.ArgumentParser) -> None:
     add.add_argument("--n-examples", type=int, metavar="N", help="images per cell (default: all)")
     add.add_argument("--labels", type=Path, help="parquet file with the labelled clean test images")
     add.add_argument("--no-download", action="store_true", help="fail if data is missing")
+    add.add_argument(
+        "--corrupt",
+        nargs="+",
+        choices=TENSOR_CORRUPTIONS,
+        help="with --images: make the cells by corrupting the pictures of one source, at the "
+        "levels of --severity",
+    )
+    add.add_argument(
+        "--classes",
+        choices=("folder",),
+        help="with --images: restrict the model to the classes that the source has folders of",
+    )
+    add_source_flags(add)
+
+
+def _add_field_flags(add: argparse.ArgumentParser) -> None:
+    field = add.add_argument_group(
+        "the field: many streams (batch sizes, orders, shifts that come and go) in one command"
+    )
+    field.add_argument(
+        "--field",
+        nargs="*",
+        choices=FIELD,
+        metavar="STREAM",
+        help=f"measure these streams, by default all: {', '.join(FIELD)}; corruptions are by "
+        f"default the extra ones if there are any, with {_FIELD_IMAGES} images each",
+    )
+    field.add_argument(
+        "--methods",
+        nargs="+",
+        default=["source,tent,sar,mgg"],
+        metavar="METHOD[:FIELD=VALUE…]",
+        help="methods to compare, with fields of their configs (default: source,tent,sar,mgg)",
+    )
+    field.add_argument(
+        "--long",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="images of the stream 'long', which repeats the others with fresh noise or fresh "
+        "flips and crops (default: %(default)s)",
+    )
 
 
 def _add_execution_flags(add: argparse.ArgumentParser) -> None:
@@ -94,6 +160,12 @@ def _add_execution_flags(add: argparse.ArgumentParser) -> None:
 
 def _benchmark(args: argparse.Namespace) -> None:
     check_out(args.out)
+    if args.field is not None and (args.method or args.set or args.lr is not None):
+        raise InputError("--field takes --methods METHOD:FIELD=VALUE, not --method, --set or --lr")
+    if args.images is None and (args.corrupt or args.classes):
+        raise InputError("--corrupt and --classes are for pictures given by --images")
+    if args.images is not None and (args.corruption or args.labels):
+        raise InputError("--corruption and --labels are for --data-dir; --images takes --corrupt")
     for seed in args.seed or ():
         check_seed(seed, "--seed")
     if args.threads is not None:
@@ -117,27 +189,66 @@ def _benchmark(args: argparse.Namespace) -> None:
         worker.leave()
 
 
-def _run(args: argparse.Namespace, worker: Worker | None) -> None:
-    execution = Execution(args.channels_last, args.autocast, args.compile)
-    # Process 0 downloads; the others then find the files.
-    with worker.main_process_first() if worker else contextlib.nullcontext(True):
+def _first(worker: Worker | None) -> contextlib.AbstractContextManager[bool]:
+    """A block that process 0 runs before the others, who then find what it has downloaded."""
+    return worker.main_process_first() if worker else contextlib.nullcontext(True)
+
+
+def _open(args: argparse.Namespace, worker: Worker | None) -> CorruptionData:
+    """The cells of a data folder."""
+    corruptions, count = args.corruption, args.n_examples
+    if args.field is not None:
+        count = count or _FIELD_IMAGES
+        if corruptions is None and has_extra_corruptions(args.dataset, args.data_dir):
+            corruptions = DATASETS[args.dataset].extra_corruptions
+    with _first(worker):
         data = open_dataset(
             args.dataset,
             args.data_dir,
-            corruptions=args.corruption,
+            corruptions=corruptions,
             severities=args.severity,
-            n_examples=args.n_examples,
+            n_examples=count,
             labels=args.labels,
             download=not args.no_download,
         )
+    return dataclasses.replace(data, device=args.device or "cpu")
+
+
+def _adapter(args: argparse.Namespace, sources: Mapping[str, Any] | None) -> Adapter:
+    """The adapter, restricted to the classes of the pictures if the user wants that.
+
+    A timm name without --pretrained means random weights, which must be the same for all methods.
+    """
+    torch.manual_seed(args.seed or 0)
+    net = adapter_from_args(args)
+    if sources is None or args.classes is None:
+        return net
+    classes = folder_classes(sources, net)
+    if classes is None:
+        return net
+    torch.manual_seed(args.seed or 0)
+    return adapter_from_args(args, classes)
+
+
+def _run(args: argparse.Namespace, worker: Worker | None) -> None:
+    execution = Execution(args.channels_last, args.autocast, args.compile)
+    data = sources = None
+    if args.images is None:
+        data = _open(args, worker)
+    else:
+        with _first(worker):
+            sources = named_sources(args)
+        args.seed = args.seed or [0]  # the stored order is often by class
+    if args.field is not None:
+        _run_field(args, data, sources, execution, worker)
+        return
     seeds, first = args.seed, args.seed[0] if args.seed else None
     args.seed = first  # the adapter's seed
-    # A timm name without --pretrained means random weights, which must be the same for both models.
-    with worker.main_process_first() if worker else contextlib.nullcontext(True):
-        torch.manual_seed(first or 0)
-        net = adapter_from_args(args)
+    with _first(worker):
+        net = _adapter(args, sources)
         torch.manual_seed(first or 0)
         baseline = None if net.method == "source" else _unadapted(net, args.model_dir)
+    data = data or picture_cells(args, sources or {}, net, args.n_examples)
     speaks = worker is None or worker.rank == 0
     if speaks:
         print(net.describe(), flush=True)
@@ -163,11 +274,52 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
     for name, mce in results.circumstances["corruptions_mce"].items():
         if mce is not None:
             print(f"mCE of {name}: {100 * mce:.2f} % (AlexNet: 100 %)")
-    if data.clean is None:
+    if data.clean is None and sources is None:
         print("clean accuracy not measured: no clean images in the data folder")
     if data.note:
         print(data.note)
-    print(f"results.json, RobustBench's files and plot.png are in {printable(str(args.out))}")
+    files = "results.json, RobustBench's files" if sources is None else "results.json"
+    print(f"{files} and plot.png are in {printable(str(args.out))}")
+
+
+def _run_field(
+    args: argparse.Namespace,
+    data: CorruptionData | None,
+    sources: Mapping[str, Any] | None,
+    execution: Execution,
+    worker: Worker | None,
+) -> None:
+    seeds = args.seed or [0]
+    methods: dict[str, Any] = {}
+    for label in (label for text in args.methods for label in text.split(",")):
+        name, *fields = label.split(":")
+        get_method(name)  # an unknown one is reported before the first is measured
+        own = {"method": name, "set": [key_value(pair) for pair in fields], "seed": seeds[0]}
+        method = argparse.Namespace(**{**vars(args), **own})
+        methods[label] = functools.partial(_adapter, method, sources)
+    first = next(iter(methods))
+    with _first(worker):
+        net = methods[first] = methods[first]()
+    data = data or picture_cells(args, sources or {}, net, args.n_examples or _FIELD_IMAGES)
+    results = run_field(
+        methods,
+        data,
+        streams=args.field or None,
+        long=args.long,
+        batch_size=args.batch_size,
+        seed=seeds,
+        out=args.out,
+        execution=execution,
+        model_name=args.model,
+        command=args.command_line,
+        overwrite=args.overwrite,
+        resume=args.resume,
+        worker=worker,
+        progress=True,
+    )
+    if worker is None or worker.rank == 0:
+        print(f"\n{results.table()}")
+        print(f"field.json, field.md and field.html are in {printable(str(args.out))}")
 
 
 def _unadapted(net: Adapter, model_dir: Path) -> Adapter:
@@ -180,6 +332,7 @@ def _unadapted(net: Adapter, model_dir: Path) -> Adapter:
         mean=net.backbone.mean.flatten().tolist() if normal else None,
         std=net.backbone.std.flatten().tolist() if normal else None,
         normalize=normal,
+        classes=net.backbone.classes,
         model_dir=model_dir,
         device=net.backbone.device,
     )

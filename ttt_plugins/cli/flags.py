@@ -21,6 +21,7 @@ __all__ = [
     "add_field_flags",
     "dataclass_from_args",
     "fields_from_pairs",
+    "key_value",
 ]
 
 PROGRAM = "ttt-plugins"
@@ -123,7 +124,7 @@ def add_field_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--set KEY=VALUE …``; `fields_from_pairs` converts the collected pairs."""
     parser.add_argument(
         "--set",
-        type=_key_value,
+        type=key_value,
         nargs="+",
         action="extend",
         default=[],
@@ -132,8 +133,12 @@ def add_field_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _key_value(text: str) -> tuple[str, Any]:
-    """``KEY=VALUE`` -> its parts; the value is read as JSON, or else as a string."""
+def key_value(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` -> its parts; the value is read as JSON, or else as a string.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no key or no equals sign.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..adapter import Adapter
@@ -29,8 +30,14 @@ def add_model_flags(add: argparse.ArgumentParser) -> None:
     add.add_argument("--pretrained", action="store_true", help="download timm's weights")
 
 
-def adapter_from_args(args: argparse.Namespace) -> Adapter:
-    """Create the adapter of MODEL and --method, from an artifact or by wrapping a model."""
+def adapter_from_args(args: argparse.Namespace, classes: Sequence[int] | None = None) -> Adapter:
+    """Create the adapter of MODEL and --method, from an artifact or by wrapping a model.
+
+    Args:
+        args: the flags of `add_model_flags`, and ``seed``.
+        classes: the classes to restrict the model to, as for `wrap`; then an artifact must carry
+            its model.
+    """
     check_device(args.device)
     common = {"device": args.device, "seed": args.seed}
     pairs = args.set if args.lr is None else [*args.set, ("lr", args.lr)]
@@ -39,13 +46,14 @@ def adapter_from_args(args: argparse.Namespace) -> Adapter:
     method = stored if args.method is None else args.method
     # Only fields of the config: all other arguments of wrap have their own flags.
     fields = {} if method is None else fields_from_pairs(pairs, get_method(method).config)
-    if method == stored:
+    if method == stored and classes is None:
         return from_pretrained(args.model, **common, **fields)
     return wrap(
         args.model,
         method,
         pretrained=args.pretrained,
         model_dir=args.model_dir,
+        classes=classes,
         **common,
         **fields,
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +16,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapter import Adapter
+from ..benchmark import CorruptionData
 from ..core.pictures import picture_transform
 from ..data.cifar10 import EXTRA_ROWS
 from ..data.corruptions import TENSOR_CORRUPTIONS, corrupt
 from ..data.images import LabelledImages, to_float
+from ..data.labelled import LabelledPictures
 from ..data.labels import label_positions
 from ..data.loading import ImageLoader, Transform
 from ..data.opening import open_images
@@ -24,14 +29,18 @@ from ..data.parquet import read_parquet
 from ..data.source import ImageSource
 from ..data.transforms import evaluation_transform
 from ..errors import DataError, InputError
+from ..utils.text import printable
 from ..wrapping import wrap
 
 __all__ = [
     "add_source_flags",
     "corrupted_pictures",
+    "folder_classes",
     "gather_pictures",
     "head_images",
+    "named_sources",
     "open_source",
+    "picture_cells",
     "statistics_images",
     "test_images",
     "training_images",
@@ -162,6 +171,82 @@ def corrupted_pictures(
 def _predictions(net: Adapter, images: Tensor) -> Tensor:
     parts = (to_float(part.to(net.backbone.device)) for part in images.split(64))
     return torch.cat([net.backbone(part).argmax(1).cpu() for part in parts])
+
+
+# -- pictures for a benchmark --------------------------------------------------------------------
+
+
+def named_sources(args: argparse.Namespace) -> dict[str, Any]:
+    """The sources of --images by name: NAME in NAME=SOURCE, or the last part of the address.
+
+    Raises:
+        InputError: two sources have the same name.
+    """
+    sources: dict[str, Any] = {}
+    for text in args.images:
+        name, equals, source = text.partition("=")
+        if not equals or not name or re.search(r"[/\\:]", name) or Path(text).exists():
+            name, source = re.split(r"[/\\]", text.rstrip("/\\"))[-1], text
+        if name in sources:
+            raise InputError(f"two sources are called {name}; give names, as in NAME={source}")
+        sources[name] = open_source(args, source)
+    return sources
+
+
+def folder_classes(sources: Mapping[str, Any], net: Adapter) -> list[int] | None:
+    """Positions of the folders' classes among a model's; None if the folders are all of them.
+
+    Raises:
+        InputError: the sources' classes differ, have no names, or are not among the model's.
+    """
+    own = {source.classes for source in sources.values()}
+    if len(own) > 1 or None in own:
+        raise InputError("--classes folder needs sources with the same named classes")
+    names = own.pop()
+    if len(names) == net.num_classes:
+        return None
+    places = label_positions(net.num_classes, names)
+    if places is None:
+        raise InputError(
+            f"--classes folder: the model's {net.num_classes} classes include no "
+            f"{', '.join(names[:3])}, …; folders are named by ImageNet's WordNet identifiers or "
+            "words"
+        )
+    return places
+
+
+def picture_cells(
+    args: argparse.Namespace, sources: Mapping[str, Any], net: Adapter, count: int | None
+) -> CorruptionData:
+    """The cells of a benchmark on labelled pictures.
+
+    Args:
+        args: the flags of `add_source_flags`, ``corrupt``, ``severity`` and ``device``.
+        sources: from `named_sources`.
+        net: an adapter on the model, which gives the input size and the classes.
+        count: largest number of pictures of each source.
+
+    Raises:
+        InputError, DataError: as for `LabelledPictures`.
+    """
+    transform = picture_transform(net.backbone, args.image_size)
+    pictures = {
+        name: LabelledPictures(
+            source,
+            transform,
+            net.num_classes,
+            count=count,
+            workers=args.workers,
+            skip_damaged=args.skip_damaged,
+        )
+        for name, source in sources.items()
+    }
+    for name, own in pictures.items():
+        if own.skipped:
+            print(f"{printable(name)}: left out {own.skipped} damaged pictures", flush=True)
+    return CorruptionData.from_pictures(
+        pictures, args.corrupt or (), args.severity or range(1, 6), args.device or "cpu"
+    )
 
 
 # -- images for training -------------------------------------------------------------------------

@@ -87,6 +87,10 @@ class ArraySource(ImageSource):
         pixels = _to_tensor(self._array[row], self._channels_last)
         return Sample(pixels, int(self._labels[row]) if self.labelled else None, str(row))
 
+    def read_labels(self) -> Tensor:
+        """The array of labels."""
+        return torch.from_numpy(self._labels.astype(np.int64))
+
 
 def _to_tensor(pixels: Any, channels_last: bool | None = None) -> Tensor:
     """An image (C, H, W) from an array or tensor; None infers the axis of the channels."""

@@ -13,8 +13,10 @@ __all__ = [
     "CORRUPTIONS_3D",
     "DATASETS",
     "EXTRA_CORRUPTIONS",
+    "PICTURES",
     "CompactLayout",
     "Dataset",
+    "dataset_title",
 ]
 
 #: The fifteen corruptions of Hendrycks & Dietterich (arXiv 1903.12261), in RobustBench's order.
@@ -176,3 +178,11 @@ DATASETS = {
     ),
     "imagenet3dcc": _imagenet("ImageNet-3DCC", CORRUPTIONS_3D, "corruptions_3d"),
 }
+
+#: In results, the name of labelled pictures of the user's own, which `DATASETS` does not describe.
+PICTURES = "pictures"
+
+
+def dataset_title(name: str) -> str:
+    """The title of a data set of `DATASETS`, or of `PICTURES`."""
+    return DATASETS[name].title if name in DATASETS else name

@@ -10,7 +10,14 @@ from timm.data import ImageNetInfo
 
 from ..errors import InputError
 
-__all__ = ["LABEL_SETS", "class_names", "label_positions", "label_set", "positions"]
+__all__ = [
+    "LABEL_SETS",
+    "class_names",
+    "imagenet_positions",
+    "label_positions",
+    "label_set",
+    "positions",
+]
 
 #: Name of a set -> its list of WordNet identifiers among timm's tables.
 _TABLES = {
@@ -77,13 +84,36 @@ def label_positions(classes: int | None, own: Sequence[str] | None) -> list[int]
     Returns:
         The position among the model's classes by label; None if it cannot be determined. If the
         numbers of classes agree, or the images' classes have no names, labels are the model's own;
-        folders named by WordNet identifiers are located among ImageNet's 1,000 classes.
+        folders named by WordNet identifiers, or by words of timm's tables that belong to one class
+        only ("tench", "great_white_shark"), are located among ImageNet's 1,000 classes.
     """
     if classes is None:
         return None
     if own is None or len(own) == classes:
         return list(range(classes))
-    places = {synset: i for i, synset in enumerate(label_set("imagenet-1k"))}
-    if classes == 1000 and all(name in places for name in own):
-        return [places[name] for name in own]
+    return imagenet_positions(own) if classes == 1000 else None
+
+
+def imagenet_positions(names: Sequence[str]) -> list[int] | None:
+    """Positions of named classes among ImageNet's 1,000, as for `label_positions`."""
+    for places in ({s: i for i, s in enumerate(label_set("imagenet-1k"))}, _words()):
+        found = [places.get(_plain(name)) for name in names]
+        if None not in found and len(set(found)) == len(found):
+            return found  # pyright: ignore[reportReturnType]
     return None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").strip()
+
+
+@functools.cache
+def _words() -> dict[str, int]:
+    """The words for each class, alone or as timm lists them, without those of several classes."""
+    texts = ImageNetInfo().label_descriptions(as_dict=True)
+    assert isinstance(texts, dict)
+    places: dict[str, list[int]] = {}
+    for place, synset in enumerate(label_set("imagenet-1k")):
+        for word in {_plain(texts[synset]), *map(_plain, texts[synset].split(","))}:
+            places.setdefault(word, []).append(place)
+    return {word: found[0] for word, found in places.items() if len(found) == 1}

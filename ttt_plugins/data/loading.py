@@ -61,6 +61,7 @@ class ImageLoader:
         seed: seed for shuffling; None keeps the source's own order.
         start: number of images to skip at the start of the order.
         limit: largest number of images of the order to read, including those skipped at the start.
+        rows: rows to read, in this order (N,), instead of the whole source; not for a stream.
         skip_damaged: skip damaged pictures and note them in ``skipped``, instead of raising.
 
     Attributes:
@@ -80,6 +81,7 @@ class ImageLoader:
         seed: int | None = None,
         start: int = 0,
         limit: int | None = None,
+        rows: Tensor | None = None,
         skip_damaged: bool = False,
     ):
         low = {"batch_size": (batch_size, 1), "start": (start, 0)}
@@ -96,7 +98,7 @@ class ImageLoader:
         self._transform, self._skip_damaged = transform, skip_damaged
         self._start, self._limit = start, limit
         if isinstance(source, ImageSource):
-            self._order = read_order(source, seed)[:limit]
+            self._order = (read_order(source, seed) if rows is None else rows)[:limit]
             self._workers = _workers(source, transform) if workers is None else workers
 
     def __iter__(self) -> Iterator[ImageBatch]:

@@ -116,6 +116,10 @@ class ParquetSource(ImageSource):
                 raise DataError(f"{where}: no label")
         return Sample(decode(encoded or b"", where), label, path or f"row {row}")
 
+    def read_labels(self) -> Tensor:
+        """The column of labels."""
+        return torch.cat([_column(file, self._label or "") for file in self._files])
+
     def _load(self, index: int) -> Any:
         """A block's rows, from the cache if it is loaded."""
         if index in self._loaded:
@@ -190,8 +194,13 @@ def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
     return tuple(map(str, names))
 
 
-def read_parquet(path: str | Path) -> LabelledImages:
-    """Read a whole parquet file of small, labelled pictures of one size into memory.
+def read_parquet(path: str | Path, start: int = 0, stop: int | None = None) -> LabelledImages:
+    """Read a parquet file of small, labelled pictures of one size into memory, or some rows of it.
+
+    Args:
+        path: the file.
+        start: first row to read.
+        stop: row to stop before; None for all.
 
     Raises:
         DataError: the file is missing, has other columns, or pictures of different sizes.
@@ -200,7 +209,7 @@ def read_parquet(path: str | Path) -> LabelledImages:
     source = ParquetSource([path])
     if not source.labelled:
         raise DataError(f"{path}: no column of integers called label")
-    batches = list(ImageLoader(source, workers=0))
+    batches = list(ImageLoader(source, workers=0, start=start, limit=stop))
     labels = [batch.labels for batch in batches if batch.labels is not None]
     return LabelledImages(torch.cat([batch.images for batch in batches]), torch.cat(labels))
 
@@ -216,8 +225,14 @@ def read_labels(path: str | Path) -> Tensor:
         column = _label_column(schema, str(path), None)
         if column is None:
             raise DataError(f"{path}: no column of integers called label")
-        table = parquet.read_table(path, columns=[column])
-        return torch.tensor(table[column].to_pylist(), dtype=torch.int64)
+    return _column(path, column)
+
+
+def _column(path: str | Path, name: str) -> Tensor:
+    """A column of integers, int64 (N,)."""
+    with _reading(path) as parquet:
+        table = parquet.read_table(path, columns=[name])
+        return torch.tensor(table[name].to_pylist(), dtype=torch.int64)
 
 
 @contextlib.contextmanager

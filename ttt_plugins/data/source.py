@@ -72,6 +72,16 @@ class ImageSource(abc.ABC):
             DataError: the source cannot be read.
         """
 
+    def read_labels(self) -> Tensor:
+        """The labels (N,) of all rows of a labelled source, int64.
+
+        Sources that can do so read them without decoding pictures.
+
+        Raises:
+            DataError: as for `read`.
+        """
+        return torch.tensor([self.read(row).label for row in range(len(self))])
+
     @property
     def decodes(self) -> bool:
         """Whether `read` is slow enough for worker processes to be worthwhile."""

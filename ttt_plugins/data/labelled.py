@@ -1,0 +1,138 @@
+"""Labelled pictures that are read by rows, so that they are never in memory as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, InputError
+from .decode import PictureError
+from .images import LabelledImages
+from .labels import label_positions
+from .loading import ImageLoader, Transform
+from .source import ImageSource
+
+__all__ = ["LabelledPictures"]
+
+#: Seed for the choice of pictures if not all are used.
+_SEED = 0
+
+
+class LabelledPictures:
+    """The pictures of a source that has labels, as uint8 images of one size.
+
+    Args:
+        source: a source that `open_images` returns.
+        transform: resizes and crops pictures.
+        num_classes: number of the model's classes, None while unknown. Labels become positions
+            among them, see `label_positions`.
+        count: largest number of pictures to use, drawn with a fixed seed and kept in the source's
+            order; all of them by default.
+        workers: number of decoding processes, as for `ImageLoader`.
+        skip_damaged: whether to leave out damaged pictures, which takes a look at every picture.
+
+    Attributes:
+        labels: int64 classes (N,).
+        side: height and width of the images.
+        skipped: number of damaged pictures that are left out.
+
+    Raises:
+        DataError: the source cannot be read, or has no labels.
+        InputError: the source is a stream, its classes are not among the model's, or it has no
+            8-bit pictures.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        transform: Transform | None,
+        num_classes: int | None,
+        *,
+        count: int | None = None,
+        workers: int | None = None,
+        skip_damaged: bool = False,
+    ):
+        if not isinstance(source, ImageSource):
+            raise InputError(f"{source.location} is a stream, which cannot be read by rows")
+        if not source.labelled:
+            raise DataError(
+                f"{source.location}: pictures without labels; give a folder of class folders, or "
+                "name the column of labels"
+            )
+        self._source, self._transform, self._workers = source, transform, workers
+        self._rows = torch.arange(len(source))
+        self.skipped = 0
+        if skip_damaged:
+            self._rows = _intact(source)
+            self.skipped = len(source) - len(self._rows)
+        if count is not None:
+            generator = torch.Generator().manual_seed(_SEED)
+            drawn = torch.randperm(len(self._rows), generator=generator)[:count]
+            self._rows = self._rows[drawn.sort().values]
+        self.labels = _labels(source, num_classes)[self._rows]
+        self.side = tuple(self.read(torch.zeros(1, dtype=torch.int64)).images.shape[2:])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, rows: Tensor) -> LabelledImages:
+        """Read these pictures (N,), in this order.
+
+        Raises:
+            DataError: the source cannot be read, or a picture is damaged or of another size.
+        """
+        # Files and blocks of rows are read in their own order.
+        order = rows.argsort()
+        loader = ImageLoader(
+            self._source,
+            transform=self._transform,
+            workers=self._workers,
+            rows=self._rows[rows[order]],
+        )
+        images = torch.cat([batch.images for batch in loader])
+        if images.dtype != torch.uint8:
+            raise InputError(f"{self._source.location} has no 8-bit pictures, but {images.dtype}")
+        return LabelledImages(images[order.argsort()], self.labels[rows])
+
+
+def _labels(source: ImageSource, num_classes: int | None) -> Tensor:
+    """The labels of all rows, as positions among a model's classes."""
+    own = source.read_labels()
+    if num_classes is None:
+        return own
+    places = label_positions(num_classes, source.classes)
+    if places is None:
+        raise InputError(
+            f"{source.location} has {len(source.classes or ())} classes and the model "
+            f"{num_classes}, and their names do not say which are which; name the folders by "
+            "ImageNet's WordNet identifiers or words, or give the model's classes a folder each"
+        )
+    if int(own.min()) < 0 or int(own.max()) >= len(places):
+        raise DataError(
+            f"{source.location}: labels must be from 0 to {len(places) - 1}, got {int(own.min())} "
+            f"to {int(own.max())}"
+        )
+    return torch.tensor(places)[own]
+
+
+def _intact(source: ImageSource) -> Tensor:
+    """The rows of pictures that can be decoded."""
+
+    def fine(row: int) -> bool:
+        try:
+            source.read(row)
+        except PictureError:
+            return False
+        return True
+
+    # Decoding releases the GIL; only folders are read by several threads at once.
+    threads = ThreadPoolExecutor(None if len(source.blocks()) == 1 else 1)
+    with threads:
+        found: Sequence[bool] = list(threads.map(fine, range(len(source))))
+    if not any(found):
+        raise DataError(f"{source.location}: every picture is damaged")
+    return torch.tensor(found).nonzero().flatten()
