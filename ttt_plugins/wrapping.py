@@ -33,7 +33,6 @@ from .backbones.backbone import Backbone
 from .backbones.refused import check_adaptable
 from .backbones.statistics import NormStatistics
 from .core.registry import HEAD, Method, configure, get_method
-from .data.images import gather_images
 from .data.labels import positions
 from .errors import ArtifactError, InputError
 from .utils.checks import check_device, check_seed
@@ -107,7 +106,7 @@ def wrap(
         tensors: tensors that the method has learned beforehand, by name, instead of an artifact's.
         head: source of the self-supervised head: an artifact made for these weights, or
             ``"train"``, which trains a head on ``data`` without changing the model.
-        data: clean, unlabelled images for it: (N, C, S, S), uint8 or in [0, 1], or a loader.
+        data: clean, unlabelled images for it: like ``source_images``, or a tensor (N, C, S, S).
         classes: the classes that occur, as indices of the model's logits, of which only these are
             used, in this order; or ``"imagenet-r"`` or ``"imagenet-a"``, 200 of ImageNet's.
         normalized_input: whether images are already normalised with mean and std; see `Adapter`.
@@ -168,10 +167,9 @@ def _with_new_head(
     if record.fit is None or record.fits != HEAD:
         raise InputError(f"{record.name} has no head that is trained on a finished model")
     refuse_random(model, pretrained)
-    images = gather_images(data)
     module, origin, _ = load_model(model, pretrained, model_dir, setting.seed)
     setting = _inherited(setting, model, origin)
-    return _build(module, record, config, None, origin, setting, images)
+    return _build(module, record, config, None, origin, setting, data)
 
 
 def _inherited(setting: _Setting, model: Any, origin: Origin) -> _Setting:
@@ -332,7 +330,7 @@ def _build(
     learned: Learned | None,
     origin: Origin,
     setting: _Setting,
-    images: Tensor | None = None,
+    images: Any = None,
 ) -> Adapter:
     """Build the adapter from a classifier, a method, and its learned tensors or source images."""
     if record.build is not None:

@@ -24,9 +24,10 @@ from ..data.images import LabelledImages, to_float
 from ..data.labelled import LabelledPictures
 from ..data.labels import label_positions
 from ..data.loading import ImageLoader, Transform
+from ..data.on_demand import ImagesOnDemand, intact_rows
 from ..data.opening import open_images
 from ..data.parquet import read_parquet
-from ..data.source import ImageSource
+from ..data.source import ImageSource, read_order
 from ..data.transforms import evaluation_transform
 from ..errors import DataError, InputError
 from ..utils.text import printable
@@ -41,6 +42,7 @@ __all__ = [
     "named_sources",
     "open_source",
     "picture_cells",
+    "pictures_on_demand",
     "statistics_images",
     "test_images",
     "training_images",
@@ -82,7 +84,7 @@ def gather_pictures(
     limit: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None, tuple[str, ...] | None]:
-    """Read the pictures of a source as uint8 pixels (N, 3, S, S), kept in memory for training.
+    """Read the pictures of a source as uint8 pixels (N, 3, S, S), all of them into memory.
 
     Args:
         args: the flags of `add_source_flags`.
@@ -130,9 +132,36 @@ def _check_memory(source: str, size: int) -> None:
     if size > _SHARE_OF_MEMORY * memory:
         raise InputError(
             f"{source}: its pictures would take {size / 1e9:.1f} GB of this machine's "
-            f"{memory / 1e9:.1f} GB, and training keeps them in memory; give --max-images or a "
-            "smaller --image-size"
+            f"{memory / 1e9:.1f} GB; give --max-images or a smaller --image-size"
         )
+
+
+def pictures_on_demand(
+    args: argparse.Namespace,
+    source: str,
+    transform: Transform | None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+) -> tuple[Tensor | ImagesOnDemand, Tensor | None]:
+    """Pictures of a source that are decoded when they are used, as for `gather_pictures`.
+
+    A stream can be read once only, so its pictures are kept in memory.
+
+    Returns:
+        The images, and labels (N,) if there are any.
+    """
+    opened = open_source(args, source)
+    if not isinstance(opened, ImageSource):
+        return gather_pictures(args, source, transform, limit=limit, seed=seed)[:2]
+    draw = limit is not None and limit < len(opened)
+    rows = read_order(opened, seed if draw else None)[:limit]
+    if args.skip_damaged:
+        rows, damaged = intact_rows(opened, transform, rows, args.workers)
+        if damaged:
+            print(f"skipped {len(damaged)} damaged pictures, the first: {damaged[0]}")
+    images = ImagesOnDemand(opened, transform, rows=rows, workers=args.workers)
+    return images, opened.read_labels()[rows] if opened.labelled else None
 
 
 def corrupted_pictures(
@@ -143,7 +172,8 @@ def corrupted_pictures(
     Args:
         args: the flags of `add_source_flags`, and ``images``.
         net: the adapter to train; the pictures get its model's input size.
-        limit: largest number of pictures, None for all.
+        limit: largest number of pictures; by default as many as the benchmark's four extra files
+            hold. They are kept in memory.
         seed: seed for the choice of pictures and for the noise.
 
     Returns:
@@ -151,6 +181,7 @@ def corrupted_pictures(
         from.
     """
     transform = picture_transform(net.backbone, args.image_size)
+    limit = EXTRA_ROWS if limit is None else limit
     clean, labels, classes = gather_pictures(args, args.images, transform, limit=limit, seed=seed)
     places = label_positions(net.num_classes, classes)
     origin = "the source's"
@@ -275,10 +306,10 @@ def _labelled_pictures(
     if settings is not None:
         described.pretrained_cfg = settings.to_dict()
     transform = evaluation_transform(described, args.image_size)
-    images, labels, _ = gather_pictures(args, source, transform, limit=limit, seed=recipe.seed)
+    images, labels = pictures_on_demand(args, source, transform, limit=limit, seed=recipe.seed)
     if labels is None:
         raise InputError(f"{source}: pictures without labels; give a folder of class folders")
-    return LabelledImages(images, labels)
+    return LabelledImages(images, labels)  # pyright: ignore[reportArgumentType]
 
 
 def test_images(args: argparse.Namespace, recipe: Any) -> LabelledImages:
@@ -294,7 +325,7 @@ def test_images(args: argparse.Namespace, recipe: Any) -> LabelledImages:
     return images
 
 
-def head_images(args: argparse.Namespace, seed: int) -> Tensor:
+def head_images(args: argparse.Namespace, seed: int) -> Tensor | ImagesOnDemand:
     """Unlabelled images to train a head on, at its classifier's input size."""
     if args.images is None:
         return training_images(args, None).images
@@ -302,14 +333,14 @@ def head_images(args: argparse.Namespace, seed: int) -> Tensor:
         args.model, "source", pretrained=args.pretrained, model_dir=args.model_dir, seed=seed
     )
     transform = picture_transform(net.backbone, args.image_size)
-    return gather_pictures(args, args.images, transform, limit=args.max_images, seed=seed)[0]
+    return pictures_on_demand(args, args.images, transform, limit=args.max_images, seed=seed)[0]
 
 
-def statistics_images(args: argparse.Namespace, net: Adapter) -> Tensor:
+def statistics_images(args: argparse.Namespace, net: Adapter) -> Tensor | ImagesOnDemand:
     """Clean images that an adapter's source statistics are measured on."""
     if args.images is not None:
         transform = picture_transform(net.backbone, args.image_size)
-        return gather_pictures(args, args.images, transform, limit=args.statistics_images)[0]
+        return pictures_on_demand(args, args.images, transform, limit=args.statistics_images)[0]
     folder = args.data_dir if (args.data_dir / "train.parquet").is_file() else None
     clean = read_parquet((folder or args.data_dir / "cifar10") / "train.parquet")
     return clean.images[:-EXTRA_ROWS][: args.statistics_images]

@@ -15,6 +15,7 @@ from ..artifacts.folder import check_target
 from ..artifacts.saving import save_learned, save_with_model
 from ..benchmark import EXTRA_CORRUPTIONS, load_stream
 from ..core.registry import configure
+from ..data.cifar10 import EXTRA_ROWS
 from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from ..methods import MGG, MT3, TTT
@@ -63,7 +64,11 @@ def _add_common(add: argparse.ArgumentParser, folder: str, *recipes: type) -> No
         help="pictures from another source: class folders, parquet, npz, hf://datasets/ORG/NAME",
     )
     add.add_argument(
-        "--max-images", type=int, metavar="N", help="with --images: how many, drawn with the seed"
+        "--max-images",
+        type=int,
+        metavar="N",
+        help="with --images: how many, drawn with the seed (default: all; for mgg, which keeps "
+        f"them in memory, {EXTRA_ROWS})",
     )
     add_source_flags(add)
     add.add_argument("--out", type=Path, required=True, help="folder for the artifact")

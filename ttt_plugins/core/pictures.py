@@ -11,13 +11,14 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..backbones.backbone import Backbone
 from ..backbones.stages import inner
-from ..data.images import LabelledImages, to_float
+from ..data.images import LabelledImages, gather_images, to_float
 from ..data.loading import ImageLoader, Transform
+from ..data.on_demand import ImagesOnDemand
 from ..data.opening import open_images
 from ..data.source import ImageSource, ImageStream
 from ..data.transforms import evaluation_transform
 
-__all__ = ["image_batches", "is_source", "picture_transform"]
+__all__ = ["image_batches", "is_source", "picture_transform", "training_images"]
 
 
 def picture_transform(backbone: Backbone, size: int | None = None) -> Transform | None:
@@ -64,3 +65,23 @@ def image_batches(
         open_images(source), transform=transform, batch_size=batch_size, limit=limit
     ):
         yield to_float(batch.images.to(backbone.device, non_blocking=True))
+
+
+def training_images(images: Any, backbone: Backbone) -> Tensor | ImagesOnDemand:
+    """Images to train on for a classifier: a tensor (N, C, S, S), or read when they are used.
+
+    Args:
+        images: a tensor, `ImagesOnDemand`, a loader of ready batches, or what `open_images` takes.
+        backbone: the classifier, whose own transform resizes and crops pictures.
+
+    Raises:
+        DataError, InputError: the images cannot be read.
+    """
+    if isinstance(images, (Tensor, ImagesOnDemand)):
+        return images
+    if not is_source(images):
+        return gather_images(images)
+    source = open_images(images)
+    if isinstance(source, ImageSource):
+        return ImagesOnDemand(source, picture_transform(backbone))
+    return gather_images(image_batches(source, backbone))

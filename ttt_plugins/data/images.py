@@ -15,7 +15,10 @@ __all__ = ["LabelledImages", "batch_images", "gather_images", "to_float"]
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images (N, 3, H, W) as uint8 and labels (N,) as int64."""
+    """Images (N, 3, H, W) as uint8 and labels (N,) as int64.
+
+    In training, `on_demand.ImagesOnDemand` may stand in for the tensor of images.
+    """
 
     images: Tensor
     labels: Tensor

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DataError, InputError
-from .decode import PictureError
 from .images import LabelledImages
 from .labels import label_positions
 from .loading import ImageLoader, Transform
+from .on_demand import intact_rows
 from .source import ImageSource
 
 __all__ = ["LabelledPictures"]
@@ -67,8 +65,8 @@ class LabelledPictures:
         self._rows = torch.arange(len(source))
         self.skipped = 0
         if skip_damaged:
-            self._rows = _intact(source)
-            self.skipped = len(source) - len(self._rows)
+            self._rows, damaged = intact_rows(source, transform, self._rows, workers)
+            self.skipped = len(damaged)
         if count is not None:
             generator = torch.Generator().manual_seed(_SEED)
             drawn = torch.randperm(len(self._rows), generator=generator)[:count]
@@ -117,22 +115,3 @@ def _labels(source: ImageSource, num_classes: int | None) -> Tensor:
             f"to {int(own.max())}"
         )
     return torch.tensor(places)[own]
-
-
-def _intact(source: ImageSource) -> Tensor:
-    """The rows of pictures that can be decoded."""
-
-    def fine(row: int) -> bool:
-        try:
-            source.read(row)
-        except PictureError:
-            return False
-        return True
-
-    # Decoding releases the GIL; only folders are read by several threads at once.
-    threads = ThreadPoolExecutor(None if len(source.blocks()) == 1 else 1)
-    with threads:
-        found: Sequence[bool] = list(threads.map(fine, range(len(source))))
-    if not any(found):
-        raise DataError(f"{source.location}: every picture is damaged")
-    return torch.tensor(found).nonzero().flatten()

@@ -19,7 +19,16 @@ from ..errors import DataError, InputError
 from .decode import PictureError, decode
 from .source import ImageSource, ImageStream, Sample, read_order
 
-__all__ = ["ImageBatch", "ImageLoader", "Transform", "default_workers", "to_pixels"]
+__all__ = [
+    "ImageBatch",
+    "ImageLoader",
+    "Pieces",
+    "Transform",
+    "default_workers",
+    "intact",
+    "to_pixels",
+    "worker_count",
+]
 
 #: A function from an RGB picture to uint8 pixels (C, H, W).
 Transform = Callable[[Image.Image], Tensor]
@@ -99,7 +108,7 @@ class ImageLoader:
         self._start, self._limit = start, limit
         if isinstance(source, ImageSource):
             self._order = (read_order(source, seed) if rows is None else rows)[:limit]
-            self._workers = _workers(source, transform) if workers is None else workers
+            self._workers = worker_count(source, transform) if workers is None else workers
 
     def __iter__(self) -> Iterator[ImageBatch]:
         end = self._start
@@ -108,12 +117,7 @@ class ImageLoader:
         with contextlib.closing(self._pieces()) as pieces:
             for piece in pieces:
                 end += piece.read
-                if piece.damaged and not self._skip_damaged:
-                    raise PictureError(
-                        f"{piece.damaged[0]}; repair or remove it, or skip damaged pictures"
-                    )
-                if piece.error is not None:
-                    raise DataError(piece.error)
+                _check(piece, self._skip_damaged)
                 self.skipped += piece.damaged
                 if piece.images is not None:
                     yield ImageBatch(piece.images, piece.labels, piece.names, end)
@@ -138,7 +142,7 @@ class ImageLoader:
         elif self._start < len(self._order):
             rows = self._order[self._start :].split(self.batch_size)
             yield from DataLoader(
-                _Pieces(self.source, self._transform),
+                Pieces(self.source, self._transform),
                 sampler=_Lists(rows),
                 batch_size=None,
                 num_workers=min(self._workers, len(rows)),
@@ -158,7 +162,7 @@ class _Lists(Sampler):
         return len(self._batches)
 
 
-class _Pieces(Dataset):
+class Pieces(Dataset):
     """Turns the rows of a batch into a `_Piece`, in a worker process."""
 
     def __init__(self, source: ImageSource, transform: Transform | None):
@@ -179,6 +183,25 @@ class _Piece(NamedTuple):
     damaged: list[str]
     read: int
     error: str | None = None
+
+
+def _check(piece: _Piece, skip_damaged: bool) -> None:
+    if piece.damaged and not skip_damaged:
+        raise PictureError(f"{piece.damaged[0]}; repair or remove it, or skip damaged pictures")
+    if piece.error is not None:
+        raise DataError(piece.error)
+
+
+def intact(piece: _Piece) -> Tensor:
+    """The images (B, C, H, W) of a piece in which nothing is damaged.
+
+    Raises:
+        PictureError: a picture is damaged.
+        DataError: the source cannot be read, or pictures have different sizes.
+    """
+    _check(piece, skip_damaged=False)
+    assert piece.images is not None
+    return piece.images
 
 
 def _assembled(reads: Iterable[Callable[[], Sample]], transform: Transform | None) -> _Piece:
@@ -226,7 +249,8 @@ def to_pixels(sample: Sample, transform: Transform | None) -> Tensor:
     return pil_to_tensor(image) if transform is None else transform(image)
 
 
-def _workers(source: ImageSource, transform: Transform | None) -> int:
+def worker_count(source: ImageSource, transform: Transform | None) -> int:
+    """Number of worker processes that are worthwhile for a source: none where nothing is slow."""
     if not source.decodes and transform is None:
         return 0
     return default_workers()

@@ -231,8 +231,10 @@ def read_labels(path: str | Path) -> Tensor:
 def _column(path: str | Path, name: str) -> Tensor:
     """A column of integers, int64 (N,)."""
     with _reading(path) as parquet:
-        table = parquet.read_table(path, columns=[name])
-        return torch.tensor(table[name].to_pylist(), dtype=torch.int64)
+        labels = parquet.read_table(path, columns=[name])[name].to_pylist()
+        if None in labels:
+            raise DataError(f"{path}, row {labels.index(None)}: no label")
+        return torch.tensor(labels, dtype=torch.int64)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ __all__ = [
     "ImageStream",
     "Sample",
     "read_order",
+    "shuffled_blocks",
 ]
 
 #: Names of the columns (or arrays) of images and of labels, None to find them by name.
@@ -111,16 +112,15 @@ def read_order(source: ImageSource, seed: int | None) -> Tensor:
     """
     if seed is None:
         return torch.arange(len(source))
-    generator = torch.Generator().manual_seed(seed)
-    blocks = source.blocks()
+    blocks = [torch.arange(block.start, block.stop) for block in source.blocks()]
+    return shuffled_blocks(blocks, torch.Generator().manual_seed(seed))
+
+
+def shuffled_blocks(blocks: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """The rows of all blocks, shuffled as for `read_order`."""
     order = torch.randperm(len(blocks), generator=generator).tolist()
     windows = []
     for first in range(0, len(order), OPEN_BLOCKS):
-        rows = torch.cat(
-            [
-                torch.arange(b.start, b.stop)
-                for b in (blocks[i] for i in order[first:][:OPEN_BLOCKS])
-            ]
-        )
+        rows = torch.cat([blocks[i] for i in order[first:][:OPEN_BLOCKS]])
         windows.append(rows[torch.randperm(len(rows), generator=generator)])
     return torch.cat(windows) if windows else torch.arange(0)

@@ -51,9 +51,9 @@ from ..core.algorithm import Tensors
 from ..core.heads import ROTATIONS, check_head, rest_tensors, rotation_logits
 from ..core.per_batch import PerBatch
 from ..core.per_image import SOURCE_ONLY, PerImage, Task, check_square
+from ..core.pictures import training_images
 from ..core.registry import HEAD, Method, register
 from ..core.views import crop_and_flip, quarter_turns, uniforms
-from ..data.images import gather_images
 from ..errors import ArtifactError, InputError
 from ..utils.checks import check_choice, check_integer, check_number
 from ..utils.precision import single
@@ -206,12 +206,12 @@ def fit(
     seed: int,
     progress: bool = True,
 ) -> Tensors:
-    """A rotation head trained on clean images."""
+    """A rotation head trained on clean images: a tensor, a loader, or any other source."""
     METHOD.select(config, backbone)  # a config that does not fit the model fails before training
-    gathered = gather_images(images)
-    size = max(1, min(128, len(gathered)))
+    found = training_images(images, backbone)
+    size = max(1, min(128, len(found)))
     recipe = HeadRecipe(split=config.split, batch_size=size, seed=seed)
-    return fit_head(backbone, gathered, recipe, progress)[0]
+    return fit_head(backbone, found, recipe, progress)[0]
 
 
 METHOD = register(

@@ -26,6 +26,7 @@ from ..core.objectives import all_finite
 from ..core.schedules import cosine
 from ..core.views import quarter_turns, random_crop, random_flip
 from ..data.images import to_float
+from ..data.on_demand import ImagesOnDemand, read_batches, shuffled_rows
 from ..errors import InputError
 from ..utils.checks import check_integer, check_number
 from ..utils.progress import write_entry
@@ -75,13 +76,16 @@ def turned(images: Tensor, rotations: str, generator: torch.Generator) -> tuple[
 
 
 def fit_head(
-    backbone: Backbone, images: Tensor, recipe: HeadRecipe, progress: bool = True
+    backbone: Backbone,
+    images: Tensor | ImagesOnDemand,
+    recipe: HeadRecipe,
+    progress: bool = True,
 ) -> tuple[Tensors, list[dict[str, Any]]]:
     """Train a rotation head on a classifier's features.
 
     Args:
         backbone: the classifier.
-        images: clean images (N, C, S, S), uint8 or floating point in [0, 1].
+        images: clean images (N, C, S, S), uint8 or floating point in [0, 1], or read on demand.
         recipe: how the head is trained.
         progress: whether to show progress bars, and print a line for each epoch.
 
@@ -92,22 +96,26 @@ def fit_head(
         InputError: images that are not square, of another type, range or size than the classifier
             accepts, or too few of them; a bad split; or training that diverges.
     """
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[2] != images.shape[3]:
+    if not isinstance(images, (Tensor, ImagesOnDemand)) or len(images.shape) != 4:
         raise InputError("images must be a tensor of square images (N, C, S, S)")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
+    if images.shape[2] != images.shape[3]:
+        raise InputError(f"images must be square, (N, C, S, S), got {tuple(images.shape)}")
+    if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
         raise InputError(f"images must be uint8 or floating point in [0, 1], got {images.dtype}")
     if len(images) < recipe.batch_size:
         raise InputError(f"{len(images)} images do not fill one batch of {recipe.batch_size}")
     with torch.inference_mode(False), torch.enable_grad():
-        # Tensors created in inference mode cannot be part of a graph, but copies can.
-        images = images.clone() if images.is_inference() else images.detach()
+        if isinstance(images, Tensor):
+            # Tensors created in inference mode cannot be part of a graph, but copies can.
+            images = images.clone() if images.is_inference() else images.detach()
         _try_out(backbone, images)
         return _descend(backbone, images, recipe, progress)
 
 
-def _try_out(backbone: Backbone, images: Tensor) -> None:
+def _try_out(backbone: Backbone, images: Tensor | ImagesOnDemand) -> None:
     """Refuse images that the classifier does not accept, before training starts."""
-    for part in images.split(_LOOKED_AT):
+    # Every 8-bit value is in range.
+    for part in [images[:1]] if images.dtype == torch.uint8 else images.split(_LOOKED_AT):
         shown = to_float(part).to(backbone.device, backbone.dtype)
         check_pixels(check_images(backbone, shown))
     first = to_float(images[:1]).to(backbone.device, backbone.dtype)
@@ -116,7 +124,7 @@ def _try_out(backbone: Backbone, images: Tensor) -> None:
 
 
 def _descend(
-    backbone: Backbone, images: Tensor, recipe: HeadRecipe, progress: bool
+    backbone: Backbone, images: Tensor | ImagesOnDemand, recipe: HeadRecipe, progress: bool
 ) -> tuple[Tensors, list[dict[str, Any]]]:
     generator = torch.Generator().manual_seed(recipe.seed)
     start = init_rotation(backbone.model, recipe.split, generator)
@@ -130,11 +138,12 @@ def _descend(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, steps, 0.05))
     for epoch in range(recipe.epochs):
         loss_sum = right = 0.0
-        order = torch.randperm(len(images), generator=generator)
-        batches = order[: per_epoch * recipe.batch_size].split(recipe.batch_size)
+        order = shuffled_rows(images, generator)
+        rows = order[: per_epoch * recipe.batch_size].split(recipe.batch_size)
         name = f"rotation head, epoch {epoch + 1}/{recipe.epochs}"
-        for rows in tqdm(batches, name, disable=not progress, leave=False):
-            x = random_flip(random_crop(images[rows], recipe.padding, generator), generator)
+        batches = read_batches(images, rows)
+        for part in tqdm(batches, name, len(rows), disable=not progress, leave=False):
+            x = random_flip(random_crop(part, recipe.padding, generator), generator)
             x = to_float(x).to(backbone.device, backbone.dtype)
             x, quarters = turned(x, "random", generator)
             cast = {n: t.to(backbone.dtype) for n, t in head.items()}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.on_demand import read_batches, shuffled_rows
 from ..errors import DataError, InputError
 from ..utils.files import can_write, replacing
 from ..utils.progress import write_entry
@@ -69,17 +70,21 @@ class Epoch:
         """Iterate over batches with a progress bar."""
         return tqdm(batches, self.title, disable=not self.progress, leave=False)
 
-    def rows(self, images: int, batch_size: int, steps: int) -> tqdm:
-        """Draw row indices for ``steps`` batches, with a progress bar.
+    def batches(self, images: Any, batch_size: int, steps: int) -> tqdm:
+        """Draw ``steps`` batches, with a progress bar, as pairs of row indices and images.
 
-        All ``images`` are drawn once, in random order, before any is drawn again.
+        All images are drawn once, in random order, before any is drawn again.
+
+        Args:
+            images: a tensor (N, C, H, W) or `ImagesOnDemand`.
+            batch_size: number of images in a batch.
+            steps: number of batches.
         """
-        device, count = self.generator.device, steps * batch_size
-        orders = [
-            torch.randperm(images, generator=self.generator, device=device)
-            for _ in range(-(-count // images))
-        ]
-        return self.bar(torch.cat(orders)[:count].split(batch_size))
+        count = steps * batch_size
+        orders = [shuffled_rows(images, self.generator) for _ in range(-(-count // len(images)))]
+        rows = torch.cat(orders)[:count].split(batch_size)
+        pairs = zip(rows, read_batches(images, rows), strict=True)
+        return tqdm(pairs, self.title, len(rows), disable=not self.progress, leave=False)
 
 
 class Training(ABC):

@@ -134,9 +134,10 @@ class _MetaTraining(Training):
     def run(self, epoch: Epoch) -> dict[str, float]:
         recipe = self.recipe
         totals = torch.zeros(5, device=self.images.device)
-        bar = epoch.rows(len(self.images), self.batch, self.steps)
-        for number, rows in enumerate(bar):
-            totals += self._step(rows, epoch.number * self.steps + number, epoch.generator)
+        bar = epoch.batches(self.images, self.batch, self.steps)
+        for number, (rows, images) in enumerate(bar):
+            step = epoch.number * self.steps + number
+            totals += self._step(images, self.labels[rows], step, epoch.generator)
             if epoch.progress and number % _SHOW_EVERY == 0:
                 shown = _means(totals, recipe.tasks * (number + 1), recipe.task_images)
                 bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
@@ -155,17 +156,13 @@ class _MetaTraining(Training):
             self.best = measured | {"epoch": epoch, "meta": self.meta}
         return measured
 
-    def _step(self, rows: Tensor, step: int, generator: torch.Generator) -> Tensor:
+    def _step(
+        self, images: Tensor, labels: Tensor, step: int, generator: torch.Generator
+    ) -> Tensor:
         """Take one meta-step and return the sums over its tasks for the log."""
         recipe, workers = self.recipe, self.workers
         # Every process draws all tasks, so that the generators agree, and takes its share.
-        tasks = draw_tasks(
-            self.images[rows],
-            self.labels[rows],
-            recipe.task_images,
-            generator,
-            recipe.inner_steps,
-        )
+        tasks = draw_tasks(images, labels, recipe.task_images, generator, recipe.inner_steps)
         grads, record = meta_gradient(self.meta, workers.share(tasks), self.backbone, recipe)
         grads, record = workers.add_up(grads, record)
         grads = clip_each({n: g / recipe.tasks for n, g in grads.items()}, recipe.clip)

@@ -14,11 +14,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..benchmark.evaluate import Predictor, accuracy
 from ..core.schedules import schedule_factor
 from ..data.images import LabelledImages
+from ..data.on_demand import read_batches
 from ..utils.checks import check_integer, check_number, check_seed
 from .common import Normalise, steps_per_epoch
 from .epochs import Epoch, Training, check_convergence
 
 __all__ = ["NetworkRecipe", "NetworkTraining"]
+
+#: Number of test images that are in memory at once.
+_TESTED = 500
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,13 @@ class NetworkTraining(Training):
             data: labelled images; the test images by default.
         """
         data = self.test if data is None else data
-        return accuracy(lambda x: model(self.normalise(x)), data, device=self.device)
+        right = 0
+        rows = torch.arange(len(data)).split(_TESTED)
+        for part, images in zip(rows, read_batches(data.images, rows), strict=True):
+            shown = LabelledImages(images, data.labels[part])
+            share = accuracy(lambda x: model(self.normalise(x)), shown, device=self.device)
+            right += round(share * len(part))
+        return right / len(data)
 
     @abstractmethod
     def entry(self, means: list[float]) -> dict[str, float]:
@@ -153,9 +163,9 @@ class NetworkTraining(Training):
         """Train for one epoch."""
         self.prepare(epoch)
         self.net.train()
-        totals = torch.zeros((), device=self.images.device)
-        for rows in epoch.rows(len(self.images), self.batch_size, self.steps):
-            loss, numbers = self.loss(self.images[rows], self.labels[rows], epoch.generator)
+        totals = torch.zeros((), device=self.device)
+        for rows, images in epoch.batches(self.images, self.batch_size, self.steps):
+            loss, numbers = self.loss(images, self.labels[rows], epoch.generator)
             loss.backward()
             for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
                 optimizer.step()
