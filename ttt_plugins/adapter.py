@@ -1,7 +1,7 @@
-"""The stateful shell: an ``nn.Module`` that adapts inside ``forward``.
+"""The adapter: an ``nn.Module`` that adapts inside ``forward``.
 
-Everything else in the package is a pure function or a frozen value; what changes from batch to
-batch is here: the adapted parameters, the update rule's state, and the counters.
+Other parts of the package are pure functions or frozen values. Everything that changes from batch
+to batch is kept here: the adapted parameters, the state of the update rule, and counters.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .errors import InputError
 
 __all__ = ["Adapter"]
 
-#: Batches between two looks, on an accelerator, at whether updates were skipped.
+#: On an accelerator, number of batches between two checks for skipped updates.
 _LOOK_EVERY = 64
 
 _SKIPPED = (
@@ -55,24 +55,24 @@ _SKIPPED = (
 class Adapter(Shell):
     """A classifier that adapts itself to the images it classifies.
 
-    Made by `ttt_plugins.wrap` and `ttt_plugins.from_pretrained`. It behaves the same in train and
-    eval mode and under ``no_grad`` and ``inference_mode``; the wrapped model is never written.
+    `ttt_plugins.wrap` and `ttt_plugins.from_pretrained` create it. It behaves the same in train and
+    eval mode, under ``no_grad`` and ``inference_mode``, and never changes the wrapped model.
 
     Attributes:
-        method: the method's name.
-        config: the method's fields, a frozen dataclass.
-        normalized_input: whether images come with mean and std taken out already. The adapter
-            undoes it, because views and checks need pixels in [0, 1]; it is not stored.
-        names: the parameters that adapt, by their names in the wrapped model.
-        origin: where the classifier came from, as `ttt_plugins.wrap` found it.
-        seed: of everything random.
-        forwards: images passed forward through the model so far.
-        backwards: images passed backward so far.
-        batches: batches adapted to since the last reset.
-        loss: the last batch's mean loss before its last update, a tensor (); None without one.
-        checks_pixels: whether a batch is refused that has pixels outside [0, 1] or not finite. On
-            an accelerator that check waits for the device; False saves it where the images are
-            known to be good. Type, shape and device are always checked.
+        method: name of the method.
+        config: the method's config, a frozen dataclass.
+        normalized_input: whether images are already normalised with mean and std, which the adapter
+            reverses, because views and checks need pixels in [0, 1]. Artifacts do not store it.
+        names: names of the parameters that adapt, relative to the wrapped model.
+        origin: where the classifier came from, as recorded in artifacts.
+        seed: seed for everything random.
+        forwards: number of images passed forward through the model so far.
+        backwards: number of images passed backward through it so far.
+        batches: number of batches since the last reset.
+        loss: mean loss of the last batch before its last update, a tensor (); None without one.
+        checks_pixels: whether to refuse batches with pixels that are not finite or outside [0, 1].
+            This check waits for the device; set it to False on an accelerator if the images are
+            known to be valid. Type, shape and device are always checked.
     """
 
     def __init__(
@@ -112,19 +112,19 @@ class Adapter(Shell):
 
     # -- inference -----------------------------------------------------------------------
 
-    # A compiled program around an adapter calls it as it is: its steps are programs of their own.
+    # Compiled code calls an adapter uncompiled; its steps may be compiled separately.
     @torch.compiler.disable
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), floating point in [0, 1] -> logits (B, classes).
 
-        With ``normalized_input`` the images are those with mean and std taken out.
+        With ``normalized_input`` the images are already normalised with mean and std.
 
         Raises:
-            InputError: images of another type, shape or range; the adapter stays as it was.
+            InputError: images of another type, shape or range; the adapter is unchanged.
         """
         pixels = self._checked(images)
         with self.backbone.lock, torch.inference_mode(False):
-            # Tensors born in inference mode cannot be part of a graph; a copy can.
+            # Tensors created in inference mode cannot be part of a graph, but copies can.
             images = pixels.clone() if pixels.is_inference() else pixels.detach()
             images = images.to(self.backbone.dtype)
             with refused_sizes(self.backbone, images, self._last_size):
@@ -163,14 +163,14 @@ class Adapter(Shell):
             warnings.warn(message, RuntimeWarning, stacklevel=8)
 
     def _may_look(self) -> bool:
-        """Whether a look at a tensor's value is cheap now; an accelerator is waited for."""
+        """Whether a tensor's value may be read now, which waits for the device."""
         return self.backbone.device.type == "cpu" or self.batches % _LOOK_EVERY == 0
 
     @property
     def skipped_updates(self) -> int:
-        """Updates that did not happen because the loss or its gradient was not finite.
+        """Number of updates skipped because the loss or its gradient was not finite.
 
-        Batches, or images where each adapts on its own.
+        They are counted in batches, or in images for methods that adapt to each image separately.
         """
         return int(self._skipped)
 
@@ -187,15 +187,16 @@ class Adapter(Shell):
         return self._guard.health(self._waiting, self._params, source)
 
     def check_images(self, images: Tensor) -> None:
-        """What every batch is checked for.
+        """Check images as ``forward`` does.
 
         Raises:
-            InputError: no images (B, C, H, W) on the adapter's device, floating point in [0, 1].
+            InputError: these are no floating-point images (B, C, H, W) in [0, 1] on the adapter's
+                device.
         """
         self._checked(images)
 
     def _checked(self, images: Tensor) -> Tensor:
-        """The pixels in [0, 1] of a batch, whose normalisation is undone where it has one."""
+        """Check a batch, and return its pixels in [0, 1], with any normalisation reversed."""
         if self.names:
             refuse_tracing()
         check_images(self.backbone, images)
@@ -208,11 +209,11 @@ class Adapter(Shell):
     # -- state ---------------------------------------------------------------------------
 
     def algorithm(self, tensors: Tensors | None = None) -> Any:
-        """The method's `Algorithm` on this backbone, None for the unadapted model.
+        """The method's `Algorithm` for this backbone, None for the unadapted model.
 
         Args:
-            tensors: stand in for learned tensors of the same names; they may require gradients,
-                which is how meta-training reaches them.
+            tensors: tensors that replace learned tensors of the same names; they may require
+                gradients, as in meta-training.
         """
         build = self._record.build
         if build is None:
@@ -222,7 +223,7 @@ class Adapter(Shell):
         return build(self.config, self.backbone, source, learned, self.seed)
 
     def with_tensors(self, config: Any, tensors: dict[str, Tensor] | None = None) -> Adapter:
-        """A new adapter on the same backbone with another config and some learned tensors."""
+        """A new adapter with the same backbone, another config and some other learned tensors."""
         return Adapter(
             self.backbone,
             self._record,
@@ -251,18 +252,18 @@ class Adapter(Shell):
         self._waiting = {name: fn(t) for name, t in self._waiting.items()}
         self._tensors = scope.moved(self._tensors, fn)
         self._params = self._params and scope.moved(self._params, fn)
-        self._algorithm = None  # it holds the tensors from before the move
+        self._algorithm = None  # it holds the earlier tensors
         if self._state is not None:  # whose precision the rule chooses, whatever the model's is
             start = self._algorithm_now().init()
             self._state = {n: t.to(start[n].device, start[n].dtype) for n, t in self._state.items()}
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # Methods hold functions that cannot be pickled: a method is found by its name.
+        # A method contains functions that cannot be pickled, so it is stored by name.
         return self.__dict__ | {"_algorithm": None, "_record": self.method}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # What was copied or loaded in inference mode could not adapt.
+        # Tensors copied or loaded in inference mode could not adapt.
         state = tree_map_only(Tensor, ordinary, state)
         super().__setstate__(state | {"_record": get_method(state["_record"])})
 
@@ -272,15 +273,15 @@ class Adapter(Shell):
         self._waiting, self.batches = {}, 0
 
     def adaptation_state(self) -> dict[str, Tensor]:
-        """Everything that changed since the source, as a flat dict of tensors to save."""
+        """Everything that adaptation has changed, as a flat dict of tensors to save."""
         params, rule = (None, None) if self._record.build is None else self._now()
         return saved(self.batches, self._waiting, params, rule)
 
     def load_adaptation_state(self, state: dict[str, Tensor]) -> None:
-        """Resume where `adaptation_state` was taken.
+        """Resume from a state that `adaptation_state` returned.
 
         Raises:
-            InputError: it belongs to another adapter or is damaged; nothing is loaded.
+            InputError: the state belongs to another adapter or is damaged; nothing is loaded.
         """
         checks = {
             WINDOW: partial(self._window.check, backbone=self.backbone),
@@ -297,16 +298,19 @@ class Adapter(Shell):
     def fit_source_statistics(self, loader: Any, *, progress: bool = True) -> Adapter:
         """Measure the source's feature statistics on clean images, for MGG's discrepancy term.
 
-        The deviation is the unbiased one over all images. Adaptation starts anew afterwards.
+        The standard deviation is the unbiased one over all images. The adapter is reset.
 
         Args:
-            loader: yields images (B, C, H, W) in [0, 1], or tuples that begin with them; or any
-                source of images (a folder, files, ``hf://datasets/ORG/NAME``, a data set), which
-                is resized and cropped as the model wants it.
+            loader: loader that yields images (B, C, H, W) in [0, 1], or tuples that begin with
+                them; or any source of images (a folder, files, ``hf://datasets/ORG/NAME``, a data
+                set), which are resized and cropped for the model.
             progress: whether to show a progress bar.
 
+        Returns:
+            the adapter.
+
         Raises:
-            InputError: the loader yields nothing or something else, or the method compares no
+            InputError: the loader yields no images or something else, or the method compares no
                 statistics.
         """
         fit = self._record.fit
@@ -322,10 +326,10 @@ class Adapter(Shell):
             self.reset()
         return self
 
-    # -- looking at it -------------------------------------------------------------------
+    # -- inspection and export -----------------------------------------------------------
 
     def describe(self) -> str:
-        """What adapts, the split, statistics, preprocessing and size, and what a step costs."""
+        """Describe what adapts, split, statistics, preprocessing, sizes, and the cost of a step."""
         own = sum(p.numel() for p in self.backbone.model.parameters())
         lines = [f"{self.method} around {type(self.backbone.model).__name__} ({own:,} parameters)"]
         lines += [f"  {n}: {value!r}" for n, value in dataclasses.asdict(self.config).items()]
@@ -347,7 +351,7 @@ class Adapter(Shell):
 
     @torch.inference_mode(False)
     def export(self) -> nn.Module:
-        """An independent module holding the adapted parameters: images in [0, 1] -> logits."""
+        """An independent module with the adapted parameters: images in [0, 1] -> logits."""
         plain = deep_copy(self.backbone, {})
         plain.freeze_statistics(self._waiting)
         if self._params is not None:
@@ -358,7 +362,7 @@ class Adapter(Shell):
         return plain.requires_grad_(True)
 
     def save_pretrained(self, folder: str | Path, **records: Any) -> Path:
-        """Write this adapter's artifact; see `ttt_plugins.artifacts.saving.save_pretrained`."""
+        """Write this adapter as an artifact; see `ttt_plugins.artifacts.saving.save_pretrained`."""
         return save_pretrained(self, folder, **records)
 
     def push_to_hub(
@@ -372,18 +376,18 @@ class Adapter(Shell):
         """Publish this adapter on the Hugging Face Hub; unchanged files make no new commit.
 
         Args:
-            repository: ``"org/name"``, created if there is none.
-            private: whether a new repository is private (its owner's default unless given).
-            token: access token that may write (that of ``hf auth login`` or HF_TOKEN if None).
+            repository: ``"org/name"``; created if it does not exist.
+            private: whether a new repository is private; None for its owner's default.
+            token: access token that may write; None for that of ``hf auth login`` or HF_TOKEN.
             **records: ``training``, ``results`` and ``card`` of `save_pretrained`.
 
         Returns:
-            the commit that holds it now.
+            the commit that holds the adapter.
 
         Raises:
-            InputError: the repository's name is no text.
-            HubError: the Hub refuses or cannot be reached; nothing is published then.
-            ArtifactError: the classifier is in a local folder that is gone.
+            InputError: the repository's name is not a string.
+            HubError: the Hub refuses, or cannot be reached; nothing is published.
+            ArtifactError: the local folder of the classifier is missing.
         """
         if not isinstance(repository, str):
             raise InputError(f'repository is "org/name", got {type(repository).__name__}')
@@ -392,5 +396,5 @@ class Adapter(Shell):
             return publish(folder, repository, private=private, token=token)[0]
 
     def learned_tensors(self) -> dict[str, Tensor]:
-        """What was learned beforehand and belongs into an artifact (copies)."""
+        """Copies of the tensors that the method learned beforehand, which artifacts store."""
         return {name: t.detach().clone() for name, t in self._tensors.items()}

@@ -1,9 +1,9 @@
-"""A classifier as the methods see it.
+"""The wrapped classifier, as the methods use it.
 
-`Backbone` puts the normalisation before a model (images in [0, 1] in, logits out), can return its
-pooled features, and can record the features whose statistics MGG compares. It holds a structural
-copy of the user's model that shares its weights: no parameter is duplicated, and nothing done here
-(eval mode, BatchNorm on batch statistics, hooks, moving to a device) reaches the user's model.
+`Backbone` normalises images in [0, 1] before a model, can return its pooled features, and can
+record the features whose statistics MGG compares. It holds a structural copy of the user's model
+that shares its weights: no parameter is duplicated, and nothing done here (eval mode, BatchNorm on
+batch statistics, hooks, moving to a device) affects the user's model.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ class Backbone(nn.Module):
 
     Args:
         model: any module that maps normalised images (B, C, H, W) to logits (B, classes).
-        mean, std: per-channel normalisation; from the model's ``pretrained_cfg`` unless given.
-        normalize: False when the model normalises its input itself.
-        statistics: what the BatchNorm layers normalise with.
-        classes: positions of the logits to return, in this order; all of them unless given.
+        mean, std: normalisation per channel; by default that of the model's ``pretrained_cfg``.
+        normalize: False if the model normalises its input itself.
+        statistics: the statistics that the BatchNorm layers normalise with.
+        classes: indices of the logits to return, in this order; by default all.
 
     Attributes:
-        num_classes: None while unknown (a bare module before its first batch).
-        classes: as given.
-        input_size: (C, H, W) of the images the model was made for; None for height and width where
-            it does not say.
-        fixed_size: whether the model takes no images of another size.
+        num_classes: number of classes, None if unknown (for a plain module before its first batch).
+        classes: indices of the logits to return, None for all.
+        input_size: size (C, H, W) of the images that the model was made for; height and width are
+            None if it declares none.
+        fixed_size: whether the model accepts no images of another size.
         normalize: whether images are normalised here.
-        statistics: as given.
-        fixed_norms: how many layers keep their source statistics whatever is chosen, by the name
-            of their class.
+        statistics: the statistics that the BatchNorm layers normalise with.
+        fixed_norms: number of layers that always keep their source statistics, by the name of their
+            class.
         tapped: the layers whose features are recorded, by name.
         one_by_one: whether images can adapt one at a time only, because a layer cannot be run on
             several parameter sets at once.
-        tied: first name of each tied parameter -> its names in further modules.
+        tied: first name of each tied parameter -> its names in other modules.
         lock: held during a forward pass. What it records and which statistics it uses belong to
             this module, so threads have to take turns.
 
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
         self.restrict(classes)
         self.model = share_structure(model, Backbone).eval()  # an adapter's has hooks
         self.input_size = input_size(model)
-        _, network = inner(model)  # a wrapper's input size and tokens are this one's
+        _, network = inner(model)  # which has the input size and the tokens
         described = getattr(network, "pretrained_cfg", None) or {}
         self.fixed_size = bool(described.get("fixed_input_size"))
         normal = preprocessing(model, mean, std, normalize, self.input_size[0])
@@ -102,7 +102,7 @@ class Backbone(nn.Module):
             self._distilled = len(classifier_names(self.model)) > 1
         except InputError:
             self._distilled = False
-        # Registers alone, without a class token, stand for nothing.
+        # Register tokens without a class token do not count.
         tokens = getattr(network, "num_prefix_tokens", 0)
         self._class_token = bool(tokens and getattr(network, "cls_token", None) is not None)
         self.one_by_one = recurrent(self.model)
@@ -114,7 +114,7 @@ class Backbone(nn.Module):
         self.lock = threading.RLock()
 
     def _hook(self, statistics: NormStatistics) -> None:
-        """Make the layers use the statistics, and let `recording` see what is compared."""
+        """Register the hooks that choose statistics and record compared features."""
         self.statistics, self._images = statistics, 0
         self._norm_names = {m: n for n, m in batch_norms(self.model).items()}
         self._batch_norms = list(self._norm_names)
@@ -139,16 +139,16 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model's parameters: the first floating-point one's."""
+        """Type of the model's first floating-point parameter."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters are."""
+        """Device of the model's parameters."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def train(self, mode: bool = True) -> Backbone:  # noqa: ARG002 - nn.Module's signature
-        """Keep eval mode whatever is asked: an adapter means the same in both modes."""
+        """Stay in eval mode: an adapter behaves the same in both modes."""
         return super().train(False)
 
     def forward(self, images: Tensor, pooled: bool = False) -> Tensor:
@@ -191,13 +191,14 @@ class Backbone(nn.Module):
         return out
 
     def restrict(self, classes: Sequence[int] | None) -> None:
-        """Return only some of the logits from now on, so that nothing else sees the others.
+        """Return only some of the logits from now on, in a given order.
 
         Args:
-            classes: their positions, each once, in the order wanted; None for all of them.
+            classes: indices of the logits, each at most once; None for all logits.
 
         Raises:
-            InputError: they are something else, or beyond the model's classes.
+            InputError: these are no indices, one occurs twice, or one is beyond the model's
+                classes.
         """
         self.classes: tuple[int, ...] | None = None
         if classes is None:
@@ -205,7 +206,7 @@ class Backbone(nn.Module):
         wanted = tuple(classes)
         integers = all(isinstance(c, int) and not isinstance(c, bool) for c in wanted)
         if not wanted or not integers or len(set(wanted)) < len(wanted) or min(wanted) < 0:
-            raise InputError("classes must be positions of the model's classes, each once")
+            raise InputError("classes must be indices of the model's classes, each at most once")
         if self.num_classes is not None and max(wanted) >= self.num_classes:
             raise InputError(
                 f"classes name position {max(wanted)}, but the model has {self.num_classes} classes"
@@ -222,13 +223,13 @@ class Backbone(nn.Module):
         return logits[:, torch.tensor(self.classes, device=logits.device)]
 
     def faster_channels_last(self, images: Tensor) -> bool:
-        """Whether convolutions are faster with channels last, and the model takes that layout.
+        """Whether the model accepts the channels-last layout, and is faster with it.
 
-        They are on a CPU. A model that flattens its features by ``view`` cannot take it, which is
-        found out once, on one of the images.
+        Convolutions are faster with it on a CPU. A model that flattens its features with ``view``
+        does not accept it, which is tested once with one of the images.
 
         Args:
-            images: (B, C, H, W) in [0, 1].
+            images: images (B, C, H, W) in [0, 1].
         """
         if images.device.type != "cpu":
             return False
@@ -244,7 +245,7 @@ class Backbone(nn.Module):
         return self._takes_channels_last
 
     def describe(self) -> list[str]:
-        """Lines on preprocessing, input size, classes, and which statistics the norms use."""
+        """Lines that describe preprocessing, input size, classes and norm statistics."""
         if self.normalize:
             rounded = [[round(v, 4) for v in t.flatten().tolist()] for t in (self.mean, self.std)]
             preprocessing = f"(image - {rounded[0]}) / {rounded[1]}, inside"
@@ -267,7 +268,7 @@ class Backbone(nn.Module):
         ]
 
     def source_state_dict(self) -> dict[str, Tensor]:
-        """The wrapped model's ``state_dict``."""
+        """The ``state_dict`` of the wrapped model."""
         return self.model.state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -278,7 +279,7 @@ class Backbone(nn.Module):
         leave_inference_mode(self)  # where it was copied or loaded
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refused: ``torch.jit.script`` cannot compile what is done here."""
+        """Refuse: ``torch.jit.script`` cannot compile this module."""
         raise InputError(
             "torch.jit.script cannot compile an exported classifier: use torch.jit.trace or "
             "torch.export"
@@ -289,10 +290,10 @@ class Backbone(nn.Module):
     def _choose_statistics(
         self, module: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor, ...]
     ) -> None:
-        """Before a layer runs, lend it the statistics that were chosen.
+        """Set the chosen statistics in a layer before it runs.
 
-        Without running statistics PyTorch normalises with the batch's, in eval mode too, and
-        writes none.
+        Without running statistics PyTorch normalises with the batch's, even in eval mode, and
+        updates none.
         """
         if module not in self._at_rest:
             assert module.running_mean is not None
@@ -382,7 +383,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def recording(self) -> Iterator[list[Feature]]:
-        """Record the tapped features of the forward passes inside the block."""
+        """Record the features of `tapped` layers in the forward passes of the block."""
         self._record = record = []
         try:
             yield record

@@ -1,4 +1,4 @@
-"""What an adapter answers to code that knows only ``nn.Module``."""
+"""The part of an adapter's interface that all modules around a backbone share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Shell(nn.Module):
 
     Attributes:
         backbone: the classifier.
-        origin: where the classifier came from, as `ttt_plugins.wrap` found it.
+        origin: where the classifier came from, as recorded in artifacts.
     """
 
     backbone: Backbone
@@ -30,7 +30,7 @@ class Shell(nn.Module):
         """Images (B, C, H, W) -> logits (B, classes).
 
         Raises:
-            InputError: images come as ``pixel_values``, which is how transformers' pipelines call.
+            InputError: images are passed as ``pixel_values``, as transformers' pipelines do.
         """
         if "pixel_values" in named:
             raise InputError(
@@ -41,37 +41,37 @@ class Shell(nn.Module):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, None while unknown (a bare module before its first batch)."""
+        """Number of classes, None if unknown (for a plain module before its first batch)."""
         return self.backbone.num_classes
 
     @property
     def input_size(self) -> tuple[int, int | None, int | None]:
-        """(C, H, W) the model was made for; None where a bare module does not say."""
+        """Image size (C, H, W) of the model; H and W are None if it declares none."""
         return self.backbone.input_size
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and where it takes images."""
+        """Device of the model, on which images must be."""
         return self.backbone.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model's parameters; images are cast to it."""
+        """Type of the model's parameters, to which images are cast."""
         return self.backbone.dtype
 
     def train(self: T, mode: bool = True) -> T:  # noqa: ARG002 - nn.Module's signature
-        """Accepted and without effect: an adapter behaves the same in both modes."""
+        """Do nothing: an adapter behaves the same in train and eval mode."""
         return super().train(False)
 
     def load_state_dict(self, *_: Any, **__: Any) -> Any:
-        """Refused: the weights are shared with the wrapped model, which is never written."""
+        """Refuse: the weights are shared with the wrapped model, which is never changed."""
         raise InputError(
             "an adapter shares its model's weights: load them into the model before wrapping it, "
             "or use load_adaptation_state for what was adapted"
         )
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refused: ``torch.jit.script`` cannot express gradient steps."""
+        """Refuse: ``torch.jit.script`` cannot express gradient steps."""
         raise InputError(
             "an adapter cannot be scripted, because its forward pass takes gradient steps: call "
             "export() and pass the module that it returns to torch.export or torch.jit.trace"

@@ -108,7 +108,8 @@ class StatisticsFields:
     """The fields of a config that choose the statistics that BatchNorm normalises with.
 
     Attributes:
-        statistics: ``"batch"``, ``"source"``, ``"mix"`` or ``"stream"``; see `NormStatistics.kind`.
+        statistics: ``"batch"``, as in the papers of the online methods, ``"source"``, ``"mix"`` or
+            ``"stream"``; see `NormStatistics.kind`.
         prior: number of images that the source statistics count for; see `NormStatistics.prior`.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The one online adaptation loop: Tent, SAR and MGG differ in objective and update rule only.
+"""The online adaptation loop of Tent, SAR and MGG, which differ only in objective and update rule.
 
-A batch goes through once; its gradient moves the adapted parameters; the logits returned are
-those from before the move (Tent, arXiv 2006.10726, section 3.2; the same in SAR and MGG).
+The gradient of a batch moves the adapted parameters, and the logits from before that move are
+returned (Tent, arXiv 2006.10726, section 3.2; likewise SAR and MGG).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["Loss", "Objective", "ObjectiveLoss", "Online", "evaluate"]
 
 
 class Loss(NamedTuple):
-    """What an objective returns.
+    """The result of an objective.
 
     Attributes:
-        value: a scalar with a graph.
-        kept: which samples it counts, (B,) bool, where it selects.
+        value: the loss, a scalar with a graph.
+        kept: whether each sample counts, bool (B,); None if the objective does not select samples.
     """
 
     value: Tensor
@@ -40,18 +40,18 @@ class ObjectiveLoss(Protocol):
     def __call__(
         self, logits: Tensor, features: list[Feature], first: Evaluation | None, /
     ) -> Loss:
-        """Logits (B, classes) and, where they were asked for, recorded features -> a loss."""
+        """Logits (B, classes) and, if they are needed, recorded features -> the loss."""
         ...
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss on logits and, where ``needs_features``, on recorded features.
+    """A loss of logits and, with ``needs_features``, of recorded features.
 
     Attributes:
-        name: in words, for `describe`.
+        name: name for descriptions.
         loss: the function.
-        needs_features: whether features are recorded for it.
+        needs_features: whether features must be recorded.
     """
 
     name: str
@@ -71,9 +71,9 @@ def evaluate(
     Args:
         backbone: the classifier.
         objective: the loss.
-        params: the adapted tensors, by the names `scope.call` knows.
-        images: (B, C, H, W) in [0, 1].
-        first: the result of the first pass, in a second one.
+        params: adapted tensors, by the names that `scope.call` uses.
+        images: images (B, C, H, W) in [0, 1].
+        first: the result of the first pass, if this is the second.
     """
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     with torch.enable_grad(), no_recomputation():
@@ -90,13 +90,13 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Online:
-    """Adapt to each batch and keep what was learned.
+    """Adaptation to each batch, with parameters and state kept for the next.
 
     Attributes:
         backbone: the classifier.
         objective: the loss whose gradient is taken.
-        rule: what turns the gradient into new parameters.
-        source: the tensors that adapt, at their start.
+        rule: update rule, which turns the gradient into new parameters.
+        source: initial values of the tensors that adapt.
     """
 
     backbone: Backbone
@@ -105,11 +105,11 @@ class Online:
     source: Tensors
 
     def init(self) -> Tensors:
-        """The rule's state at the start."""
+        """The initial state of the rule."""
         return self.rule.init(self.source)
 
     def describe(self) -> list[str]:
-        """Lines on what a step costs."""
+        """Lines that describe the loss and the cost of a step."""
         passes = self.rule.passes
         return [
             f"step: one update a batch or window, {passes} forward and {passes} backward "
@@ -118,7 +118,7 @@ class Online:
         ]
 
     def situation(self, images: Tensor) -> Situation:
-        """What the rule may ask for while it makes an update on these images."""
+        """What the rule can use, besides the gradients, in an update on these images."""
 
         def again(at: Tensors, first: Evaluation) -> Evaluation:
             return evaluate(self.backbone, self.objective, at, images, first)
@@ -126,7 +126,7 @@ class Online:
         return Situation(again, self.source)
 
     def adapt(self, params: Tensors, state: Tensors, images: Tensor) -> Outcome:
-        """Images (B, C, H, W) in [0, 1] -> logits from before the update, and what follows."""
+        """Images (B, C, H, W) in [0, 1] -> logits before the update, and what it results in."""
         first = evaluate(self.backbone, self.objective, params, images)
         moved = self.rule.step(params, state, first, self.situation(images))
         fine = first.finite & all_finite(flatten(moved[0]))

@@ -1,17 +1,17 @@
-"""Prediction and adaptation have batches of their own.
+"""Windows: the images of an update, which may be collected from several batches.
 
 Every batch is predicted at once, whatever its size. An update is made on a window of images:
 
-- A batch of at least ``size`` images is a window of its own: one update on exactly that batch, as
-  its papers have it. Images that are waiting go on waiting.
-- A smaller batch is predicted without gradients by the parameters as they are, and its images wait
-  in the order of their arrival. As soon as ``size`` of them have gathered, one update is made on
-  the oldest ``size``; the others wait for the next one. A batch that crosses the boundary is
-  predicted as a whole before that update.
-- A batch of images of another size than those that wait drops them.
+- A batch of at least ``size`` images is a window of its own: there is one update on exactly that
+  batch, as in the papers. Images that are waiting keep waiting.
+- A smaller batch is predicted without gradients, with the present parameters, and its images wait
+  in the order of their arrival. As soon as ``size`` images are waiting, there is one update on the
+  oldest ``size`` of them; the others wait for the next update. The batch that completes a window is
+  predicted as a whole before the update.
+- If a batch has images of another size than those waiting, the latter are discarded.
 
-What waits is part of an adapter's state: a flat dict of tensors, empty where nothing waits. The
-running estimate of ``statistics="stream"`` travels with it.
+Waiting images are part of an adapter's state, a flat dict of tensors that is empty if none wait.
+It also holds the estimate of ``statistics="stream"``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .scope import call
 
 __all__ = ["WINDOW", "OnlineFields", "Window", "decode", "encode"]
 
-#: What the names of the tensors that wait begin with.
+#: Prefix of the names of waiting tensors.
 WINDOW = "window."
 _IMAGES = WINDOW + "images"
 
@@ -44,16 +44,16 @@ class OnlineFields(StatisticsFields):
     """The fields that the configs of all online methods have.
 
     Attributes:
-        window: images per update, at least 1. Smaller batches are predicted at once and gather
-            until there are as many; a larger one is one update. The papers: 64 on ImageNet.
-        guard: whether signals that need no label soften or reset updates that hurt
-            (`ttt_plugins.core.guard`). The papers: no.
-        pull: how far the adapted parameters go back to the source after every update, in [0, 1].
-            The papers: 0.
+        window: number of images in an update, at least 1. Smaller batches are predicted at once and
+            collected until there are that many; a larger batch is one update. The papers use
+            batches of 64 on ImageNet.
+        guard: whether updates are softened or reset if signals without labels say that they hurt
+            (`ttt_plugins.core.guard`). The papers have no guard.
+        pull: fraction of the way back to the source that the parameters go after every update, in
+            [0, 1]; 0 in the papers.
 
     Raises:
-        InputError: as for `NormStatistics`, a window that is no positive integer, or a guard or
-            pull that is none.
+        InputError: as for `NormStatistics`, or an invalid window, guard or pull.
     """
 
     window: int = 64
@@ -69,13 +69,13 @@ class OnlineFields(StatisticsFields):
 
 @dataclass(frozen=True)
 class Window:
-    """How many images an update is made on; see the module's docstring.
+    """The number of images in an update; see the module's docstring.
 
     Attributes:
-        size: images per update, at least 1; 1 for an update on every batch.
+        size: number of images in an update, at least 1; 1 for an update on every batch.
 
     Raises:
-        InputError: a size that is no positive integer.
+        InputError: the size is no positive integer.
     """
 
     size: int = 1
@@ -85,7 +85,7 @@ class Window:
 
     @classmethod
     def of(cls, config: Any) -> Window:
-        """The choice in a config's field ``window``; without it, an update on every batch.
+        """The window of a config's field ``window``, by default an update on every batch.
 
         Raises:
             InputError: as for the class.
@@ -102,18 +102,18 @@ class Window:
         waiting: Tensors,
         images: Tensor,
     ) -> tuple[Outcome, Tensors]:
-        """Predict a batch, and adapt where a window is full.
+        """Predict a batch, and adapt if a window is complete.
 
         Args:
-            adapt: an algorithm's step, as `Algorithm.adapt`.
+            adapt: the step of an algorithm, `Algorithm.adapt`.
             backbone: the classifier.
-            params: the adapted tensors.
-            state: the algorithm's state.
-            waiting: the images that wait, as this returned them.
-            images: (B, C, H, W) in [0, 1].
+            params: adapted tensors.
+            state: state of the algorithm.
+            waiting: waiting images, as returned by the last call.
+            images: images (B, C, H, W) in [0, 1].
 
         Returns:
-            the outcome, with logits from before the update, and what waits from now on.
+            the outcome, with logits from before the update, and the waiting images.
         """
         with backbone.streaming(waiting, images) as stream:
             outcome, gathered = self._step(adapt, backbone, params, state, waiting, images)
@@ -129,7 +129,7 @@ class Window:
         waiting: Tensors,
         images: Tensor,
     ) -> tuple[Outcome, Tensors]:
-        """As `step`, while the batch joins the stream's statistics."""
+        """`step`, except for the statistics of the stream."""
         if len(images) >= self.size:
             return adapt(params, state, images), waiting
         logits = call(backbone, params, images)
@@ -143,10 +143,10 @@ class Window:
         return outcome, {_IMAGES: encode(rest).clone()} if len(rest) else {}
 
     def check(self, name: str, images: Tensor, backbone: Backbone) -> None:
-        """Refuse a tensor that cannot wait in this window.
+        """Check that a tensor of a saved state can wait in this window.
 
         Raises:
-            InputError: it cannot.
+            InputError: the tensor cannot, or is damaged.
         """
         other = "this adaptation state belongs to another adapter"
         channels = backbone.input_size[0]
@@ -164,7 +164,7 @@ class Window:
             raise InputError(f"this adaptation state is damaged: {name!r} is not finite")
 
     def describe(self) -> list[str]:
-        """Lines on when updates are made and what they cost."""
+        """Lines that describe when updates are made, and their cost."""
         if self.size == 1:
             return []
         return [
@@ -175,9 +175,9 @@ class Window:
 
 
 def _append(waiting: Tensor | None, images: Tensor) -> Tensor:
-    """The images that wait, and these; stored as 8-bit integers where all of them are."""
+    """The waiting images and these, stored as 8-bit integers if that is exact for all."""
     if waiting is None or waiting.shape[1:] != images.shape[1:]:
-        # Always a copy: the caller may write to its own images.
+        # Always a copy, because the caller may modify its images.
         stored = encode(images)
         return stored.clone() if stored is images else stored
     stored = encode(images)
@@ -187,9 +187,9 @@ def _append(waiting: Tensor | None, images: Tensor) -> Tensor:
 
 
 def encode(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8 where `decode` gives them back exactly, else as they are.
+    """Images in [0, 1] as uint8 if `decode` restores them exactly, otherwise unchanged.
 
-    An accelerator is waited for.
+    This waits for the device.
     """
     levels = (images * 255).round()
     stored = levels.clamp(0, 255).to(torch.uint8)
@@ -197,5 +197,5 @@ def encode(images: Tensor) -> Tensor:
 
 
 def decode(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """The images (N, C, H, W) in [0, 1] that were stored."""
+    """Stored images (N, C, H, W) -> images in [0, 1]."""
     return stored.to(dtype) / 255 if stored.dtype == torch.uint8 else stored.to(dtype)

@@ -68,6 +68,8 @@ __all__ = ["MGG"]
 class MGG(OnlineFields):
     """A learned optimizer with a gradient memory layer on the norm layers' affine parameters.
 
+    Statistics, window and guard are fields of `ttt_plugins.core.window.OnlineFields`.
+
     Attributes:
         lr: step size alpha, at least 0; an update moves a scalar by at most this much. The paper
             uses 1e-3 with batches of 64.
@@ -77,14 +79,6 @@ class MGG(OnlineFields):
         discrepancy: weight lambda of the distance between the feature statistics and the source's,
             at least 0 (0.4 in the paper; 0.2 on ImageNet-R). Without source statistics the term is
             omitted.
-        statistics: BatchNorm statistics, ``"batch"``, ``"source"``, ``"mix"`` or ``"stream"``.
-        prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
-        window: number of images in an update, at least 1; smaller batches are predicted at once and
-            collected until there are that many (`ttt_plugins.core.window`). The paper: 64.
-        guard: whether updates are softened or reset if signals without labels say that they hurt
-            (`ttt_plugins.core.guard`).
-        pull: fraction of the way back to the source that the parameters go after every update, in
-            [0, 1].
         params: parameters that adapt, by default the norm layers'; see `ttt_plugins.wrap`.
         rule: optimizer: ``"memory"``, the learned one, or ``"adam"`` or ``"sgd"`` with step size
             ``lr`` and their usual momenta. The latter show what the objective and the statistics

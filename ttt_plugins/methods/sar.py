@@ -51,6 +51,8 @@ __all__ = ["SAR"]
 class SAR(OnlineFields):
     """Sharpness-aware entropy minimisation over reliable samples.
 
+    Statistics, window and guard are fields of `ttt_plugins.core.window.OnlineFields`.
+
     Attributes:
         lr: learning rate of SGD, at least 0. The paper uses 1e-3 (ViT) and 2.5e-4 (ResNet, batches
             of 64).
@@ -64,15 +66,6 @@ class SAR(OnlineFields):
             applies only to ``params="norm"``.
         exclude: how those norms are found: ``"stages"`` by structure, as the last quarter of the
             stages or blocks, or ``"names"`` by the names in the released code.
-        statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"``, ``"mix"`` or
-            ``"stream"``.
-        prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
-        window: number of images in an update, at least 1; smaller batches are predicted at once and
-            collected until there are that many (`ttt_plugins.core.window`). The paper: 64.
-        guard: whether updates are softened or reset if signals without labels say that they hurt
-            (`ttt_plugins.core.guard`).
-        pull: fraction of the way back to the source that the parameters go after every update, in
-            [0, 1].
         params: parameters that adapt, by default the norm layers'; see `ttt_plugins.wrap`.
     """
 

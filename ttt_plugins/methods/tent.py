@@ -41,20 +41,13 @@ __all__ = ["Tent"]
 class Tent(OnlineFields):
     """Entropy minimisation over the norm layers' affine parameters.
 
+    Statistics, window and guard are fields of `ttt_plugins.core.window.OnlineFields`.
+
     Attributes:
         lr: learning rate, at least 0. The paper uses 1e-3 with Adam on CIFAR, and on ImageNet
             2.5e-4 (BatchNorm, batches of 64) or 1e-3 (ViT) with SGD.
         optimizer: ``"adam"`` or ``"sgd"``.
         momentum: momentum of SGD, in [0, 1].
-        statistics: BatchNorm statistics, ``"batch"`` as in the paper, ``"source"``, ``"mix"`` or
-            ``"stream"``.
-        prior: number of images that the source statistics count for in ``"mix"`` and ``"stream"``.
-        window: number of images in an update, at least 1; smaller batches are predicted at once and
-            collected until there are that many (`ttt_plugins.core.window`).
-        guard: whether updates are softened or reset if signals without labels say that they hurt
-            (`ttt_plugins.core.guard`).
-        pull: fraction of the way back to the source that the parameters go after every update, in
-            [0, 1].
         params: parameters that adapt, by default the norm layers'; see `ttt_plugins.wrap`.
     """
 
