@@ -1,26 +1,27 @@
 """BatchNorm statistics over a stream, balanced by predicted class (``statistics="stream"``).
 
-A layer is normalised with an average of the source's statistics and of an estimate over the
-stream, so that a batch of one is predicted with what the images before it have taught. The
-estimate is kept in groups of predicted classes, because in a stream that is sorted by class the
-newest images say more about their class than about the shift.
+A layer is normalised with an average of the source's statistics and an estimate over the stream,
+so that the prediction of a single image uses the images before it. The estimate is kept in groups
+of predicted classes, because in a stream sorted by class the latest images say more about their
+class than about the shift.
 
-A batch goes through in three steps:
+A batch is processed in three steps:
 
 1. Every layer averages the groups, each counted for at most its share of `HORIZON` images, the
    batch, and the source, which counts for ``prior`` images (`Stream.choose`).
-2. Images count for fewer than they are where their classes repeat: ``n`` of them for
+2. Images whose classes repeat count for less: ``n`` of them count for
    ``n / (1 + n * CLUSTERING * excess)``, the design effect of cluster samples (Kish, Survey
-   Sampling, 1965, section 5.4), where ``excess`` is how much more often than by chance two of them
-   are of one class. That holds for the batch, and for the whole estimate while few classes have
-   been seen. The classes of a batch are not known before it is predicted: the repetitions of the
-   batches before are taken, and for the first one those of the source's predictions
+   Sampling, 1965, section 5.4), where ``excess`` is the excess over chance of the probability that
+   two of them are of the same class. This applies to the batch, and to the whole estimate as long
+   as few classes have been seen. The classes of a batch are unknown before it is predicted, so the
+   repetition in earlier batches is used, and for the first batch that in the source's predictions
    (`Stream.start`).
-3. Once the batch is predicted, each image joins the group of its predicted class (`Stream.joined`).
+3. After the batch is predicted, each image is added to the group of its predicted class
+   (`Stream.joined`).
 
-Groups of classes are those of balanced BatchNorm (Su et al., TRIBE, arXiv 2309.14949, equations 4
-to 6), with a bound on how many images each stands for in place of a momentum, and with classes
-beyond `GROUPS` sharing groups, so that the memory does not grow with the number of classes.
+The groups are those of balanced BatchNorm (Su et al., TRIBE, arXiv 2309.14949, equations 4 to 6),
+except that the number of images that a group stands for is bounded, instead of using a momentum,
+and that classes beyond `GROUPS` share groups, so memory does not grow with the number of classes.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ from ..utils.precision import single
 
 __all__ = ["GROUPS", "HORIZON", "STREAM", "Stream"]
 
-#: Images that the groups count for at most, all of them together.
+#: Largest number of images that all groups together count for.
 HORIZON = 256
-#: Groups of classes at most.
+#: Largest number of groups of classes.
 GROUPS = 16
-#: Variance of an image's moments between classes, in units of that within them; chosen on sorted
+#: Variance of an image's moments between classes, relative to that within classes; chosen on sorted
 #: and on independent streams of the four extra corruptions.
 CLUSTERING = 2.0
-#: Images whose classes a batch needs to tell anything of repetitions.
+#: Smallest number of images from which the repetition of classes is estimated.
 _FEWEST = 8
 
-#: What the names of an estimate's tensors begin with.
+#: Prefix of the names of the estimate's tensors.
 STREAM = "statistics."
 _COUNTS = STREAM + "counts"
 _REPEATS = STREAM + "repeats"
@@ -57,8 +58,8 @@ class Stream:
     """The estimate before, during and after a batch.
 
     Args:
-        estimate: what `joined` returned after the last batch; empty at a stream's start.
-        prior: images that the source's statistics count for.
+        estimate: result of `joined` after the last batch; empty at the start of a stream.
+        prior: number of images that the source's statistics count for.
     """
 
     def __init__(self, estimate: Mapping[str, Tensor], prior: float):
@@ -69,24 +70,24 @@ class Stream:
         self._moments: dict[str, Tensor] = {}
 
     def needs_start(self, images: int) -> bool:
-        """Whether a batch of this size is a stream's first that can tell of repetitions."""
+        """Whether `start` should be called before a batch of this size."""
         return not self._past and images >= _FEWEST
 
     def start(self, logits: Tensor) -> None:
-        """Learn from the source's predictions (B, classes) how much a first batch repeats."""
+        """Estimate the repetition in the first batch from the source's logits (B, classes)."""
         self._past = {_REPEATS: _repeats(_groups(logits))[0]}
 
     def choose(self, name: str, x: Tensor, images: int, source: _Pair) -> _Pair:
         """Mean and variance (C,) that a layer normalises with.
 
-        In the layer's first run for a batch; further passes, at other parameters or on a window of
-        images that were already seen, use the same.
+        They are computed in the layer's first pass over a batch. Later passes, at other parameters
+        or over a window of images that were already seen, use the same.
 
         Args:
-            name: of the layer.
-            x: its input, (N, C, ...).
-            images: how many images the batch has; a layer may see each of them in several rows.
-            source: the layer's own mean and variance, (C,) each.
+            name: name of the layer.
+            x: input (N, C, ...) of the layer.
+            images: number of images in the batch, of which a layer may see several rows each.
+            source: source mean and variance of the layer, (C,) each.
         """
         if name not in self._chosen:
             self._moments[name] = moments = _moments_of(x, images, source[0])
@@ -98,7 +99,7 @@ class Stream:
         return self._chosen[name]
 
     def at_rest(self, name: str, source: _Pair) -> _Pair:
-        """Mean and variance (C,) of a layer as the estimate stands, without a further batch."""
+        """Mean and variance (C,) of a layer from the estimate alone, without a batch."""
         if STREAM + name not in self._past:
             return source
         past = self._past[STREAM + name]
@@ -106,9 +107,9 @@ class Stream:
         return self._average(name, source, none, *self._weigh(past.new_zeros(())))
 
     def _weigh(self, images: Tensor) -> _Pair:
-        """Weights of the batch and of each group, which sum to one; and that of the estimate.
+        """Weights of the batch and of each group, which sum to one; and the estimate's weight.
 
-        The second is the share of the estimate in its average with the source.
+        The latter is the weight of the estimate in its average with the source.
         """
         repeats = self._past.get(_REPEATS, images.new_zeros(())).to(images)
         counts = (images / (1 + (images - 1).clamp_min(0) * CLUSTERING * repeats))[None]
@@ -118,7 +119,7 @@ class Stream:
             chance = 1 / len(groups)
             counts = torch.cat([counts, groups])
             total = counts.sum()
-            # Of two images of the estimate, how much more often than by chance are they alike?
+            # Excess over chance of the probability that two images are of the same class.
             alike = torch.ones_like(counts)
             alike[0] = chance + (1 - chance) * repeats
             pairs = (counts.square() * alike).sum() - total
@@ -129,7 +130,7 @@ class Stream:
     def _average(
         self, name: str, source: _Pair, mean: Tensor, weights: Tensor, share: Tensor
     ) -> _Pair:
-        """Mean and variance (C,) over the batch's moments (2, C), the groups and the source."""
+        """Average mean and variance (C,) of batch (moments ``mean``), groups and source."""
         own_mean, own_var = single(source[0]), single(source[1])
         moments = mean[None]
         if (past := self._past.get(STREAM + name)) is not None:
@@ -139,12 +140,10 @@ class Stream:
         return (own_mean + share * shift).to(source[0].dtype), var.to(source[1].dtype)
 
     def joined(self, logits: Tensor) -> dict[str, Tensor]:
-        """The estimate once the batch has joined it.
-
-        An image whose logits are not finite does not join.
+        """The estimate with the batch added; images whose logits are not finite are left out.
 
         Args:
-            logits: the batch's predictions, (B, classes).
+            logits: logits (B, classes) of the batch.
         """
         if not self._moments:
             return {n: t for n, t in self._past.items() if _COUNTS in self._past}
@@ -162,22 +161,22 @@ class Stream:
         return estimate
 
     def _repeats_after(self, member: Tensor) -> Tensor:
-        """How much classes repeat; few images change little of what was known."""
+        """The repetition of classes, updated in proportion to the size of the batch."""
         now, pairs = _repeats(member)
         known = self._past.get(_REPEATS)
         return now if known is None else torch.lerp(known, now, pairs / (pairs + 2 * GROUPS))
 
 
 def check_stream(name: str, tensor: Tensor, channels: Mapping[str, int]) -> None:
-    """Refuse a tensor that can be no part of an estimate.
+    """Check that a tensor of a saved state can be part of an estimate.
 
     Args:
-        name: its name in an adaptation state.
+        name: name of the tensor in the adaptation state.
         tensor: the tensor.
-        channels: by the names of the layers; empty where statistics are others.
+        channels: numbers of channels by the names of the layers; empty for other statistics.
 
     Raises:
-        InputError: it cannot.
+        InputError: the tensor cannot, or is damaged.
     """
     shape, known = tuple(tensor.shape), {STREAM + n: c for n, c in channels.items()}
     groups = shape[0] if shape and 0 < shape[0] <= GROUPS else 0
@@ -198,7 +197,7 @@ def _bounded(counts: Tensor) -> Tensor:
 
 
 def _groups(logits: Tensor) -> Tensor:
-    """Which group each image belongs to, (B, groups), one or zero; none without a prediction."""
+    """One-hot groups (B, groups) of the images; zeros for logits that are not finite."""
     groups = min(logits.shape[1], GROUPS)
     fine = torch.isfinite(logits).all(1)
     member = torch.nn.functional.one_hot(logits.nan_to_num().argmax(1) % groups, groups)
@@ -206,7 +205,7 @@ def _groups(logits: Tensor) -> Tensor:
 
 
 def _repeats(member: Tensor) -> _Pair:
-    """How much more often than by chance two images are of one group, in [0, 1]; and the pairs."""
+    """Excess over chance, in [0, 1], of two images being of one group; and the number of pairs."""
     counts, groups = member.sum(0), member.shape[1]
     total = counts.sum()
     pairs = total * (total - 1)
@@ -216,10 +215,10 @@ def _repeats(member: Tensor) -> _Pair:
 
 @torch.no_grad()
 def _moments_of(x: Tensor, images: int, centre: Tensor) -> Tensor:
-    """Mean and mean square of each image about ``centre`` (C,), (B, 2, C)."""
+    """Mean and mean square (B, 2, C) of each image relative to ``centre`` (C,)."""
     rows = single(x).flatten(2) if x.ndim > 2 else single(x)[:, :, None]
     first = rows.mean(2).double()
-    # A norm reads the tensor once and writes none of its size.
+    # A norm reads the tensor once, and allocates none of its size.
     square = torch.linalg.vector_norm(rows, dim=2).double().square() / rows.shape[2]
     centre = centre.double()
     square = square - 2 * centre * first + centre.square()

@@ -1,27 +1,27 @@
-"""A guard over online adaptation: never worse than not adapting, as far as no label tells.
+"""A guard over online adaptation, which limits the damage of updates that make predictions worse.
 
-One image in `EVERY` is also predicted by the source, on its own parameters and statistics, which
-costs two per cent of an update's forward and backward passes. Running means over the last `HORIZON`
-of them, and over all images between them, are the signals (`Guard.health`). After an update they
-decide what becomes of it:
+One image in `EVERY` is also predicted by the source, with its own parameters and statistics, which
+costs two per cent of the forward and backward passes of an update. The signals are running means
+over the last `HORIZON` of these images, and over all images between them (`Guard.health`). After an
+update they decide what happens to it:
 
-- *one class*: the source and the adapted model see one class for long (a camera that shows a wall,
-  noise, a single object). Such images teach nothing about the others: the parameters go half of
-  the way back to the source, after every update while it lasts.
-- *collapse*: the adapted model predicts far fewer classes than the source does on the same stream
-  (the entropy of its predicted classes is `COLLAPSE` nats lower), which is how entropy minimisation
-  fails: parameters and rule start again from the source, and every later update goes half as far
-  as the rule would have it, because what failed once would fail again.
+- *one class*: for a long time the source and the adapted model have predicted only one class (a
+  camera that shows a wall, noise, or a single object). Such images teach nothing about the others,
+  so the parameters go half of the way back to the source after every such update.
+- *collapse*: the adapted model predicts far fewer classes than the source on the same stream (the
+  entropy of its predicted classes is lower by `COLLAPSE` nats), which is how entropy minimisation
+  fails. Parameters and rule return to the source, and the step of every later update is halved,
+  because the same steps would fail again.
 - *less sure*: the adapted model is less confident than the source on the same images, by
-  `LESS_SURE` and by `ERRORS` standard errors: half of the way back.
-- *not finite*: a prediction is not a number. Nothing that is not finite is kept, whatever happens,
-  so the event is noted only.
+  `LESS_SURE` and by `ERRORS` standard errors. The parameters go half of the way back.
+- *not finite*: a prediction is not finite. Adaptation never keeps values that are not finite, so
+  the event is only recorded.
 
-Everything here is tensors on the model's device, and decisions are made by `torch.where`, so that
-an accelerator is never waited for. What it knows is part of the adaptation state.
+All values are tensors on the model's device, and decisions use `torch.where`, so nothing waits for
+the device. The guard's state is part of the adaptation state.
 
-Where similar signals are used: the entropy of the mean prediction (SHOT, Liang et al., arXiv
-2002.08546, equation 4), a restart when a loss says that a model has collapsed (SAR, Niu et al.,
+Similar signals are used elsewhere: the entropy of the mean prediction (SHOT, Liang et al., arXiv
+2002.08546, equation 4), a reset if a loss shows that a model has collapsed (SAR, Niu et al.,
 arXiv 2302.12400, section 4.2), agreement of two models as a measure of accuracy without labels
 (Jiang et al., arXiv 2106.13799).
 """
@@ -47,20 +47,20 @@ from .window import Window
 
 __all__ = ["GUARD", "GUARDED", "Event", "Guard"]
 
-#: What the names of its state's tensors begin with.
+#: Prefix of the names of the tensors of its state.
 GUARD = "guard."
-#: One image in as many is predicted by the source too.
+#: One image in this many is also predicted by the source.
 EVERY = 16
-#: Images predicted by both that the running means reach back.
+#: Number of images predicted by both that the running means extend over.
 HORIZON = 32
-#: Images predicted by both before anything is decided.
+#: Number of images predicted by both before any decision is made.
 ENOUGH = 12
-#: Share of pairs of images that are of one class, from which on a stream shows one class only.
+#: Fraction of pairs of images of the same class above which a stream counts as one class.
 ONE_CLASS = 0.5
 COLLAPSE = 0.7
 LESS_SURE = 0.03
 ERRORS = 2.5
-#: Events that are remembered.
+#: Number of events that are kept.
 EVENTS = 64
 
 _SEEN, _MEANS, _LOG = GUARD + "seen", GUARD + "means", GUARD + "events"
@@ -78,10 +78,10 @@ GUARDED = (
 
 
 class Event(NamedTuple):
-    """Something that the guard did.
+    """An action of the guard.
 
     Attributes:
-        images: how many images the stream had when it happened, the last batch among them.
+        images: number of images in the stream so far, including the last batch.
         reason: ``"one class"``, ``"collapse"``, ``"less sure"`` or ``"not finite"``.
         action: ``"softened"`` (half of the way back to the source), ``"reset"`` or ``"noted"``.
     """
@@ -92,7 +92,7 @@ class Event(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Images that the source predicts too: their places in a batch, and its logits."""
+    """Images that the source also predicts: their positions in a batch, and its logits."""
 
     places: list[int]
     logits: Tensor
@@ -100,11 +100,12 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class Guard:
-    """See the module's docstring.
+    """The guard and the pull; see the module's docstring.
 
     Attributes:
-        on: whether there is one.
-        pull: how far the parameters go back to the source after every update, in [0, 1].
+        on: whether the guard is active.
+        pull: fraction of the way back to the source that the parameters go after every update, in
+            [0, 1].
     """
 
     on: bool = False
@@ -112,7 +113,7 @@ class Guard:
 
     @classmethod
     def of(cls, config: Any) -> Guard:
-        """The choice in a config's fields ``guard`` and ``pull``; without them, neither."""
+        """The guard of a config's fields ``guard`` and ``pull``, by default neither."""
         named = {field.name for field in dataclasses.fields(config)}
         return cls(
             config.guard if "guard" in named else False,
@@ -129,16 +130,16 @@ class Guard:
         waiting: Tensors,
         images: Tensor,
     ) -> tuple[Outcome, Tensors]:
-        """As `Window.step`, with the pull and the guard after an update.
+        """`Window.step`, with pull and guard after an update.
 
         Args:
-            window: when updates are made.
-            adapt: an algorithm's step.
+            window: the window, which decides when updates are made.
+            adapt: the step of an algorithm.
             backbone: the classifier.
-            start: the source's tensors, and what makes a rule's state at the start.
-            now: adapted tensors and the rule's state.
-            waiting: what waits, and what the guard knows.
-            images: (B, C, H, W) in [0, 1].
+            start: the source's tensors, and a function that returns the rule's initial state.
+            now: adapted tensors, and the rule's state.
+            waiting: waiting images, and the guard's state.
+            images: images (B, C, H, W) in [0, 1].
         """
         known = {n: t for n, t in waiting.items() if n.startswith(GUARD)}
         waiting = {n: t for n, t in waiting.items() if n not in known}
@@ -156,18 +157,18 @@ class Guard:
         return outcome, waiting | known
 
     def _probe(self, backbone: Backbone, known: Tensors, images: Tensor) -> Probe | None:
-        """The source's predictions of one image in `EVERY`, wherever batches begin and end."""
+        """The source's predictions of one image in `EVERY`, counted across batches."""
         seen = int(known[_SEEN]) if _SEEN in known else 0
         places = list(range(-seen % EVERY, len(images), EVERY))
         return Probe(places, backbone.source_logits(images[places])) if places else None
 
     def health(self, known: Tensors, params: Tensors | None, source: Tensors) -> dict[str, float]:
-        """The signals as numbers; only ``distance`` before the first image.
+        """The signals as numbers; before the first image only ``distance``.
 
         Args:
             known: the guard's state.
-            params: the adapted tensors; None at the source.
-            source: the tensors that adapt, at their start.
+            params: adapted tensors; None if they are the source's.
+            source: initial values of the tensors that adapt.
         """
         apart = torch.zeros(()) if params is None else flatten(params) - flatten(source)
         found = {"distance": float(apart.norm() / flatten(source).norm().clamp_min(1e-12))}
@@ -183,17 +184,17 @@ class Guard:
         return found | {"repetition": float(_same(known[_SOURCE]))}
 
     def events(self, known: Tensors) -> list[Event]:
-        """What the guard did, the oldest first; the last `EVENTS` of it."""
+        """The last `EVENTS` actions of the guard, the oldest first."""
         if _LOG not in known:
             return []
         rows = [row for row in known[_LOG].tolist() if row[0]]
         return [Event(seen, _REASONS[reason], _ACTIONS[reason]) for seen, reason in rows]
 
     def check(self, name: str, tensor: Tensor, classes: int | None) -> None:
-        """Refuse a tensor that can be no part of its state.
+        """Check that a tensor of a saved state can be part of the guard's state.
 
         Raises:
-            InputError: it cannot.
+            InputError: the tensor cannot, or is damaged.
         """
         shapes = {
             _SEEN: (),
@@ -212,7 +213,7 @@ class Guard:
             raise InputError(f"this adaptation state is damaged: {name!r} is out of range")
 
     def describe(self) -> list[str]:
-        """Lines on what it watches."""
+        """Lines that describe the guard and the pull."""
         lines = []
         if self.pull:
             lines.append(f"pull: {self.pull:g} of the way back to the source after every update")
@@ -225,7 +226,7 @@ class Guard:
 
 
 def _towards(source: Tensors, params: Tensors, share: float | Tensor) -> Tensors:
-    """``source + share * (params - source)``, one of the two bit for bit at 0 and 1."""
+    """``source + share * (params - source)``, exact for a share of 0 or 1."""
     return {
         n: torch.lerp(source[n], p, torch.as_tensor(share, dtype=p.dtype, device=p.device))
         for n, p in params.items()
@@ -233,7 +234,7 @@ def _towards(source: Tensors, params: Tensors, share: float | Tensor) -> Tensors
 
 
 def _measured(known: Tensors, logits: Tensor, probe: Probe | None) -> Tensors:
-    """The state once a batch's logits (B, classes) and the source's on some of them are in."""
+    """The state after a batch, from its logits (B, classes) and the source's for some images."""
     logits = single(logits)
     if not known:
         classes = logits.new_zeros(logits.shape[1])
@@ -274,7 +275,7 @@ def _decided(
     source: Tensors,
     init: Callable[[], Tensors],
 ) -> tuple[Outcome, Tensors]:
-    """What becomes of an update from ``before``."""
+    """Decide what happens to an update from the parameters ``before``."""
     moved = _towards(before, outcome.params, known[_SCALE])
     outcome = outcome._replace(params=moved)
     weight, _, _, _, gap, squares = known[_MEANS].unbind()
@@ -293,7 +294,7 @@ def _decided(
     params = _towards(source, outcome.params, share)
     state = choose(collapsed, init(), outcome.state)
     reason = torch.where(collapsed, 1, torch.where(one, 0, 2))
-    # What was decided on is no evidence any more, unless one class goes on being seen.
+    # Signals that have led to a decision are reset, except while one class is still seen.
     after = {
         _MEANS: known[_MEANS] * ~(collapsed | unsure),
         _ADAPTED: known[_ADAPTED] * ~collapsed,
@@ -304,7 +305,7 @@ def _decided(
 
 
 def _labels(p: Tensor, counted: Tensor) -> Tensor:
-    """Predicted classes as (B, classes) of ones and zeros; zeros for images that do not count."""
+    """Predicted classes, one-hot (B, classes), and zeros for images that do not count."""
     return torch.nn.functional.one_hot(p.argmax(1), p.shape[1]).to(p) * counted[:, None]
 
 
@@ -314,10 +315,10 @@ def _noted(log: Tensor, seen: Tensor, reason: Tensor, happened: Tensor) -> Tenso
 
 
 def _balance(mass: Tensor) -> Tensor:
-    """Entropy in nats of how often each class (classes,) was predicted."""
+    """Entropy in nats of the frequencies (classes,) of predicted classes."""
     return entropy((mass / mass.sum().clamp_min(1e-12)).clamp_min(1e-12).log()[None])[0]
 
 
 def _same(mass: Tensor) -> Tensor:
-    """How probably two images are predicted to be of one class."""
+    """Probability that two images are predicted to be of the same class."""
     return (mass / mass.sum().clamp_min(1e-12)).square().sum()
