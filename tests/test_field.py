@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
+import threading
+import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from benchmark_fakes import FakeAdapter, memory_data
 from test_benchmark_resume import Stopped, Stopping
+from torch.distributed import HashStore
 
-from ttt_plugins.benchmark import FIELD, FieldStream, run_field
+from ttt_plugins.benchmark import FIELD, FieldStream, Worker, run_field
 from ttt_plugins.benchmark.device import peak_memory, reset_peak_memory
 from ttt_plugins.benchmark.protocols import plan
 from ttt_plugins.data.corruptions import corrupt
@@ -163,6 +168,52 @@ def test_a_stopped_field_ends_with_the_figures_of_an_unbroken_one(tmp_path):
     assert "Points above the source" in report
     assert report.count("<svg") == 2
     assert "slow, 1" in report
+
+
+class Slow(FakeAdapter):
+    def forward(self, images):
+        time.sleep(0.02)
+        return super().forward(images)
+
+
+def test_a_field_that_is_killed_is_resumed(tmp_path):
+    out, options = tmp_path / "out", {"streams": ["sorted", "long"], "batch_size": 9, "long": 90}
+    process = forked.start(
+        functools.partial(run_field, out=out, **options), {"a": Slow()}, field_data()
+    )
+    pieces = "runs/*/a/unfinished/*/*.safetensors"
+    while process.is_alive() and len(list(out.glob(pieces))) < 3:
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert not (out / "field.json").exists()
+    resumed = run_field({"a": FakeAdapter}, field_data(), out=out, resume=True, **options)
+    assert stripped(resumed) == stripped(run_field({"a": FakeAdapter}, field_data(), **options))
+    assert (out / "field.json").exists()
+
+
+def test_processes_share_the_runs_of_a_field(tmp_path):
+    options = {"streams": ["batch-16", "sorted", "mixed", "clean"], "batch_size": 9}
+    store, nets, found = HashStore(), [Slow(), Slow()], [None, None]
+
+    def work(rank):
+        worker = Worker(store, rank, 2)
+        found[rank] = run_field(
+            {"a": nets[rank]}, field_data(), out=tmp_path, worker=worker, **options
+        )
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = run_field({"a": FakeAdapter()}, field_data(), **options)
+    assert [stripped(results) for results in found] == [stripped(alone)] * 2
+    images = sum(row["a"].images for row in alone.cells.values())
+    assert nets[0].forwards + nets[1].forwards == images
+    assert min(net.forwards for net in nets) > 0
+    with pytest.raises(InputError, match="give out"):
+        run_field({"a": FakeAdapter()}, field_data(), worker=Worker(store, 0, 2))
 
 
 def test_table_and_parts_by_hand():
