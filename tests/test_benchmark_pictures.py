@@ -205,8 +205,17 @@ def test_the_command(folder, tmp_path, capsys):
     assert main([*field, "--out", str(tmp_path / "b")]) == 0
     assert "tent:lr=0.01: " in capsys.readouterr().out
     assert (tmp_path / "b" / "field.md").read_text().startswith("| accuracy in % |")
-    assert main([*small, "--corruption", "fog", "--out", str(tmp_path / "c")]) != 0
-    assert "--images takes --corrupt" in capsys.readouterr().err
+    for more, message in (
+        ([*small, "--corruption", "fog"], "--images takes --corrupt"),
+        ([*small, "--field"], "--field takes --methods"),
+        ([*field, "--protocol", "mixed"], "leave --protocol out"),
+        ([*field, "--methods", "tent:lr"], "--methods tent:lr: expected KEY=VALUE"),
+        ([*field, "--methods", "source,tent:rate=1"], "no field 'rate'"),
+        ([*field, "--methods", "tend"], "tend"),
+    ):
+        assert main([*more, "--out", str(tmp_path / "c")]) != 0
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
 
 
 def test_restricted_to_the_classes_of_a_folder(tmp_path, capsys):

@@ -35,7 +35,7 @@ from ..utils.checks import check_seed
 from ..utils.processes import Worker, place_from_environment
 from ..utils.text import printable
 from ..wrapping import wrap
-from .flags import key_value
+from .flags import fields_from_pairs, key_value
 from .models import adapter_from_args, add_model_flags
 from .pictures import add_source_flags, folder_classes, named_sources, picture_cells
 
@@ -43,6 +43,7 @@ __all__ = ["add_benchmark", "add_compare"]
 
 #: The largest number of threads; with far too many the system kills the process during the run.
 _THREADS = 1024
+_PROTOCOL = "reset-per-cell"
 #: Number of images of each corruption in the field, unless another is given.
 _FIELD_IMAGES = 256
 
@@ -55,7 +56,7 @@ def add_benchmark(commands) -> None:
     _add_data_flags(add)
     add.add_argument("--out", type=Path, required=True, help="folder for the results")
     add.add_argument("--batch-size", type=int, default=64, metavar="B")
-    add.add_argument("--protocol", choices=PROTOCOLS, default="reset-per-cell")
+    add.add_argument("--protocol", choices=PROTOCOLS, default=_PROTOCOL)
     add.add_argument(
         "--concentration",
         type=float,
@@ -162,6 +163,8 @@ def _benchmark(args: argparse.Namespace) -> None:
     check_out(args.out)
     if args.field is not None and (args.method or args.set or args.lr is not None):
         raise InputError("--field takes --methods METHOD:FIELD=VALUE, not --method, --set or --lr")
+    if args.field is not None and args.protocol != _PROTOCOL:
+        raise InputError("--field has a protocol for each stream: leave --protocol out")
     if args.images is None and (args.corrupt or args.classes):
         raise InputError("--corrupt and --classes are for pictures given by --images")
     if args.images is not None and (args.corruption or args.labels):
@@ -293,8 +296,13 @@ def _run_field(
     methods: dict[str, Any] = {}
     for label in (label for text in args.methods for label in text.split(",")):
         name, *fields = label.split(":")
-        get_method(name)  # an unknown one is reported before the first is measured
-        own = {"method": name, "set": [key_value(pair) for pair in fields], "seed": seeds[0]}
+        try:
+            pairs = [key_value(pair) for pair in fields]
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"--methods {label}: {error}") from error
+        # An unknown method or field is reported before the first is measured.
+        fields_from_pairs(pairs, get_method(name).config)
+        own = {"method": name, "set": pairs, "seed": seeds[0]}
         method = argparse.Namespace(**{**vars(args), **own})
         methods[label] = functools.partial(_adapter, method, sources)
     first = next(iter(methods))
