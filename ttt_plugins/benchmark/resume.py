@@ -10,6 +10,7 @@ a file of another run and a damaged file count as missing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import platform
@@ -86,6 +87,7 @@ def write_files(out: Path, files: Mapping[str, bytes]) -> None:
         raise DataError(f"{out}: cannot write the results ({error.strerror})") from error
 
 
+@functools.cache
 def versions() -> dict[str, str | None]:
     """Versions of the packages that the figures depend on; None if not installed."""
     names = ("torch", "torchvision", "timm", "robustbench", "numpy")
