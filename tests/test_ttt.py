@@ -499,6 +499,7 @@ def test_the_memory_estimate_is_near_the_measured_peak(
     options = {"copies": 8, "params": params, "steps": steps}
     net = tp.wrap(model, method, tensors=tensors, **options)
     algorithm, x = net._algorithm_now(), images(1)
+    net.backbone.make_ready(x)
     known = [*net.backbone.parameters(), *net.backbone.buffers(), *net._tensors.values()]
     with torch.no_grad(), Peak([*known, *algorithm.source.values(), x]) as measured:
         algorithm._steps(algorithm.source, x, image_keys(x, 0))

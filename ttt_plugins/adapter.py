@@ -123,7 +123,7 @@ class Adapter(Shell):
             InputError: images of another type, shape or range; the adapter is unchanged.
         """
         pixels = self._checked(images)
-        with self.backbone.lock, torch.inference_mode(False):
+        with self.backbone.turn(), torch.inference_mode(False):
             # Tensors created in inference mode cannot be part of a graph, but copies can.
             images = pixels.clone() if pixels.is_inference() else pixels.detach()
             images = images.to(self.backbone.dtype)
@@ -135,24 +135,28 @@ class Adapter(Shell):
     def _predict(self, images: Tensor) -> Tensor:
         if self._record.build is None:
             with torch.no_grad(), self.backbone.streaming(self._waiting, images) as stream:
-                logits = self.backbone(images)
-            self._waiting = stream.joined(logits)
-            self.forwards += len(images)
+                logits = scope.call(self.backbone, {}, images)
+            vars(self).update(_waiting=stream.joined(logits), forwards=self.forwards + len(images))
             return logits
         with torch.no_grad():
             now, algorithm = self._now(), self._algorithm_now()
             adapt = partial(chunks.adapt, algorithm, self._chunks)
             start = algorithm.source, algorithm.init
-            outcome, self._waiting = self._guard.step(
+            outcome, waiting = self._guard.step(
                 self._window, adapt, self.backbone, start, now, self._waiting, images
             )
-        # Nothing above changes what was learned: an error on the way leaves the adapter as it was.
-        self._params, self._state, self.loss = outcome.params, outcome.state, outcome.loss
-        self.forwards += outcome.forwards
-        self.backwards += outcome.backwards
-        self.batches += 1
-        self._skipped = self._skipped + outcome.skipped
-        if self._may_look():
+        # What was learned changes here, at once: errors and interrupts come before or after.
+        vars(self).update(
+            _params=outcome.params,
+            _state=outcome.state,
+            _waiting=waiting,
+            _skipped=self._skipped + outcome.skipped,
+            loss=outcome.loss,
+            forwards=self.forwards + outcome.forwards,
+            backwards=self.backwards + outcome.backwards,
+            batches=self.batches + 1,
+        )
+        if self.backbone.device.type == "cpu" or self.batches % _LOOK_EVERY == 0:
             self._warn(self.skipped_updates, _SKIPPED)
             self._warn(len(self.guard_events), GUARDED)
         return outcome.logits
@@ -162,16 +166,9 @@ class Adapter(Shell):
             self._warned.add(message)
             warnings.warn(message, RuntimeWarning, stacklevel=8)
 
-    def _may_look(self) -> bool:
-        """Whether a tensor's value may be read now, which waits for the device."""
-        return self.backbone.device.type == "cpu" or self.batches % _LOOK_EVERY == 0
-
     @property
     def skipped_updates(self) -> int:
-        """Number of updates skipped because the loss or its gradient was not finite.
-
-        They are counted in batches, or in images for methods that adapt to each image separately.
-        """
+        """Number of batches, or images where each adapts alone, whose loss was not finite."""
         return int(self._skipped)
 
     @property
@@ -248,19 +245,21 @@ class Adapter(Shell):
 
     @torch.inference_mode(False)
     def _apply(self, fn, recurse: bool = True) -> Adapter:
-        super()._apply(fn, recurse)
-        self._waiting = {name: fn(t) for name, t in self._waiting.items()}
-        self._tensors = scope.moved(self._tensors, fn)
-        self._params = self._params and scope.moved(self._params, fn)
-        self._algorithm = None  # it holds the earlier tensors
-        if self._state is not None:  # whose precision the rule chooses, whatever the model's is
-            start = self._algorithm_now().init()
-            self._state = {n: t.to(start[n].device, start[n].dtype) for n, t in self._state.items()}
+        with self.backbone.turn():
+            super()._apply(fn, recurse)
+            self._waiting = {name: fn(t) for name, t in self._waiting.items()}
+            self._tensors = scope.moved(self._tensors, fn)
+            self._params = self._params and scope.moved(self._params, fn)
+            self._algorithm = None  # it holds the tensors from before the move
+            if self._state is not None:  # whose precision the rule chooses, whatever the model's is
+                like = self._algorithm_now().init()
+                self._state = {n: t.to(like[n]) for n, t in self._state.items()}
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A method contains functions that cannot be pickled, so it is stored by name.
-        return self.__dict__ | {"_algorithm": None, "_record": self.method}
+        own = {"_algorithm": None, "_record": self.method, "_chunks": self._chunks.copy()}
+        return self.__dict__ | own  # at once, because another thread may be adapting
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Tensors copied or loaded in inference mode could not adapt.
@@ -269,13 +268,14 @@ class Adapter(Shell):
 
     def reset(self) -> None:
         """Back to the source, bit for bit; costs nothing but dropping the adapted tensors."""
-        self._params = self._state = self.loss = None
-        self._waiting, self.batches = {}, 0
+        with self.backbone.lock:
+            vars(self).update(_params=None, _state=None, _waiting={}, loss=None, batches=0)
 
     def adaptation_state(self) -> dict[str, Tensor]:
         """Everything that adaptation has changed, as a flat dict of tensors to save."""
-        params, rule = (None, None) if self._record.build is None else self._now()
-        return saved(self.batches, self._waiting, params, rule)
+        with self.backbone.lock:
+            params, rule = (None, None) if self._record.build is None else self._now()
+            return saved(self.batches, self._waiting, params, rule)
 
     def load_adaptation_state(self, state: dict[str, Tensor]) -> None:
         """Resume from a state that `adaptation_state` returned.
@@ -288,12 +288,12 @@ class Adapter(Shell):
             STREAM: partial(check_stream, channels=self.backbone.streamed),
             GUARD: partial(self._guard.check, classes=self.num_classes),
         }
-        rest, waiting = parts(state, checks, self.backbone.device)
-        own = {n: t for n, t in self.adaptation_state().items() if n not in self._waiting}
-        batches, params, rule = resumed(own, rest)
-        self._waiting, self.batches = waiting, batches
-        if self._record.build is not None:
-            self._params, self._state = params, rule
+        with self.backbone.lock:
+            rest, waiting = parts(state, checks, self.backbone.device)
+            own = {n: t for n, t in self.adaptation_state().items() if n not in self._waiting}
+            batches, params, rule = resumed(own, rest)
+            adapted = {} if self._record.build is None else {"_params": params, "_state": rule}
+            vars(self).update(adapted, _waiting=waiting, batches=batches)
 
     def fit_source_statistics(self, loader: Any, *, progress: bool = True) -> Adapter:
         """Measure the source's feature statistics on clean images, for MGG's discrepancy term.
@@ -320,9 +320,9 @@ class Adapter(Shell):
             loader = (
                 self._checked(batch_images(batch).to(self.backbone.device)) for batch in loader
             )
-        with self.backbone.lock:
-            self._tensors |= fit(self.config, self.backbone, loader, self.seed, progress)
-            self._algorithm = None
+        with self.backbone.turn():
+            measured = fit(self.config, self.backbone, loader, self.seed, progress)
+            vars(self).update(_tensors=self._tensors | measured, _algorithm=None)
             self.reset()
         return self
 
@@ -346,19 +346,19 @@ class Adapter(Shell):
             size = self._last_size if None in self.input_size else self.input_size
             for chunk in [c for key, c in self._chunks.items() if key[0] == size]:
                 algorithm = algorithm.with_chunk(chunk)
-            lines.append(algorithm.describe_memory(size))
+            with self.backbone.turn():
+                lines.append(algorithm.describe_memory(size))
         return "\n".join([*lines, memory])
 
     @torch.inference_mode(False)
     def export(self) -> nn.Module:
-        """An independent module with the adapted parameters: images in [0, 1] -> logits."""
-        plain = deep_copy(self.backbone, {})
-        plain.freeze_statistics(self._waiting)
-        if self._params is not None:
+        """An independent module holding the adapted parameters: images in [0, 1] -> logits."""
+        with self.backbone.lock, torch.no_grad():
+            plain = deep_copy(self.backbone, {})
+            plain.freeze_statistics(self._waiting)
             named = dict(plain.named_parameters())
-            with torch.no_grad():
-                for name, value in scope.materialise(plain, self._params).items():
-                    named[name].copy_(value)
+            for name, value in scope.materialise(plain, self._params or {}).items():
+                named[name].copy_(value)
         return plain.requires_grad_(True)
 
     def save_pretrained(self, folder: str | Path, **records: Any) -> Path:

@@ -88,6 +88,9 @@ def wrap(
 ) -> Adapter:
     """Wrap an image classifier so that it adapts itself at inference.
 
+    A module's weights and buffers are shared and never written. If you change them afterwards, what
+    the adapter starts from and `Adapter.reset` returns to changes: wrap a ``copy.deepcopy`` then.
+
     Args:
         model: a timm name, ``"robustbench:<dataset>/<name>"`` (corruptions zoo), an artifact that
             carries a model (``"bundled:source-resnet26-cifar10"``, a folder, ``"org/name"`` or
@@ -104,14 +107,12 @@ def wrap(
         seed: seed for everything random; untrained timm models use torch's generator without it.
         model_dir: folder with RobustBench's checkpoints.
         tensors: tensors that the method has learned beforehand, by name, instead of an artifact's.
-        head: source of the self-supervised head: an artifact made for these weights, or
-            ``"train"``, which trains a head on ``data`` without changing the model.
-        data: clean, unlabelled images for it: like ``source_images``, or a tensor (N, C, S, S).
+        head: an artifact with a self-supervised head for these weights, or ``"train"`` for one.
+        data: clean, unlabelled images for that: like ``source_images``, or a tensor (N, C, S, S).
         classes: the classes that occur, as indices of the model's logits, of which only these are
             used, in this order; or ``"imagenet-r"`` or ``"imagenet-a"``, 200 of ImageNet's.
         normalized_input: whether images are already normalised with mean and std; see `Adapter`.
-        source_images: clean, unlabelled images for `Adapter.fit_source_statistics`: a folder,
-            files, ``hf://datasets/ORG/NAME``, a data set or a loader. For MGG.
+        source_images: what `Adapter.fit_source_statistics` takes, for MGG.
         **overrides: fields of the method's config.
 
     Returns:

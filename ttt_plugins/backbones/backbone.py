@@ -3,15 +3,13 @@
 `Backbone` normalises images in [0, 1] before a model, can return its pooled features, and can
 record the features whose statistics MGG compares. It holds a structural copy of the user's model
 that shares its weights: no parameter is duplicated, and nothing done here (eval mode, BatchNorm on
-batch statistics, hooks, moving to a device) affects the user's model.
+batch statistics, hooks, moving to a device) affects the user's model. See `HookedModel`.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,20 +17,20 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..utils.failures import device_failed
-from .norms import BATCH_NORMS, batch_norms, channel_axis, fixed_norms, tapped_modules
+from .hooked import HookedModel
+from .norms import BATCH_NORMS, fixed_norms
 from .preprocessing import input_size, preprocessing
-from .quirks import caches, derived, prepare, recurrent
-from .sharing import leave_inference_mode, share_structure, tied_parameters
-from .stages import classifier_names, inner, pooled_features
-from .statistics import Feature, NormStatistics
-from .stream import Stream
+from .quirks import recurrent
+from .sharing import tied_parameters
+from .stages import classifier_names, inner
+from .statistics import NormStatistics
 
 __all__ = ["Backbone"]
 
 _SOURCE = NormStatistics()
 
 
-class Backbone(nn.Module):
+class Backbone(HookedModel):
     """A classifier on images in [0, 1].
 
     Args:
@@ -49,19 +47,15 @@ class Backbone(nn.Module):
             None if it declares none.
         fixed_size: whether the model accepts no images of another size.
         normalize: whether images are normalised here.
-        statistics: the statistics that the BatchNorm layers normalise with.
         fixed_norms: number of layers that always keep their source statistics, by the name of their
             class.
-        tapped: the layers whose features are recorded, by name.
         one_by_one: whether images can adapt one at a time only, because a layer cannot be run on
             several parameter sets at once.
         tied: first name of each tied parameter -> its names in other modules.
-        lock: held during a forward pass. What it records and which statistics it uses belong to
-            this module, so threads have to take turns.
 
     Raises:
-        InputError: the model has no classifier (``num_classes=0``), or mean, std and normalize do
-            not fit.
+        InputError: the model has no classifier (``num_classes=0``) or cannot be copied apart from
+            its weights, or mean, std and normalize do not fit.
     """
 
     def __init__(
@@ -74,18 +68,17 @@ class Backbone(nn.Module):
         statistics: NormStatistics = _SOURCE,
         classes: Sequence[int] | None = None,
     ):
-        super().__init__()
-        self.num_classes: int | None = getattr(model, "num_classes", None)
-        if self.num_classes == 0:
+        if getattr(model, "num_classes", None) == 0:
             raise InputError(
                 f"{type(model).__name__} was made without a classifier (num_classes=0), so it "
                 "has no logits; make it with num_classes=<number of classes>, or wrap a model "
                 "with the head of your own on top"
             )
+        super().__init__(model, statistics)
+        self.num_classes: int | None = getattr(model, "num_classes", None)
         self.restrict(classes)
-        self.model = share_structure(model, Backbone).eval()  # an adapter's has hooks
         self.input_size = input_size(model)
-        _, network = inner(model)  # which has the input size and the tokens
+        _, network = inner(model)  # which has the input size
         described = getattr(network, "pretrained_cfg", None) or {}
         self.fixed_size = bool(described.get("fixed_input_size"))
         normal = preprocessing(model, mean, std, normalize, self.input_size[0])
@@ -102,40 +95,9 @@ class Backbone(nn.Module):
             self._distilled = len(classifier_names(self.model)) > 1
         except InputError:
             self._distilled = False
-        # Register tokens without a class token do not count.
-        tokens = getattr(network, "num_prefix_tokens", 0)
-        self._class_token = bool(tokens and getattr(network, "cls_token", None) is not None)
         self.one_by_one = recurrent(self.model)
         self.tied = tied_parameters(self)
-        self._caches, self._derived = caches(self.model), derived(self.model)
-        prepare(self.model)
-        self._hook(statistics)
         self._takes_channels_last: bool | None = None  # not known yet
-        self.lock = threading.RLock()
-
-    def _hook(self, statistics: NormStatistics) -> None:
-        """Register the hooks that choose statistics and record compared features."""
-        self.statistics, self._images = statistics, 0
-        self._norm_names = {m: n for n, m in batch_norms(self.model).items()}
-        self._batch_norms = list(self._norm_names)
-        self._stream: Stream | None = None  # see `streaming`
-        self._as_source = False
-        self._at_rest: dict[nn.modules.batchnorm._BatchNorm, tuple[Tensor, Tensor]] = {}
-        if statistics.kind != "source":
-            for module in self._batch_norms:
-                module.register_forward_pre_hook(self._choose_statistics)
-        self._record: list[Feature] | None = None
-        self.tapped = tapped_modules(self.model)
-        for module in self.tapped.values():
-            if isinstance(module, BATCH_NORMS):
-                module.register_forward_pre_hook(self._tap_input)
-            else:
-                module.register_forward_hook(self._tap_output)
-
-    @property
-    def has_batch_norm(self) -> bool:
-        """Whether there are BatchNorm layers with running statistics."""
-        return bool(self._batch_norms)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,33 +109,25 @@ class Backbone(nn.Module):
         """Device of the model's parameters."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def train(self, mode: bool = True) -> Backbone:  # noqa: ARG002 - nn.Module's signature
-        """Stay in eval mode: an adapter behaves the same in both modes."""
-        return super().train(False)
-
-    def forward(self, images: Tensor, pooled: bool = False) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        pooled: bool = False,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> logits (B, classes).
 
-        With ``pooled`` the features (B, D) that the classifier sees instead.
+        Args:
+            images: as above.
+            pooled: whether to return the features (B, D) that the classifier sees instead.
+            tensors: used in place of the model's parameters and buffers, named as here
+                (``"model.…"``). Such a pass, also without any names, leaves `model` alone at every
+                moment; other passes run `model` itself, which other threads must not use.
 
         Raises:
             InputError: the model returns something else.
         """
-        self._images = images.shape[0]
-        x = (images - self.mean) / self.std if self.normalize else images
-        # Attention's fused inference path rounds otherwise than the one with a graph, and an
-        # adapter that does not move has to be the plain model bit for bit.
-        fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            out = pooled_features(self.model, x) if pooled else self.model(x)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            self._rest()
-            for cache in self._caches:  # the next call comes with other parameters
-                cache.clear()
-            for module, name, tensor in self._derived:
-                setattr(module, name, tensor)
+        out = self._run(self._normalised(images), pooled, tensors)
         if self._distilled and isinstance(out, (tuple, list)) and len({o.shape for o in out}) == 1:
             out = sum(out) / len(out)  # the heads' average, as timm has it at inference
         if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):
@@ -189,6 +143,17 @@ class Backbone(nn.Module):
                 out = self._restricted(out)
             self.num_classes = out.shape[1]
         return out
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std if self.normalize else images
+
+    def make_ready(self, images: Tensor) -> None:
+        """Do now what the first pass would do, which may lie in a function transform.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], on which to find out what the model writes.
+        """
+        self._make_ready(self._normalised(images))
 
     def restrict(self, classes: Sequence[int] | None) -> None:
         """Return only some of the logits from now on, in a given order.
@@ -236,7 +201,8 @@ class Backbone(nn.Module):
         if self._takes_channels_last is None:
             try:
                 with torch.no_grad():
-                    self(images[:1].contiguous(memory_format=torch.channels_last))
+                    one = images[:1].contiguous(memory_format=torch.channels_last)
+                    self(one, tensors={})
                 self._takes_channels_last = True
             except RuntimeError as error:
                 if device_failed(error):
@@ -271,121 +237,9 @@ class Backbone(nn.Module):
         """The ``state_dict`` of the wrapped model."""
         return self.model.state_dict()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"lock": threading.RLock()})
-        leave_inference_mode(self)  # where it was copied or loaded
-
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse: ``torch.jit.script`` cannot compile this module."""
         raise InputError(
             "torch.jit.script cannot compile an exported classifier: use torch.jit.trace or "
             "torch.export"
         )
-
-    # -- BatchNorm statistics ------------------------------------------------------------
-
-    def _choose_statistics(
-        self, module: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor, ...]
-    ) -> None:
-        """Set the chosen statistics in a layer before it runs.
-
-        Without running statistics PyTorch normalises with the batch's, even in eval mode, and
-        updates none.
-        """
-        if module not in self._at_rest:
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            self._at_rest[module] = module.running_mean, module.running_var
-        own = self._at_rest[module]
-        if self._as_source:
-            chosen = own
-        elif self.statistics.kind == "stream":
-            stream = self._stream or Stream({}, self.statistics.prior)
-            chosen = stream.choose(self._norm_names[module], args[0], self._images, own)
-        else:
-            chosen = self.statistics.moments(args[0], *own, self._images)
-        module.running_mean, module.running_var = (None, None) if chosen is None else chosen
-
-    @torch.no_grad()
-    def source_logits(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> the unadapted model's logits, on its own statistics."""
-        self._as_source = True
-        try:
-            return self(images)
-        finally:
-            self._as_source = False
-
-    @contextmanager
-    def streaming(self, estimate: Mapping[str, Tensor], images: Tensor) -> Iterator[Stream]:
-        """Normalise with an estimate over a stream, where ``"stream"`` is chosen.
-
-        Outside such a block a batch joins no images at all, which makes ``"stream"`` ``"mix"``.
-
-        Args:
-            estimate: of the batches before, as `Stream.joined` returned it.
-            images: the batch, (B, C, H, W) in [0, 1].
-
-        Yields:
-            the stream, which the batch may join once it is predicted.
-        """
-        stream = Stream(estimate, self.statistics.prior)
-        if self.statistics.kind == "stream" and self._batch_norms:
-            if stream.needs_start(len(images)):
-                stream.start(self.source_logits(images))
-            self._stream = stream
-        try:
-            yield stream
-        finally:
-            self._stream = None
-
-    @property
-    def streamed(self) -> dict[str, int]:
-        """Channels of the layers that a stream has statistics of, by name."""
-        if self.statistics.kind != "stream":
-            return {}
-        sizes = {n: m.running_mean for m, n in self._norm_names.items()}
-        return {n: len(t) for n, t in sizes.items() if isinstance(t, Tensor)}
-
-    def freeze_statistics(self, estimate: Mapping[str, Tensor]) -> None:
-        """Normalise with a stream's estimate as it is from now on, whatever comes."""
-        if self.statistics.kind != "stream":
-            return
-        stream = Stream(estimate, self.statistics.prior)
-        for module, name in self._norm_names.items():
-            mean, var = module.running_mean, module.running_var
-            if isinstance(mean, Tensor) and isinstance(var, Tensor):
-                module.running_mean, module.running_var = stream.at_rest(name, (mean, var))
-        self.statistics = _SOURCE
-
-    def _rest(self) -> None:
-        """Give every layer its own statistics back, for whoever looks at it."""
-        while self._at_rest:
-            module, own = self._at_rest.popitem()
-            module.running_mean, module.running_var = own
-
-    # -- features ------------------------------------------------------------------------
-
-    def _tap_input(self, module: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor, ...]) -> None:
-        if self._record is not None:
-            axes = (0, *range(2, args[0].ndim))
-            self._record.append(Feature(args[0], axes, module))
-
-    def _tap_output(self, module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        if self._record is None:
-            return
-        x, axis = output, channel_axis(module, output)
-        if self._class_token and x.ndim == 3 and axis == 2:
-            x, axis = x[:, 0], 1
-        self._record.append(Feature(x, tuple(i for i in range(x.ndim) if i != axis)))
-
-    @contextmanager
-    def recording(self) -> Iterator[list[Feature]]:
-        """Record the features of `tapped` layers in the forward passes of the block."""
-        self._record = record = []
-        try:
-            yield record
-        finally:
-            self._record = None

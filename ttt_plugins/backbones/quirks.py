@@ -7,7 +7,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["caches", "derived", "prepare", "recurrent"]
+__all__ = ["avoid_fast_path", "caches", "derived", "prepare", "recurrent"]
 
 
 def prepare(model: nn.Module) -> None:
@@ -16,14 +16,29 @@ def prepare(model: nn.Module) -> None:
     This disables the fused kernel in attention layers of timm whose mask depends on the queries
     (SAM): PyTorch uses another kernel if the mask needs a gradient, which rounds differently. It
     also disables recomputation of activations, which works with ``backward()`` but not with
-    ``torch.autograd.grad``.
+    ``torch.autograd.grad``, and PyTorch's own fast path (`avoid_fast_path`).
     """
+    avoid_fast_path(model)
     for module in model.modules():
         named = vars(module)
         if named.get("fused_attn") and getattr(module, "rel_pos_h", None) is not None:
             named["fused_attn"] = False
         if named.get("grad_checkpointing"):
             named["grad_checkpointing"] = False
+
+
+def avoid_fast_path(model: nn.Module) -> None:
+    """Make attention layers of PyTorch compute without gradients as they do with them.
+
+    Their fused inference path rounds otherwise, and an adapter that does not move has to be the
+    plain model bit for bit. PyTorch's switch for it holds for the whole process, in all threads;
+    training mode of these layers alone, without dropout, avoids the path as well.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            module.training = True
 
 
 def recurrent(model: nn.Module) -> bool:

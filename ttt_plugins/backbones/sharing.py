@@ -10,9 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..errors import InputError
 from .quirks import caches, derived
 
-__all__ = ["deep_copy", "leave_inference_mode", "ordinary", "share_structure", "tied_parameters"]
+__all__ = [
+    "deep_copy",
+    "forward_hooks",
+    "leave_inference_mode",
+    "ordinary",
+    "share_structure",
+    "tied_parameters",
+]
 
 
 def ordinary(tensor: Tensor) -> Tensor:
@@ -40,10 +48,10 @@ def leave_inference_mode(model: nn.Module) -> None:
                 held[name] = replaced[id(tensor)]
 
 
-def _hooks(model: nn.Module) -> list[tuple[dict[int, Any], int, object]]:
+def forward_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int, object]]:
     """Forward hooks: the dict, the key in it, and the object of a method, None for others."""
     return [
-        (hooks, key, getattr(hook, "__self__", None))
+        (hooks, key, getattr(getattr(hook, "func", hook), "__self__", None))
         for module in model.modules()
         for hooks in (module._forward_pre_hooks, module._forward_hooks)
         for key, hook in hooks.items()
@@ -77,11 +85,15 @@ def deep_copy(model: nn.Module, memo: Mapping[int, object]) -> nn.Module:
 def share_structure(model: nn.Module, drop: type | None = None) -> nn.Module:
     """Copy the modules of ``model``, sharing the storage of every tensor.
 
-    Tensors created in inference mode are copied, because they cannot be differentiated.
+    Tensors created in inference mode are copied, because they cannot be differentiated. Hooks are
+    shared unless they are methods of a module that is copied.
 
     Args:
         model: the user's model, or the one inside an adapter.
         drop: class whose methods are removed from the hooks if their object is not in ``model``.
+
+    Raises:
+        InputError: ``copy.deepcopy`` returns a module itself instead of a copy.
     """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
@@ -93,14 +105,19 @@ def share_structure(model: nn.Module, drop: type | None = None) -> nn.Module:
     memo |= {id(cache): {} for cache in caches(model)}
     # As may the tensors that a hook computes before every forward pass.
     memo |= {id(t): ordinary(t.detach()) for _, _, t in derived(model)}
-    dropped, inside = object(), set(model.modules())
-    for _, _, owner in _hooks(model):
-        if drop and isinstance(owner, drop) and owner not in inside:
-            memo[id(owner)] = dropped
+    inside = {id(module) for module in model.modules()}
+    kept = [hooks[key] for hooks, key, owner in forward_hooks(model) if id(owner) not in inside]
+    memo |= {id(hook): hook for hook in kept}
     copied = deep_copy(model, memo)
+    if same := next((m for m in copied.modules() if id(m) in inside), None):
+        raise InputError(
+            f"copy.deepcopy returns the same {type(same).__name__}, so an adapter would change "
+            "your model; give that class a __deepcopy__ that makes a new one, or none"
+        )
     leave_inference_mode(copied)  # tensors that are plain attributes
-    for hooks, key, owner in _hooks(copied):
-        if owner is dropped:
+    own = {id(module) for module in copied.modules()}
+    for hooks, key, owner in forward_hooks(copied):
+        if drop and isinstance(owner, drop) and id(owner) not in own:
             del hooks[key]
     return copied
 

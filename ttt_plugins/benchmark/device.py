@@ -208,8 +208,7 @@ class Execution:
         if self.channels_last:
             net.to(memory_format=torch.channels_last)
         if self.compile is not None:
-            # In place, so that the parameters keep the names by which they adapt.
-            net.backbone.model.compile(backend=self.compile)
+            net.backbone.compile(backend=self.compile)
 
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context manager to run the model in."""

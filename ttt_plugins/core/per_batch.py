@@ -122,4 +122,5 @@ class PerBatch:
     def _bytes_for(self, image: Tensor) -> int:
         """Memory in bytes of a step on one image (1, C, H, W), measured with one gradient."""
         views = next(self.with_chunk(1)._views(image, 0))
+        self.backbone.make_ready(image)
         return image_bytes(self.task.loss, self.source, tuple(views), self.steps)

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backbones.backbone import Backbone
 from ..errors import InputError
+from ..utils.attention import plain_attention
 from ..utils.failures import device_failed, out_of_memory
 from .algorithm import Outcome, Tensors
 from .chunks import chunk_size, image_bytes, memory_line
@@ -171,6 +171,7 @@ class PerImage:
     def bytes_for(self, image: Tensor) -> int:
         """Memory in bytes of adapting to one image (1, C, H, W), measured with one gradient."""
         views = [v[0] for v in self._draw(image, image_keys(image, self.seed), 0)]
+        self.backbone.make_ready(image)
         return image_bytes(self.task.loss, self.source, tuple(views), self.steps)
 
     def plan(self, image: Tensor) -> int:
@@ -270,8 +271,8 @@ class PerImage:
         """`_episode` for several images, with ``vmap``."""
         own = None  # whether each image has parameters of its own yet
         fine = torch.ones(len(images), dtype=torch.bool, device=images.device)
-        # The fused attention kernels do not support a batch of weights.
-        with sdpa_kernel(SDPBackend.MATH):
+        self.backbone.make_ready(images)
+        with plain_attention():
             step = grad_and_value(self.task.loss)
             for number in range(self.steps):
                 views = self._draw(images, keys, number)

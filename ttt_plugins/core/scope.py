@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..backbones.backbone import Backbone
 from ..backbones.norms import norm_parameters
@@ -265,7 +264,7 @@ def call(
         if first in tensors
         for n in backbone.tied[first]
     }
-    return functional_call(backbone, tensors, (images, pooled), tie_weights=False)
+    return backbone(images, pooled, tensors)
 
 
 def _in_own_precision(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

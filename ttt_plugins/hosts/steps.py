@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..adapter import Adapter
 from ..core.online import Online, evaluate
@@ -17,6 +16,7 @@ from ..core.per_image import PerImage, descend, loss_and_gradient
 from ..core.scope import call
 from ..core.views import image_keys
 from ..errors import InputError
+from ..utils.attention import plain_attention
 
 __all__ = ["joint_step", "memory_step", "meta_step"]
 
@@ -58,7 +58,7 @@ def meta_step(
     # The inner step also changes frozen parameters, as adaptation does.
     moving = {n: p for n, p in meta.items() if n in algorithm.source or n in heads}
     moving = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in moving.items()}
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+    with plain_attention():
         _, grads = loss_and_gradient(lambda p: algorithm.task.loss(meta | p, *views), moving, True)
         moved = meta | descend(moving, grads, net.config.lr)
         return call(net.backbone, moved, images), algorithm.task.loss(moved, *views)

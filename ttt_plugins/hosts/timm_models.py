@@ -65,7 +65,7 @@ class TimmModel(nn.Module):
         if self._warming_up:
             self._warming_up = False
             with torch.no_grad():
-                return self.net.backbone(images)
+                return self.net.backbone(images, tensors={})
         return self.net(images)
 
 

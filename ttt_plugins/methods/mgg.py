@@ -194,7 +194,7 @@ def fit(
         shown = check_images(backbone, batch_images(batch).to(backbone.device))
         check_pixels(shown)
         with torch.no_grad(), backbone.recording() as features:
-            backbone(shown.to(backbone.dtype))
+            backbone(shown.to(backbone.dtype), tensors={})
         sums = feature_sums(features)
         totals = sums if totals is None else tuple(map(torch.add, totals, sums))
     if totals is None:

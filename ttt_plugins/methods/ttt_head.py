@@ -120,7 +120,7 @@ def _try_out(backbone: Backbone, images: Tensor | ImagesOnDemand) -> None:
         check_pixels(check_images(backbone, shown))
     first = to_float(images[:1]).to(backbone.device, backbone.dtype)
     with torch.no_grad(), refused_sizes(backbone, first):
-        backbone(first)
+        backbone(first, tensors={})
 
 
 def _descend(

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backbones.backbone import Backbone
 from ..backbones.networks import MT3_NETWORK
@@ -26,6 +25,7 @@ from ..core.scope import call
 from ..core.views import BYOL_NUMBERS, SHARED_NUMBERS, byol_view, random_crop, shared_augmentation
 from ..data.images import to_float
 from ..methods.mt3 import RATE, byol_loss
+from ..utils.attention import plain_attention
 from ..utils.checks import check_choice, check_integer, check_number, check_seed
 from ..utils.precision import single
 
@@ -252,8 +252,9 @@ def meta_gradient(
     )
     total: dict[str, Tensor] | None = None
     record = tasks[0].new_zeros(5)
-    # The fused attention kernels have no second derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    if together > 1:
+        backbone.make_ready(tasks[0][0])
+    with plain_attention():
         for part in zip(*(t.split(together) for t in tasks if count), strict=True):
             if len(part[0]) == 1:
                 leaves = {n: p.detach().requires_grad_() for n, p in meta.items()}

@@ -1,0 +1,388 @@
+"""A structural copy of the user's model, and how it is run without anybody seeing it change.
+
+A forward pass changes a model: other parameters stand in for its own, BatchNorm layers are lent
+other statistics, and some models write their own weights or buffers. None of that may reach the
+user's model, nor another thread that saves or copies the adapter meanwhile, nor remain after an
+interrupt. So the passes of an adapter run on a second structural copy, the `Runner`, which is
+thrown away unless its pass ends as it should.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .norms import BATCH_NORMS, batch_norms, channel_axis, tapped_modules
+from .quirks import avoid_fast_path, caches, derived, prepare
+from .sharing import forward_hooks, leave_inference_mode, share_structure
+from .stages import inner, pooled_features
+from .statistics import Feature, NormStatistics
+from .stream import Stream
+
+__all__ = ["HookedModel", "Runner"]
+
+_SOURCE = NormStatistics()
+#: Attributes of `HookedModel` that are neither copied nor pickled.
+_TRANSIENT = ("lock", "_now", "_idle", "_hook_dicts")
+
+
+class _Leftovers:
+    """What modules keep from a forward pass that the next, with other tensors, must not find."""
+
+    def __init__(self, model: nn.Module):
+        self._caches, self._derived = caches(model), derived(model)
+
+    def remove(self) -> None:
+        for cache in self._caches:
+            cache.clear()
+        for module, name, tensor in self._derived:
+            setattr(module, name, tensor)
+
+
+class Runner(nn.Module):
+    """A structural copy of a model, on which forward passes are made.
+
+    Args:
+        model: the copy.
+        written: names of the parameters and buffers that the model writes in a forward pass, each
+            of which gets a copy of its own for every pass. None if they are to be found out: all
+            get copies then, and `written` becomes the names of those that a pass changes.
+    """
+
+    def __init__(self, model: nn.Module, written: tuple[str, ...] | None):
+        super().__init__()
+        self.model, self.written = model, written
+        #: Of the model that this is a copy of.
+        self.hooks: list[int] = []
+        self._leftovers = _Leftovers(model)
+        self._places: dict[str, tuple[dict[str, Any], str]] = {
+            f"{prefix}.{key}" if prefix else key: (held, key)
+            for prefix, module in (model.named_modules() if written != () else ())
+            for held in (module._parameters, module._buffers)
+            for key, tensor in held.items()
+            if tensor is not None and tensor.layout is torch.strided
+        }
+        if written is not None:
+            self._places = {n: place for n, place in self._places.items() if n in written}
+
+    def forward(self, x: Tensor, pooled: bool) -> Any:
+        """What the model makes of normalised images, or its pooled features."""
+        given = {n: held[key] for n, (held, key) in self._places.items()}
+        # By identity, because a tensor may be registered in several places.
+        own = {id(t): _copied(t) for t in given.values()}
+        try:
+            for name, (held, key) in self._places.items():
+                held[key] = own[id(given[name])]
+            out = pooled_features(self.model, x) if pooled else self.model(x)
+            if self.written is None:
+                self._compare(given, own)
+            return out
+        finally:
+            for name, (held, key) in self._places.items():
+                held[key] = given[name]
+            self._leftovers.remove()
+
+    def _compare(self, given: dict[str, Tensor], own: dict[int, Tensor]) -> None:
+        """Note which tensors a pass on copies has written or replaced."""
+        self.written = tuple(
+            name
+            for name, (held, key) in self._places.items()
+            if held.get(key) is not own[id(given[name])]
+            or not torch.equal(given[name], own[id(given[name])])
+        )
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+        return nn.Parameter(tensor.detach().clone(), requires_grad=False)
+    return tensor.clone()
+
+
+@dataclass
+class _Pass:
+    """What the hooks of a forward pass need to know, and what they note."""
+
+    images: int = 0
+    record: list[Feature] | None = None
+    stream: Stream | None = None  # see `HookedModel.streaming`
+    as_source: bool = False
+    #: The statistics of the layers that were lent others.
+    at_rest: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class HookedModel(nn.Module):
+    """A model whose BatchNorm uses chosen statistics and whose features can be recorded.
+
+    Args:
+        model: the user's, of which this holds a structural copy.
+        statistics: what the BatchNorm layers normalise with.
+
+    Attributes:
+        model: the copy, which no pass of an adapter changes.
+        statistics: as given.
+        tapped: the layers whose features are recorded, by name.
+        written: names of the parameters and buffers that the model writes in a forward pass; None
+            before the first pass.
+        lock: held during a forward pass. What it records and which statistics it uses belong to
+            this module, so threads have to take turns. A forked child has a lock of its own.
+
+    Raises:
+        InputError: the model cannot be copied apart from its weights.
+    """
+
+    def __init__(self, model: nn.Module, statistics: NormStatistics):
+        super().__init__()
+        self._begin()
+        self.model = share_structure(model, HookedModel).eval()  # an adapter's has hooks
+        self._model_hooks = self._hook_keys()
+        prepare(self.model)
+        self.written: tuple[str, ...] | None = None
+        self._leftovers = _Leftovers(self.model)
+        self._compiled: tuple[tuple, dict] | None = None
+        _, network = inner(model)
+        # Registers alone, without a class token, stand for nothing.
+        tokens = getattr(network, "num_prefix_tokens", 0)
+        self._class_token = bool(tokens and getattr(network, "cls_token", None) is not None)
+        self.statistics = statistics
+        self._batch_norms = list(batch_norms(self.model).values())
+        if statistics.kind != "source":
+            for name, module in batch_norms(self.model).items():
+                module.register_forward_pre_hook(partial(self._choose_statistics, name))
+        self.tapped = tapped_modules(self.model)
+        for module in self.tapped.values():
+            if isinstance(module, BATCH_NORMS):
+                module.register_forward_pre_hook(self._tap_input)
+            else:
+                module.register_forward_hook(self._tap_output)
+
+    def _begin(self) -> None:
+        """What is not copied or pickled along."""
+        self._now = _Pass()
+        self._idle: list[Runner] = []  # a list, because a module would become part of this one
+        self._hook_dicts: list[dict] | None = None
+        self.lock = threading.RLock()
+        _ALIVE.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
+        if torch.is_inference_mode_enabled():
+            leave_inference_mode(self)
+
+    def train(self, mode: bool = True) -> HookedModel:  # noqa: ARG002 - nn.Module's signature
+        """Keep eval mode whatever is asked: an adapter means the same in both modes."""
+        super().train(False)
+        avoid_fast_path(self.model)
+        return self
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the model for the passes of adapters, with the arguments of ``torch.compile``."""
+        self._compiled, self._idle = (args, kwargs), []
+
+    def _apply(self, fn, recurse: bool = True) -> HookedModel:
+        super()._apply(fn, recurse)
+        self._idle = []  # a runner has the tensors from before the move
+        return self
+
+    # -- forward passes ------------------------------------------------------------------
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Keep other threads out, and put right what an interrupted pass may have left."""
+        with self.lock:
+            self._rest()
+            self._now = _Pass()
+            yield
+
+    def _run(self, x: Tensor, pooled: bool, tensors: Mapping[str, Tensor] | None) -> Any:
+        """The model's output, or pooled features, for normalised images (B, C, H, W)."""
+        self._now.images = x.shape[0]
+        if tensors is None:
+            try:
+                return pooled_features(self.model, x) if pooled else self.model(x)
+            finally:
+                self._rest()
+                self._leftovers.remove()
+        self._make_ready(x)
+        # Until the pass has ended nothing refers to the runner: an interrupt throws it away.
+        runner = self._idle.pop()
+        try:
+            out = functional_call(runner, dict(tensors), (x, pooled), tie_weights=False)
+        finally:
+            self._rest()
+        self._idle = [runner]
+        return out
+
+    def _make_ready(self, x: Tensor) -> None:
+        """Find out what the model writes, by a pass on two of the images, and make a runner."""
+        if self.written is None:
+            trial = Runner(share_structure(self.model), None)
+            for hooks, key, _ in forward_hooks(trial.model):
+                if key not in self._model_hooks:
+                    del hooks[key]  # nobody is to see this pass
+            trial.model = getattr(trial.model, "_orig_mod", trial.model)  # what was compiled
+            try:
+                with torch.no_grad():
+                    trial(x[:2], False)
+            except Exception:
+                pass  # if something is wrong, the pass itself tells
+            self.written, self._idle = trial.written, []
+        if not self._idle or self._idle[0].hooks != self._hook_keys():
+            self._idle = [self._new_runner()]
+
+    def _hook_keys(self) -> list[int]:
+        """The hooks that the model has now; each has a number of its own in the process."""
+        if self._hook_dicts is None:
+            self._hook_dicts = [
+                hooks
+                for module in self.model.modules()
+                for hooks in (module._forward_pre_hooks, module._forward_hooks)
+            ]
+        return [key for hooks in self._hook_dicts for key in hooks]
+
+    def _new_runner(self) -> Runner:
+        runner = Runner(share_structure(self.model), self.written or ())
+        runner.hooks = self._hook_keys()
+        if self._compiled is not None:
+            args, kwargs = self._compiled
+            runner.model.compile(*args, **kwargs)
+        return runner
+
+    # -- BatchNorm statistics ------------------------------------------------------------
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether there are BatchNorm layers with running statistics."""
+        return bool(self._batch_norms)
+
+    def _choose_statistics(
+        self, name: str, module: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor, ...]
+    ) -> None:
+        """Before a layer runs, lend it the statistics that were chosen.
+
+        Without running statistics PyTorch normalises with the batch's, in eval mode too, and
+        writes none.
+        """
+        now = self._now
+        if module not in now.at_rest:
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            now.at_rest[module] = module.running_mean, module.running_var
+        own = now.at_rest[module]
+        if now.as_source:
+            chosen = own
+        elif self.statistics.kind == "stream":
+            stream = now.stream or Stream({}, self.statistics.prior)
+            chosen = stream.choose(name, args[0], now.images, own)
+        else:
+            chosen = self.statistics.moments(args[0], *own, now.images)
+        module.running_mean, module.running_var = (None, None) if chosen is None else chosen
+
+    @torch.no_grad()
+    def source_logits(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> the unadapted model's logits, on its own statistics."""
+        now = self._now
+        now.as_source = True
+        try:
+            return self(images, tensors={})
+        finally:
+            now.as_source = False
+
+    @contextmanager
+    def streaming(self, estimate: Mapping[str, Tensor], images: Tensor) -> Iterator[Stream]:
+        """Normalise with an estimate over a stream, where ``"stream"`` is chosen.
+
+        Outside such a block a batch joins no images at all, which makes ``"stream"`` ``"mix"``.
+
+        Args:
+            estimate: of the batches before, as `Stream.joined` returned it.
+            images: the batch, (B, C, H, W) in [0, 1].
+
+        Yields:
+            the stream, which the batch may join once it is predicted.
+        """
+        now, stream = self._now, Stream(estimate, self.statistics.prior)
+        if self.statistics.kind == "stream" and self._batch_norms:
+            if stream.needs_start(len(images)):
+                stream.start(self.source_logits(images))
+            now.stream = stream
+        try:
+            yield stream
+        finally:
+            now.stream = None
+
+    @property
+    def streamed(self) -> dict[str, int]:
+        """Channels of the layers that a stream has statistics of, by name."""
+        if self.statistics.kind != "stream":
+            return {}
+        sizes = {n: m.running_mean for n, m in batch_norms(self.model).items()}
+        return {n: len(t) for n, t in sizes.items() if isinstance(t, Tensor)}
+
+    def freeze_statistics(self, estimate: Mapping[str, Tensor]) -> None:
+        """Normalise with a stream's estimate as it is from now on, whatever comes."""
+        if self.statistics.kind != "stream":
+            return
+        stream = Stream(estimate, self.statistics.prior)
+        for name, module in batch_norms(self.model).items():
+            mean, var = module.running_mean, module.running_var
+            if isinstance(mean, Tensor) and isinstance(var, Tensor):
+                module.running_mean, module.running_var = stream.at_rest(name, (mean, var))
+        self.statistics = _SOURCE
+
+    def _rest(self) -> None:
+        """Give every layer its own statistics back, for whoever looks at it."""
+        for module, own in self._now.at_rest.items():
+            module.running_mean, module.running_var = own
+        self._now.at_rest.clear()
+
+    # -- features ------------------------------------------------------------------------
+
+    def _tap_input(self, module: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor, ...]) -> None:
+        if self._now.record is not None:
+            axes = (0, *range(2, args[0].ndim))
+            self._now.record.append(Feature(args[0], axes, module))
+
+    def _tap_output(self, module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._now.record is None:
+            return
+        x, axis = output, channel_axis(module, output)
+        if self._class_token and x.ndim == 3 and axis == 2:
+            x, axis = x[:, 0], 1
+        self._now.record.append(Feature(x, tuple(i for i in range(x.ndim) if i != axis)))
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Feature]]:
+        """Record the tapped features of the forward passes inside the block."""
+        now = self._now
+        now.record = record = []
+        try:
+            yield record
+        finally:
+            now.record = None
+
+
+_ALIVE: weakref.WeakSet[HookedModel] = weakref.WeakSet()
+
+
+def _own_locks() -> None:
+    """In a forked child: the thread that held a lock may not be part of it."""
+    for model in list(_ALIVE):
+        model.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_own_locks)
