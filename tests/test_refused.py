@@ -227,7 +227,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("method", ["source", "tent"])
 def test_as_many_rows_as_images(method, images):
     net = tp.wrap(Odd(rows=1), method, normalize=False)
-    with pytest.raises(tp.InputError, match=r"\(5, 10\) for 4 images"):
+    with pytest.raises(tp.InputError, match=r"it returned \(\d, 10\) for \d images"):
         net(images(4))
 
 

@@ -115,18 +115,20 @@ class _MetaTraining(Training):
         self.images, self.labels = train.images.to(device), train.labels.to(device)
 
     def state(self) -> dict[str, Any]:
-        state = {"meta": self.meta, "velocity": self.velocity, "held": self._held()}
-        return state if self.best is None else state | {"best": self.best}
+        state = {"meta": self.meta, "velocity": self.velocity}
+        if self.best is not None:
+            state |= {"best": self.best, "held": self._held()}
+        return state
 
     def _held(self) -> str | None:
         return None if self.gap is None else self.gap.mark
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        # Checkpoints of earlier versions do not say.
-        if saved.get("held", self._held()) != self._held():
+        # Checkpoints of earlier versions do not say which images chose their best epoch.
+        if "best" in saved and saved.get("held", self._held()) != self._held():
             raise InputError(
-                "the checkpoint was made with other held images, or none, to choose the best epoch "
-                "by: resume with the same ones (--extras, --extras-images), or start anew"
+                "the checkpoint's best epoch was chosen by other held images: resume with the same "
+                "ones (--extras, --extras-images), or start anew"
             )
         self.meta, self.velocity = saved["meta"], saved["velocity"]
         self.best = saved.get("best")
