@@ -228,7 +228,9 @@ def test_the_example_installed_into_a_fresh_environment(tmp_path):
     """A real ``pip install``, without a connection, into a new environment that sees our own."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("building the package needs setuptools, which the extra test brings")
-    source = shutil.copytree(EXAMPLE, tmp_path / "plugin")  # a build writes beside the source
+    # A build writes beside the source.
+    source = shutil.copytree(EXAMPLE, tmp_path / "plugin")
+    other = shutil.copytree(ROOT / "examples" / "plugin_dataset", tmp_path / "plugin_dataset")
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     python = next(p for p in (venv / "bin/python", venv / "Scripts/python.exe") if p.exists())
@@ -237,7 +239,8 @@ def test_the_example_installed_into_a_fresh_environment(tmp_path):
     seen = [p for p in sys.path if p and Path(p).is_dir() and "site-packages" in p]
     (site / "ours.pth").write_text("\n".join([str(ROOT), *seen]))
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
-    install += ["--no-build-isolation", "--disable-pip-version-check", "--target", site, source]
+    install += ["--no-build-isolation", "--disable-pip-version-check", "--target", site]
+    install += [source, other]
     done = subprocess.run(install, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     session = subprocess.run(
@@ -252,6 +255,7 @@ def test_the_example_installed_into_a_fresh_environment(tmp_path):
     assert found["codes"] == [0, 0]
     assert Path(found["file"]).is_relative_to(venv)
     assert "  signsgd" in printed
+    assert "  cameras: Cameras" in printed
     assert any("method:" in p and "signsgd" in p for p in printed)
 
 

@@ -14,7 +14,7 @@ from .device import Execution
 from .evaluate import evaluate_cell
 from .field import FIELD, FieldStream, run_field
 from .field_report import FieldResults
-from .folders import load_stream, open_dataset
+from .folders import load_stream, open_class_folders, open_dataset
 from .protocols import PROTOCOLS
 from .results import CellRecord, MethodRecord, Results
 from .run import run_benchmark
@@ -38,6 +38,7 @@ __all__ = [
     "comparison_table",
     "evaluate_cell",
     "load_stream",
+    "open_class_folders",
     "open_dataset",
     "run_benchmark",
     "run_field",

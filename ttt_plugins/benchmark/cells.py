@@ -201,6 +201,7 @@ class CorruptionData:
         corruptions: Sequence[str] = (),
         severities: Sequence[int] = (1, 2, 3, 4, 5),
         device: str = "cpu",
+        dataset: str = PICTURES,
     ) -> CorruptionData:
         """Create cells from labelled pictures, which are read by rows.
 
@@ -210,6 +211,7 @@ class CorruptionData:
                 source of clean pictures instead.
             severities: severities of these corruptions.
             device: device on which they are computed.
+            dataset: name of the data set, if they are no pictures of the user's own.
 
         Raises:
             InputError: several sources are to be corrupted, or a name is reserved.
@@ -228,7 +230,7 @@ class CorruptionData:
 
         largest = max(own.side[0] * own.side[1] * 3 for own in cells.values())
         data = cls(
-            dataset=PICTURES,
+            dataset=dataset,
             layout="pictures",
             counts={cell: len(own) for cell, own in cells.items()},
             load=read,

@@ -16,15 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.pictures import picture_transform
 from ..data.datasets import DATASETS, CompactLayout, Dataset
+from ..data.folders import FolderSource
 from ..data.images import LabelledImages
+from ..data.labelled import LabelledPictures
+from ..data.labels import class_folders
 from ..data.npy_files import NpzImages, map_array
 from ..data.parquet import read_labels, read_parquet
 from ..errors import DataError, InputError
 from ..utils import robustbench as bridge
 from .cells import Cell, CorruptionData
 
-__all__ = ["has_extra_corruptions", "load_stream", "open_dataset"]
+__all__ = ["has_extra_corruptions", "load_stream", "open_class_folders", "open_dataset"]
 
 
 def open_dataset(
@@ -61,14 +65,9 @@ def open_dataset(
         InputError: an unknown dataset, corruption or severity.
         DataError: a file is missing or damaged, has another shape or type, or too few rows.
     """
-    if dataset not in DATASETS:
-        raise InputError(f"unknown dataset {dataset!r}; there are {', '.join(DATASETS)}")
-    spec = DATASETS[dataset]
-    known = spec.corruptions + spec.extra_corruptions
-    names = list(dict.fromkeys(corruptions or spec.corruptions))
-    for name in names:
-        if name not in known:
-            raise InputError(f"unknown corruption {name!r}; there are {', '.join(known)}")
+    spec, names = _chosen(dataset, corruptions)
+    if spec.layout == "folders":
+        raise InputError(f"{dataset} is opened by open_class_folders, for a model")
     levels = list(dict.fromkeys(severities)) if severities else None
     if levels and not set(levels) <= set(spec.severities):
         lowest, highest = spec.severities[0], spec.severities[-1]
@@ -88,6 +87,65 @@ def open_dataset(
                     return _open_compact(dataset, candidate, names, levels, n_examples, labels)
         _download(spec, root, folder, download)
     return _open_robustbench(dataset, root, names, levels, n_examples, labels)
+
+
+def _chosen(dataset: str, corruptions: Sequence[str] | None) -> tuple[Dataset, list[str]]:
+    """The record of a data set, and the names of the chosen corruptions."""
+    if dataset not in DATASETS:
+        raise InputError(f"unknown dataset {dataset!r}; there are {', '.join(DATASETS)}")
+    spec = DATASETS[dataset]
+    known = spec.corruptions + spec.extra_corruptions
+    names = list(dict.fromkeys(corruptions or spec.corruptions))
+    for name in names:
+        if name not in known:
+            raise InputError(f"unknown corruption {name!r}; there are {', '.join(known)}")
+    return spec, names
+
+
+def open_class_folders(
+    dataset: str,
+    data_dir: str | Path,
+    net: Any,
+    *,
+    corruptions: Sequence[str] | None = None,
+    n_examples: int | None = None,
+    size: int | None = None,
+    **options: Any,
+) -> CorruptionData:
+    """Find and check a data set of class folders, such as ImageNet-R; pictures are read by rows.
+
+    Args:
+        dataset: a key of `DATASETS` with the layout ``"folders"``.
+        data_dir: the data set's folder or the one that contains it.
+        net: an adapter on the model with the data set's classes; it says how pictures are resized.
+        corruptions: names of the cells; by default all.
+        n_examples: number of images of each cell, drawn with a fixed seed; by default all.
+        size: side of the images in pixels; by default the model's own.
+        **options: ``workers`` and ``skip_damaged`` of `LabelledPictures`.
+
+    Raises:
+        InputError: an unknown dataset or name of a cell, or a model with other classes.
+        DataError: a folder is missing, is not complete, or cannot be read.
+    """
+    spec, names = _chosen(dataset, corruptions)
+    if spec.layout != "folders":
+        raise InputError(f"{dataset} is opened by open_dataset")
+    if n_examples is not None and n_examples < 1:
+        raise InputError(f"n_examples must be at least 1, got {n_examples}")
+    if net.num_classes not in (None, spec.classes):
+        raise InputError(f"{spec.title} has {spec.classes} classes, the model {net.num_classes}")
+    transform = picture_transform(net.backbone, size)
+    published = dict(zip(spec.corruptions, spec.folders, strict=True))
+    pictures = {}
+    for name in names:
+        places = (Path(data_dir) / published[name], Path(data_dir))
+        found = next((p for p in places if p.is_dir() and p.name == published[name]), None)
+        if found is None:
+            raise DataError(f"{data_dir}: holds no folder {published[name]}")
+        opened = FolderSource(found, class_folders(spec))
+        counted = {"count": n_examples, **options}
+        pictures[name] = LabelledPictures(opened, transform, spec.classes, **counted)
+    return CorruptionData.from_pictures(pictures, dataset=dataset)
 
 
 def load_stream(
@@ -127,6 +185,7 @@ def _download(spec: Dataset, root: Path, folder: Path, allowed: bool) -> None:
             "RobustBench's downloader (if that is a mistake, press Ctrl-C and give --no-download)",
             flush=True,
         )
+    assert spec.robustbench is not None
     bridge.download_corruptions(spec.robustbench, root)
 
 

@@ -14,7 +14,7 @@ import re
 from statistics import fmean
 from typing import Any
 
-from ..data.datasets import DATASETS, PICTURES, Dataset
+from ..data.datasets import DATASETS, Dataset, robustbench_dataset
 from ..utils.text import printable
 from .protocols import PROTOCOLS
 from .results import MethodRecord, Results
@@ -37,10 +37,8 @@ def mean_corruption_error(method: MethodRecord, dataset: str) -> float | None:
     Returns:
         the mCE; None if a cell is missing, or no errors of AlexNet are published.
     """
-    if dataset == PICTURES:
-        return None
-    spec, accuracy = DATASETS[dataset], method.accuracies()
-    if spec.reference_errors is None or not accuracy.keys() >= set(spec.cells):
+    spec, accuracy = robustbench_dataset(dataset), method.accuracies()
+    if spec is None or spec.reference_errors is None or not accuracy.keys() >= set(spec.cells):
         return None
     return fmean(
         (1 - fmean(accuracy[name, severity] for severity in spec.severities)) / error
@@ -50,14 +48,16 @@ def mean_corruption_error(method: MethodRecord, dataset: str) -> float | None:
 
 def _suffix(spec: Dataset) -> str:
     """RobustBench's suffix for names of files and fields: ``"_3d"`` for ImageNet-3DCC."""
+    assert spec.robustbench is not None
     return spec.robustbench.threat.removeprefix("corruptions")
 
 
 def leaderboard_files(results: Results) -> dict[str, str]:
-    """The contents of the two files by file name; RobustBench has none for a user's pictures."""
-    if results.settings["dataset"] == PICTURES:
+    """The contents of the two files by file name; none for data sets that RobustBench lacks."""
+    spec = robustbench_dataset(results.settings["dataset"])
+    if spec is None:
         return {}
-    suffix = _suffix(DATASETS[results.settings["dataset"]])
+    suffix = _suffix(spec)
     name = re.sub(r"[^\w.-]+", "_", results.methods[0].name)
     return {
         f"unaggregated_results{suffix}.csv": unaggregated_csv(results),
@@ -90,6 +90,7 @@ def model_info(results: Results) -> dict[str, Any]:
     """RobustBench's description of the adapter, with the protocol in the ``footnote``."""
     settings, method = results.settings, results.methods[0]
     spec = DATASETS[settings["dataset"]]
+    assert spec.robustbench is not None
     info = {
         "link": None,
         "name": method.name,

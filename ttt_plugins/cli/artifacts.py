@@ -11,6 +11,7 @@ from ..artifacts.folder import list_bundled
 from ..artifacts.hub_access import Access
 from ..artifacts.publish import publish
 from ..core.registry import list_methods
+from ..data.datasets import DATASETS
 from ..errors import InputError
 from ..train.released import convert_mgg, convert_mt3, convert_ttt
 
@@ -102,10 +103,11 @@ def _convert(args: argparse.Namespace) -> None:
 
 def add_list(commands) -> None:
     """Add the command ``list``."""
-    add = commands.add_parser("list", help="list the methods and the bundled artifacts")
+    add = commands.add_parser("list", help="list the methods, data sets and bundled artifacts")
     add.set_defaults(run=_list)
 
 
 def _list(_: argparse.Namespace) -> None:
     print("methods:", *list_methods(), sep="\n  ")
+    print("datasets:", *(f"{name}: {spec.title}" for name, spec in DATASETS.items()), sep="\n  ")
     print("bundled:", *(f"bundled:{name}" for name in list_bundled()), sep="\n  ")

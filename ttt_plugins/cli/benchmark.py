@@ -20,6 +20,7 @@ from ..benchmark import (
     CorruptionData,
     Execution,
     compare,
+    open_class_folders,
     open_dataset,
     run_benchmark,
     run_field,
@@ -30,6 +31,7 @@ from ..benchmark.protocols import CONCENTRATION
 from ..benchmark.resume import check_out
 from ..core.registry import get_method
 from ..data.corruptions import TENSOR_CORRUPTIONS
+from ..data.labels import dataset_positions
 from ..errors import InputError
 from ..utils.checks import check_seed
 from ..utils.processes import Worker, place_from_environment
@@ -80,7 +82,13 @@ def add_benchmark(commands) -> None:
 
 
 def _add_data_flags(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--dataset", choices=DATASETS, default="cifar10")
+    add.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        metavar="NAME",
+        default="cifar10",
+        help="a data set of `list` (default: %(default)s)",
+    )
     data = add.add_mutually_exclusive_group(required=True)
     data.add_argument("--data-dir", type=Path, help="folder with the images of a data set")
     data.add_argument(
@@ -217,16 +225,40 @@ def _open(args: argparse.Namespace, worker: Worker | None) -> CorruptionData:
     return dataclasses.replace(data, device=args.device or "cpu")
 
 
+def _in_class_folders(args: argparse.Namespace) -> bool:
+    return args.images is None and DATASETS[args.dataset].layout == "folders"
+
+
+def _cells(
+    args: argparse.Namespace, sources: Mapping[str, Any] | None, net: Adapter, count: int | None
+) -> CorruptionData:
+    """The cells of pictures, which are read as a model takes them."""
+    if sources is not None:
+        return picture_cells(args, sources, net, count)
+    return open_class_folders(
+        args.dataset,
+        args.data_dir,
+        net,
+        corruptions=args.corruption,
+        n_examples=count,
+        size=args.image_size,
+        workers=args.workers,
+        skip_damaged=args.skip_damaged,
+    )
+
+
 def _adapter(args: argparse.Namespace, sources: Mapping[str, Any] | None) -> Adapter:
-    """The adapter, restricted to the classes of the pictures if the user wants that.
+    """The adapter, restricted to the data set's classes, or to those of pictures on request.
 
     A timm name without --pretrained means random weights, which must be the same for all methods.
     """
     torch.manual_seed(args.seed or 0)
     net = adapter_from_args(args)
-    if sources is None or args.classes is None:
-        return net
-    classes = folder_classes(sources, net)
+    classes = None
+    if args.classes is not None and sources is not None:
+        classes = folder_classes(sources, net)
+    elif _in_class_folders(args):
+        classes = dataset_positions(DATASETS[args.dataset], net.num_classes)
     if classes is None:
         return net
     torch.manual_seed(args.seed or 0)
@@ -236,12 +268,14 @@ def _adapter(args: argparse.Namespace, sources: Mapping[str, Any] | None) -> Ada
 def _run(args: argparse.Namespace, worker: Worker | None) -> None:
     execution = Execution(args.channels_last, args.autocast, args.compile)
     data = sources = None
-    if args.images is None:
-        data = _open(args, worker)
-    else:
+    by_rows = args.images is not None or _in_class_folders(args)
+    if by_rows:
+        args.seed = args.seed or [0]  # the stored order is often by class
+    if args.images is not None:
         with _first(worker):
             sources = named_sources(args)
-        args.seed = args.seed or [0]  # the stored order is often by class
+    elif not by_rows:
+        data = _open(args, worker)
     if args.field is not None:
         _run_field(args, data, sources, execution, worker)
         return
@@ -251,7 +285,7 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
         net = _adapter(args, sources)
         torch.manual_seed(first or 0)
         baseline = None if net.method == "source" else _unadapted(net, args.model_dir)
-    data = data or picture_cells(args, sources or {}, net, args.n_examples)
+    data = data or _cells(args, sources, net, args.n_examples)
     speaks = worker is None or worker.rank == 0
     if speaks:
         print(net.describe(), flush=True)
@@ -277,11 +311,11 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
     for name, mce in results.circumstances["corruptions_mce"].items():
         if mce is not None:
             print(f"mCE of {name}: {100 * mce:.2f} % (AlexNet: 100 %)")
-    if data.clean is None and sources is None:
+    if data.clean is None and not by_rows:
         print("clean accuracy not measured: no clean images in the data folder")
     if data.note:
         print(data.note)
-    files = "results.json, RobustBench's files" if sources is None else "results.json"
+    files = "results.json" if by_rows else "results.json, RobustBench's files"
     print(f"{files} and plot.png are in {printable(str(args.out))}")
 
 
@@ -308,7 +342,7 @@ def _run_field(
     first = next(iter(methods))
     with _first(worker):
         net = methods[first] = methods[first]()
-    data = data or picture_cells(args, sources or {}, net, args.n_examples or _FIELD_IMAGES)
+    data = data or _cells(args, sources, net, args.n_examples or _FIELD_IMAGES)
     results = run_field(
         methods,
         data,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 
 from ..backbones.backbone import Backbone
 from ..errors import InputError
+from ..utils.plugins import use_plugins
 from . import scope
 from .algorithm import Algorithm, Tensors
 
@@ -210,27 +210,23 @@ def _discover() -> None:
     if _discovered:
         return
     _discovered = True  # before loading, because a plugin may list the methods itself
-    for point in sorted(metadata.entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
-        before = dict(_METHODS)
-        try:
-            found = point.load()
-            if isinstance(found, Method):
-                register(found)
-            taken = [name for name in before if _METHODS.get(name) is not before[name]]
-            if taken:
-                raise InputError(f"it would replace {taken}")
-        except (Exception, SystemExit) as error:
-            # All or nothing: the methods that it has registered so far are removed.
-            _METHODS.clear()
-            _METHODS.update(before)
-            package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            warnings.warn(
-                f"the plugin {point.name!r} ({point.value}, of the package {package}) is not "
-                f"used: {reason}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+    use_plugins(GROUP, _use)
+
+
+def _use(point: metadata.EntryPoint) -> None:
+    """Load an entry point, and remove the methods that it has registered if it fails."""
+    before = dict(_METHODS)
+    try:
+        found = point.load()
+        if isinstance(found, Method):
+            register(found)
+        taken = [name for name in before if _METHODS.get(name) is not before[name]]
+        if taken:
+            raise InputError(f"it would replace {taken}")
+    except (Exception, SystemExit):
+        _METHODS.clear()
+        _METHODS.update(before)
+        raise
 
 
 def list_methods() -> list[str]:

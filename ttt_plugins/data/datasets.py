@@ -1,11 +1,23 @@
-"""Facts about the benchmark's data sets; a new data set needs a record in `DATASETS`."""
+"""Facts about the benchmark's data sets; each is a record in `DATASETS`.
+
+Other packages add data sets through entry points of the group ``ttt_plugins.datasets``, whose name
+is the data set's and whose object is a `Dataset`::
+
+    [project.entry-points."ttt_plugins.datasets"]
+    my-cameras = "my_package:CAMERAS"
+
+They are loaded when the names are first listed, or when an unknown name is requested.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Literal
 
+from ..errors import InputError
+from ..utils.plugins import use_plugins
 from ..utils.robustbench import RobustBenchDataset
 
 __all__ = [
@@ -13,11 +25,16 @@ __all__ = [
     "CORRUPTIONS_3D",
     "DATASETS",
     "EXTRA_CORRUPTIONS",
+    "GROUP",
     "PICTURES",
     "CompactLayout",
     "Dataset",
     "dataset_title",
+    "robustbench_dataset",
 ]
+
+#: The group of entry points.
+GROUP = "ttt_plugins.datasets"
 
 #: The fifteen corruptions of Hendrycks & Dietterich (arXiv 1903.12261), in RobustBench's order.
 CORRUPTIONS = [
@@ -94,17 +111,19 @@ class CompactLayout:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set of corrupted images.
+    """A data set of corrupted or otherwise shifted images.
 
     Attributes:
         title: name of the data set, and of its folder in RobustBench's layout.
         classes: number of classes.
-        corruptions: the benchmark's corruptions, in the order of RobustBench's columns.
-        rows: number of images of each corruption at each severity.
-        robustbench: RobustBench's names for the data set.
-        layout: how RobustBench's layout stores the images: ``"npy"``, one array of all severities
-            for each corruption, or ``"pictures"``, a folder of image files for each cell, with one
-            subfolder for each class.
+        corruptions: the benchmark's corruptions, in the order of RobustBench's columns; in the
+            layout ``"folders"``, the names of the cells.
+        layout: how the images are stored. In RobustBench's layouts: ``"npy"``, one array of all
+            severities for each corruption, or ``"pictures"``, a folder of image files for each
+            cell, with one subfolder for each class. ``"folders"``: a folder of class folders for
+            each of ``corruptions``, at severity 0.
+        rows: number of images of each corruption at each severity in RobustBench's layouts.
+        robustbench: RobustBench's names for the data set; None in the layout ``"folders"``.
         clean_images: source of the uncorrupted test images: the name of torchvision's reader, or,
             for ``"pictures"``, the name of a folder.
         side: height and width of the images in the arrays, in pixels.
@@ -115,21 +134,36 @@ class Dataset:
         download_size: size of RobustBench's download, in words; None if it has no downloader.
         reference_errors: AlexNet's error rate in [0, 1] for each corruption, which the mean
             corruption error is relative to; None where they are not published.
+        folders: in the layout ``"folders"``, the published name of each cell's folder.
+        labels: in that layout, names of the class folders in the order of the classes, or one of
+            `ttt_plugins.data.labels.LABEL_SETS`, whose positions among ImageNet's 1,000 classes
+            a model is restricted to; None for folders named by numbers, from 0.
     """
 
     title: str
     classes: int
     corruptions: tuple[str, ...]
-    rows: int
-    robustbench: RobustBenchDataset
-    layout: Literal["npy", "pictures"]
-    clean_images: str
+    layout: Literal["npy", "pictures", "folders"]
+    rows: int = 0
+    robustbench: RobustBenchDataset | None = None
+    clean_images: str = ""
     side: int = 32
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     extra_corruptions: tuple[str, ...] = ()
     compact: CompactLayout | None = None
     download_size: str | None = None
     reference_errors: Mapping[str, float] | None = None
+    folders: tuple[str, ...] = ()
+    labels: str | tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        in_folders = self.layout == "folders"
+        if in_folders and len(self.folders) != len(self.corruptions):
+            raise InputError(f"{self.title}: each of {self.corruptions} needs one of the folders")
+        if in_folders and isinstance(self.labels, tuple) and len(self.labels) != self.classes:
+            raise InputError(f"{self.title}: {len(self.labels)} labels for {self.classes} classes")
+        if not in_folders and self.robustbench is None:
+            raise InputError(f"{self.title}: the layout {self.layout!r} is RobustBench's")
 
     @property
     def cells(self) -> list[tuple[str, int]]:
@@ -162,7 +196,52 @@ def _imagenet(title: str, corruptions: list[str], threat: str) -> Dataset:
     )
 
 
-DATASETS = {
+def _folders(title: str, classes: int, labels: str | None, folders: Mapping[str, str]) -> Dataset:
+    return Dataset(
+        title=title,
+        classes=classes,
+        corruptions=tuple(folders),
+        layout="folders",
+        severities=(0,),
+        folders=tuple(folders.values()),
+        labels=labels,
+    )
+
+
+class _Datasets(Mapping[str, Dataset]):
+    """The records by name; those of other packages are added when they are needed."""
+
+    def __init__(self, own: Mapping[str, Dataset]):
+        self._records, self._own, self._discovered = dict(own), frozenset(own), False
+
+    def __getitem__(self, name: str) -> Dataset:
+        if name not in self._records:
+            self._discover()
+        return self._records[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._discover()
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        self._discover()
+        return len(self._records)
+
+    def _discover(self) -> None:
+        if not self._discovered:
+            self._discovered = True
+            use_plugins(GROUP, self._use)
+
+    def _use(self, point: metadata.EntryPoint) -> None:
+        if point.name in self._own:
+            raise InputError(f"it would replace {point.name}")
+        record = point.load()
+        if not isinstance(record, Dataset):
+            raise InputError(f"it is no Dataset, but {type(record).__name__}")
+        self._records[point.name] = record
+
+
+_OWN = {
     "cifar10": replace(
         _cifar(10),
         extra_corruptions=tuple(EXTRA_CORRUPTIONS),
@@ -177,7 +256,24 @@ DATASETS = {
         _imagenet("ImageNet-C", CORRUPTIONS, "corruptions"), reference_errors=_ALEXNET_ERRORS
     ),
     "imagenet3dcc": _imagenet("ImageNet-3DCC", CORRUPTIONS_3D, "corruptions_3d"),
+    # Hendrycks et al. (arXiv 2006.16241 and 1907.07174), Wang et al. (1905.13549) and Recht et al.
+    # (1902.10811); the folders are those of the published archives.
+    "imagenet-r": _folders("ImageNet-R", 200, "imagenet-r", {"ImageNet-R": "imagenet-r"}),
+    "imagenet-a": _folders("ImageNet-A", 200, "imagenet-a", {"ImageNet-A": "imagenet-a"}),
+    "imagenet-sketch": _folders(
+        "ImageNet-Sketch", 1000, "imagenet-1k", {"ImageNet-Sketch": "sketch"}
+    ),
+    "imagenetv2": _folders(
+        "ImageNetV2",
+        1000,
+        None,
+        {
+            name: f"imagenetv2-{name}-format-val"
+            for name in ("matched-frequency", "threshold0.7", "top-images")
+        },
+    ),
 }
+DATASETS = _Datasets(_OWN)
 
 #: In results, the name of labelled pictures of the user's own, which `DATASETS` does not describe.
 PICTURES = "pictures"
@@ -186,3 +282,9 @@ PICTURES = "pictures"
 def dataset_title(name: str) -> str:
     """The title of a data set of `DATASETS`, or of `PICTURES`."""
     return DATASETS[name].title if name in DATASETS else name
+
+
+def robustbench_dataset(name: str) -> Dataset | None:
+    """The data set of that name if it is one of RobustBench's, None for others and `PICTURES`."""
+    spec = DATASETS.get(name)
+    return None if spec is None or spec.robustbench is None else spec

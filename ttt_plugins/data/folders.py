@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,17 +38,26 @@ class FolderSource(ImageSource):
     Its subfolders are the classes, numbered in the sorted order of their names; pictures may lie at
     any depth below them. Pictures in a folder without subfolders have no labels.
 
+    Args:
+        root: the folder.
+        classes: names of all class folders, in the order of their labels, if it is another.
+
     Raises:
-        DataError: there are no pictures, a class folder has none, or some lie beside the class
-            folders.
+        DataError: there are no pictures, a class folder has none, some lie beside the class
+            folders, or the class folders are not those that are given.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, classes: Sequence[str] | None = None):
         self.location = str(root)
         self._root = Path(root)
         try:
             folders, flat = _entries(self._root)
+            if classes is not None:
+                _check_folders(self._root, folders, classes)
+                folders = list(classes)
             per_class = {name: list(_pictures(self._root / name, name)) for name in folders}
+        except DataError:
+            raise
         except OSError as error:
             raise DataError(f"{root} cannot be read ({error.strerror})") from error
         filled = [name for name in folders if per_class[name]]
@@ -84,6 +93,15 @@ class FolderSource(ImageSource):
     def read_labels(self) -> Tensor:
         """The positions of the rows' folders."""
         return torch.from_numpy(np.searchsorted(self._ends, np.arange(len(self)), "right"))
+
+
+def _check_folders(root: Path, folders: Sequence[str], classes: Sequence[str]) -> None:
+    """Check that the folders are exactly those of the classes, whose labels would be shifted."""
+    odd = set(folders) ^ set(classes)
+    if odd:
+        name = min(odd)
+        state = "is missing" if name in classes else "is none of them"
+        raise DataError(f"{root}: must hold the {len(classes)} class folders; {name} {state}")
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:

@@ -9,10 +9,13 @@ from importlib.resources import files
 from timm.data import ImageNetInfo
 
 from ..errors import InputError
+from .datasets import Dataset
 
 __all__ = [
     "LABEL_SETS",
+    "class_folders",
     "class_names",
+    "dataset_positions",
     "imagenet_positions",
     "label_positions",
     "label_set",
@@ -117,3 +120,22 @@ def _words() -> dict[str, int]:
         for word in {_plain(texts[synset]), *map(_plain, texts[synset].split(","))}:
             places.setdefault(word, []).append(place)
     return {word: found[0] for word, found in places.items() if len(found) == 1}
+
+
+def class_folders(spec: Dataset) -> list[str]:
+    """Names of a data set's class folders, in the order of its classes."""
+    if spec.labels is None:
+        return [str(label) for label in range(spec.classes)]
+    return list(label_set(spec.labels) if isinstance(spec.labels, str) else spec.labels)
+
+
+def dataset_positions(spec: Dataset, classes: int | None) -> list[int] | None:
+    """Positions of a data set's classes among those of a model with so many classes.
+
+    Returns:
+        the positions among ImageNet's 1,000 classes if the data set has a part of them and the
+        model all; None if the classes are the model's own.
+    """
+    if spec.layout != "folders" or not isinstance(spec.labels, str):
+        return None
+    return positions(spec.labels) if classes == 1000 != spec.classes else None
