@@ -20,7 +20,6 @@ from ..benchmark import (
     CorruptionData,
     Execution,
     compare,
-    open_class_folders,
     open_dataset,
     run_benchmark,
     run_field,
@@ -39,7 +38,13 @@ from ..utils.text import printable
 from ..wrapping import wrap
 from .flags import fields_from_pairs, key_value
 from .models import adapter_from_args, add_model_flags
-from .pictures import add_source_flags, folder_classes, named_sources, picture_cells
+from .pictures import (
+    add_source_flags,
+    cells_by_rows,
+    folder_classes,
+    in_class_folders,
+    named_sources,
+)
 
 __all__ = ["add_benchmark", "add_compare"]
 
@@ -225,28 +230,6 @@ def _open(args: argparse.Namespace, worker: Worker | None) -> CorruptionData:
     return dataclasses.replace(data, device=args.device or "cpu")
 
 
-def _in_class_folders(args: argparse.Namespace) -> bool:
-    return args.images is None and DATASETS[args.dataset].layout == "folders"
-
-
-def _cells(
-    args: argparse.Namespace, sources: Mapping[str, Any] | None, net: Adapter, count: int | None
-) -> CorruptionData:
-    """The cells of pictures, which are read as a model takes them."""
-    if sources is not None:
-        return picture_cells(args, sources, net, count)
-    return open_class_folders(
-        args.dataset,
-        args.data_dir,
-        net,
-        corruptions=args.corruption,
-        n_examples=count,
-        size=args.image_size,
-        workers=args.workers,
-        skip_damaged=args.skip_damaged,
-    )
-
-
 def _adapter(args: argparse.Namespace, sources: Mapping[str, Any] | None) -> Adapter:
     """The adapter, restricted to the data set's classes, or to those of pictures on request.
 
@@ -257,7 +240,7 @@ def _adapter(args: argparse.Namespace, sources: Mapping[str, Any] | None) -> Ada
     classes = None
     if args.classes is not None and sources is not None:
         classes = folder_classes(sources, net)
-    elif _in_class_folders(args):
+    elif in_class_folders(args):
         classes = dataset_positions(DATASETS[args.dataset], net.num_classes)
     if classes is None:
         return net
@@ -268,7 +251,7 @@ def _adapter(args: argparse.Namespace, sources: Mapping[str, Any] | None) -> Ada
 def _run(args: argparse.Namespace, worker: Worker | None) -> None:
     execution = Execution(args.channels_last, args.autocast, args.compile)
     data = sources = None
-    by_rows = args.images is not None or _in_class_folders(args)
+    by_rows = args.images is not None or in_class_folders(args)
     if by_rows:
         args.seed = args.seed or [0]  # the stored order is often by class
     if args.images is not None:
@@ -285,7 +268,7 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
         net = _adapter(args, sources)
         torch.manual_seed(first or 0)
         baseline = None if net.method == "source" else _unadapted(net, args.model_dir)
-    data = data or _cells(args, sources, net, args.n_examples)
+    data = data or cells_by_rows(args, sources, net, args.n_examples)
     speaks = worker is None or worker.rank == 0
     if speaks:
         print(net.describe(), flush=True)
@@ -342,7 +325,7 @@ def _run_field(
     first = next(iter(methods))
     with _first(worker):
         net = methods[first] = methods[first]()
-    data = data or _cells(args, sources, net, args.n_examples or _FIELD_IMAGES)
+    data = data or cells_by_rows(args, sources, net, args.n_examples or _FIELD_IMAGES)
     results = run_field(
         methods,
         data,

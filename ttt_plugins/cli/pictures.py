@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapter import Adapter
-from ..benchmark import CorruptionData
+from ..benchmark import CorruptionData, open_class_folders
 from ..core.pictures import picture_transform
 from ..data.cifar10 import EXTRA_ROWS
 from ..data.corruptions import TENSOR_CORRUPTIONS, corrupt
+from ..data.datasets import DATASETS
 from ..data.images import LabelledImages, to_float
 from ..data.labelled import LabelledPictures
 from ..data.labels import label_positions
@@ -35,10 +36,12 @@ from ..wrapping import wrap
 
 __all__ = [
     "add_source_flags",
+    "cells_by_rows",
     "corrupted_pictures",
     "folder_classes",
     "gather_pictures",
     "head_images",
+    "in_class_folders",
     "named_sources",
     "open_source",
     "picture_cells",
@@ -277,6 +280,29 @@ def picture_cells(
             print(f"{printable(name)}: left out {own.skipped} damaged pictures", flush=True)
     return CorruptionData.from_pictures(
         pictures, args.corrupt or (), args.severity or range(1, 6), args.device or "cpu"
+    )
+
+
+def in_class_folders(args: argparse.Namespace) -> bool:
+    """Whether the benchmark's data set is stored in class folders."""
+    return args.images is None and DATASETS[args.dataset].layout == "folders"
+
+
+def cells_by_rows(
+    args: argparse.Namespace, sources: Mapping[str, Any] | None, net: Adapter, count: int | None
+) -> CorruptionData:
+    """The cells of a data set of class folders, or of sources, as the model takes them."""
+    if sources is not None:
+        return picture_cells(args, sources, net, count)
+    return open_class_folders(
+        args.dataset,
+        args.data_dir,
+        net,
+        corruptions=args.corruption,
+        n_examples=count,
+        size=args.image_size,
+        workers=args.workers,
+        skip_damaged=args.skip_damaged,
     )
 
 
