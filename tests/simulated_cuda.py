@@ -7,22 +7,21 @@ program has to wait for does not raise but is recorded: a look at a value (``if`
 counted, one for each call that launches kernels; views and allocations are none.
 
 PyTorch's backward pass wants a device for the thread that runs it, and the C++ below pretends that
-there are two. That cannot be undone, so the fixture `on_gpu` runs a function in a fork.
+there are two. That cannot be undone, so `run_tests` runs tests in a process of their own.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
-import pickle
 import shutil
 import subprocess
 import sys
-import traceback
 from collections import Counter
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,14 +29,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import ttt_plugins
-from ttt_plugins.utils.processes import FileLock
 
 aten = torch.ops.aten
+has_kernel = functools.cache(torch._C._dispatch_has_kernel_for_dispatch_key)
 PACKAGE = str(Path(ttt_plugins.__file__).parent) + os.sep
 MEMORY = 140 << 30
+#: Names the file of the compiled C++ to the process that pretends.
+LIBRARY = "TTT_SIMULATED_CUDA"
 #: Operations that launch nothing, beside views.
 FREE = ("empty", "new_empty", "detach", "_unsafe_view", "alias", "lift_fresh", "_pin_memory")
 
@@ -70,14 +71,15 @@ class Simulation(TorchDispatchMode):
     """See the module's docstring.
 
     Attributes:
-        truth: what every look at a bool finds; numbers are found to be 1.
+        truth: what every look at a bool finds.
+        number: what every look at a number finds.
         reads, uploads: how often something was waited for, by place and operation.
         operations: how often each operation ran on a cuda device.
     """
 
-    def __init__(self, truth: bool = True):
+    def __init__(self):
         super().__init__()
-        self.truth = truth
+        self.truth, self.number = True, 1
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.reads, self.uploads, self.operations = Counter(), Counter(), Counter()
 
@@ -104,6 +106,9 @@ class Simulation(TorchDispatchMode):
         if not there and target != "cuda":
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if func.namespace == "aten" and has_kernel(func.name(), "CompositeImplicitAutograd"):
+            with self:  # in inference mode such operations arrive whole
+                return func.decompose(*args, **kwargs)
         read, found = self._read(func, args, target)
         if read:
             self.reads[place(func)] += 1
@@ -111,9 +116,12 @@ class Simulation(TorchDispatchMode):
         given = [t for t in leaves if isinstance(t, Tensor) and not isinstance(t, FakeTensor)]
         if func in (aten._to_copy.default, aten.copy_.default) and given:
             self.uploads[place(func)] += 1
+            with unset_fake_temporarily():  # another object: the fake mode holds on to what it sees
+                args = tree_map_only(Tensor, real_alias, args)
         name = func._schema.name.split("::")[-1]
         if func.namespace == "aten" and not func.is_view and not name.startswith(FREE):
             self.operations[name] += 1
+        kwargs = {n: None if n == "generator" else v for n, v in kwargs.items()}
         if func is aten._pin_memory.default:
             return args[0]
         return func(*args, **kwargs)  # the fake mode below this one takes it
@@ -121,8 +129,10 @@ class Simulation(TorchDispatchMode):
     def _read(self, func, args, target) -> tuple[bool, Any]:
         """Whether an operation waits for a value, and what it finds then."""
         if func is aten._local_scalar_dense.default:
-            number = 1.0 if args[0].dtype.is_floating_point else 1
-            return True, self.truth if args[0].dtype == torch.bool else number
+            dtype = args[0].dtype
+            if dtype == torch.bool:
+                return True, self.truth
+            return True, float(self.number) if dtype.is_floating_point else self.number
         if func is aten.equal.default:
             return True, self.truth
         if func is aten._to_copy.default and target == "cpu":
@@ -134,13 +144,34 @@ class Simulation(TorchDispatchMode):
         if func is aten.nonzero.default:
             shape = (args[0].numel(), args[0].ndim)
             return True, torch.zeros(shape, dtype=torch.int64, device=args[0].device)
-        if func is aten.index.Tensor and any(t is not None and t.dtype == torch.bool for t in args[1]):
+        if func is aten.index.Tensor and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        ):
             (mask,) = args[1]
             return True, args[0].flatten(0, mask.ndim - 1)
         return False, None
 
     def _known(self, tensor: Tensor) -> Tensor:
         return tensor.fill_(self.truth) if tensor.dtype == torch.bool else tensor.fill_(1)
+
+
+class Generator(torch.Generator):
+    """A generator that says it is where it was made, and draws nothing there."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, "cpu")
+
+    def __init__(self, device="cpu"):
+        self.place = torch.device(device)
+
+    @property
+    def device(self):
+        return self.place
+
+
+def real_alias(tensor: Tensor) -> Tensor:
+    """The tensor if it is fake, otherwise another object for it."""
+    return tensor if isinstance(tensor, FakeTensor) else tensor.detach()
 
 
 def place(func) -> str:
@@ -155,16 +186,19 @@ def place(func) -> str:
     return f"{file}:{frame.f_code.co_name} {name}"
 
 
-def _pretend(library: Path) -> None:
-    """Make this process believe in two devices, for good."""
-    ctypes.CDLL(str(library)).pretend()
-    generator = torch.Generator
-    torch.Generator = lambda device="cpu": generator("cpu")
+def pytest_configure() -> None:
+    """As a plugin of pytest: make this process believe in two devices, for good."""
+    ctypes.CDLL(os.environ[LIBRARY]).pretend()
+    torch.Generator = Generator
+    # The fake mode holds weak references to parameters; they may change places all the same.
+    torch.utils.weakref = SimpleNamespace(getweakrefs=lambda _: [])
     torch.Tensor.pin_memory = lambda self, *_: self
+    save = torch.save
+    torch.save = lambda saved, *args: save(tree_map_only(FakeTensor, Tensor.cpu, saved), *args)
     answers = {
-        "is_bf16_supported": True, "device_count": 2, "_lazy_init": None,
+        "is_bf16_supported": True, "device_count": 2, "_lazy_init": None, "set_device": None,
         "mem_get_info": (MEMORY, MEMORY), "memory_reserved": 0, "memory_allocated": 0,
-        "max_memory_allocated": 0, "reset_peak_memory_stats": None, "set_device": None,
+        "max_memory_allocated": 0, "reset_peak_memory_stats": None,
         "get_device_name": "a simulated device", "get_device_capability": (9, 0),
     }  # fmt: skip
     for name, answer in answers.items():
@@ -172,52 +206,31 @@ def _pretend(library: Path) -> None:
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
 
 
-@pytest.fixture(scope="session")
-def pretending_library(tmp_path_factory) -> Path:
-    """The compiled C++, made by one of the test processes."""
+def run_tests(file: str, chosen: str, folder: Path) -> None:
+    """Run the tests of a file whose names fit a pytest expression, in a process that pretends."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None or not hasattr(os, "fork"):
-        pytest.skip("the simulated device needs a C++ compiler and fork")
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
+    if compiler is None:
+        pytest.skip("the simulated device needs a C++ compiler")
     built, home = folder / "pretend.so", Path(torch.__file__).parent
-    with FileLock(folder / "pretend.lock") as lock:
-        lock.take(patience=120)
-        if not built.exists():
-            command = [compiler, "-x", "c++", "-", "-std=c++20", "-shared", "-fPIC", "-o", built]
-            command += [f"-I{home}/include", f"-L{home}/lib", "-lc10", "-ltorch_cpu"]
-            done = subprocess.run(command, input=SOURCE, capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(f"torch {torch.__version__}: {done.stderr.strip().splitlines()[0]}")
-    return built
+    command = [compiler, "-x", "c++", "-", "-std=c++20", "-shared", "-fPIC", "-o", built]
+    command += [f"-I{home}/include", f"-L{home}/lib", "-lc10", "-ltorch_cpu"]
+    done = subprocess.run(command, input=SOURCE, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"torch {torch.__version__}: {done.stderr.strip().splitlines()[0]}")
+    tests = Path(__file__).with_name(file)
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
+    command += ["-p", "simulated_cuda", "-k", chosen, str(tests)]
+    there = os.environ | {LIBRARY: str(built)}
+    there["PYTHONPATH"] = os.pathsep.join([str(tests.parent), there.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env=there, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(done.stdout[-12000:] + done.stderr[-2000:], pytrace=False)
 
 
 @pytest.fixture
-def on_gpu(pretending_library) -> Callable[..., Any]:
-    """``on_gpu(function, truth=True)`` -> what ``function(simulation)`` returns in a fork."""
-
-    def run(function: Callable[[Simulation], Any], truth: bool = True) -> Any:
-        receiving, sending = os.pipe()
-        child = os.fork()
-        if not child:
-            try:
-                _pretend(pretending_library)
-                with Simulation(truth) as simulation:
-                    outcome = (function(simulation), None)
-            except BaseException:
-                outcome = (None, traceback.format_exc())
-            with os.fdopen(sending, "wb") as pipe:
-                pipe.write(pickle.dumps(outcome))
-            os._exit(0)
-        os.close(sending)
-        with os.fdopen(receiving, "rb") as pipe:
-            answer = pipe.read()
-        os.waitpid(child, 0)
-        result, error = pickle.loads(answer) if answer else (None, "the process died")
-        if error is not None:
-            pytest.fail(error, pytrace=False)
-        return result
-
-    return run
+def simulation():
+    """A `Simulation` that a test of `run_tests` runs under."""
+    with Simulation() as active:
+        yield active

@@ -27,11 +27,11 @@ from ttt_plugins.benchmark import (
     run_benchmark,
 )
 from ttt_plugins.benchmark import resume as resume_module
-from ttt_plugins.benchmark.device import to_unit
 from ttt_plugins.benchmark.leaderboard import INELIGIBLE, model_info, unaggregated_csv
 from ttt_plugins.benchmark.protocols import plan, shuffled
 from ttt_plugins.cli import main
 from ttt_plugins.cli.flags import Parser, add_dataclass_flags, dataclass_from_args
+from ttt_plugins.data.images import to_float
 from ttt_plugins.demo import Sample, build_per_image_adapters, draw, load_sample, predict_sample
 from ttt_plugins.errors import DataError, InputError, MissingDependencyError, TTTError
 from ttt_plugins.utils import robustbench as bridge
@@ -232,7 +232,7 @@ def test_loss_is_the_mean_cross_entropy():
 def test_bytes_become_the_floats_that_robustbench_makes():
     values = torch.arange(256, dtype=torch.uint8)
     expected = torch.tensor(values.numpy().astype(np.float32) / 255)
-    assert torch.equal(to_unit(values), expected)
+    assert torch.equal(to_float(values), expected)
 
 
 def test_shuffling_is_by_seed_and_absent_without():

@@ -15,6 +15,7 @@ from datetime import timedelta
 
 import forked
 import pytest
+import torch
 from benchmark_fakes import FakeAdapter, figures, memory_data, write_parquet
 from torch import distributed
 from torch.distributed import HashStore, TCPStore
@@ -24,7 +25,12 @@ from ttt_plugins.benchmark.resume import UNFINISHED
 from ttt_plugins.cli import main
 from ttt_plugins.errors import DataError, DistributedError, InputError
 from ttt_plugins.utils.locks import FileLock
-from ttt_plugins.utils.processes import Place, place_from_environment
+from ttt_plugins.utils.processes import (
+    Place,
+    backend_for,
+    device_of_process,
+    place_from_environment,
+)
 
 
 @pytest.fixture
@@ -211,6 +217,31 @@ def test_an_environment_that_cannot_be(name, value, tmp_path, monkeypatch, capsy
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"ttt-plugins: error: cannot join the other processes: {name}")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_for_each_process(monkeypatch):
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of_process("cuda") == torch.device("cuda")
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert device_of_process("cuda") == torch.device("cuda:1")
+    assert device_of_process("cuda:0") == torch.device("cuda:0")
+    assert device_of_process("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_of_process("cuda", shared=True) == torch.device("cuda:1")
+    with pytest.raises(DistributedError, match="process 3 of this machine has no GPU, there are 2"):
+        device_of_process("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert device_of_process("cuda") == torch.device("cuda")  # which then says why it cannot be
+
+
+@pytest.mark.parametrize("nccl", [True, False])
+def test_the_backend_for_a_device(nccl, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    assert backend_for(torch.device("cuda", 1)) == ("nccl" if nccl else "gloo")
+    assert backend_for(torch.device("cpu")) == "gloo"
 
 
 # -- runs --------------------------------------------------------------------------------

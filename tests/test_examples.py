@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 from ttt_plugins.benchmark import CORRUPTIONS
+from ttt_plugins.cli.main import main as cli_main
 from ttt_plugins.data.images import LabelledImages
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -176,3 +180,55 @@ def test_per_image_speed():
     ):
         assert found["ours_s"] > 0
         assert found["speed-up"] > 0
+
+
+def test_a_device_is_held_to_the_cpu(monkeypatch, capsys):
+    check = _load("device_check")
+    tiny = ["--device", "cpu", "--only", "tent/resnet26-cifar10", "--batches", "1"]
+    assert check.main([*tiny, "--batch-size", "2"]) == 0
+    assert "first batch 0.0e+00 apart, 100.0% of predictions agree" in capsys.readouterr().out
+    monkeypatch.setattr(check, "CLOSE", {False: -1.0})
+    assert check.main([*tiny, "--batch-size", "2"]) == 1
+    assert "TOO FAR APART" in capsys.readouterr().out
+
+
+class Parsed(BaseException):
+    """A command's arguments are right; nothing is to happen."""
+
+
+def test_the_gpu_day_goes_on_where_it_was(monkeypatch, tmp_path):
+    """A stand-in for Python notes what is run, and the notes are what those programs take."""
+    noted, stand_in = tmp_path / "noted", tmp_path / "python"
+    stand_in.write_text(
+        f'#!/bin/sh\necho "$@" >> {noted}\ncase "$*" in *$WRONG*) exit $STATUS;; esac\n'
+    )
+    stand_in.chmod(0o755)
+
+    def day(wrong="nothing", status=0, **settings):
+        noted.write_text("")
+        environment = {"OUT": tmp_path / "out", "DATA": "data", "PYTHON": stand_in}
+        environment |= {"WRONG": wrong, "STATUS": status} | settings
+        environment = os.environ | {name: str(value) for name, value in environment.items()}
+        done = subprocess.run([EXAMPLES / "gpu_day.sh"], env=environment, capture_output=True)
+        return done.returncode, noted.read_text().splitlines()
+
+    assert day(LIMIT=30) == (3, [])
+    status, commands = day("step_cost", 124)  # stopped for time
+    assert (status, len(commands)) == (3, 3)
+    status, rest = day("per_image", 1)  # a figure that fails holds up nothing
+    assert (status, rest[0]) == (1, commands[-1])
+    assert day() == (1, [])
+    assert day("device_check", 1, OUT=tmp_path / "other")[1] == commands[:2]
+
+    def parse(parser, argv=None, namespace=None):
+        _, unknown = parser.parse_known_args(argv, namespace)
+        assert not unknown
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    for command in map(str.split, [*commands[1:], *rest[1:]]):
+        named = command[0] == "-m"  # ttt_plugins
+        run = cli_main if named else _load(Path(command[0]).stem).main
+        with pytest.raises(Parsed):
+            run(command[1 + named :])
+    assert len(rest) > 8

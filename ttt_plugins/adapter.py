@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from .core.inputs import (
     refuse_tracing,
     refused_sizes,
 )
+from .core.notices import LOOK_EVERY, SKIPPED, Notices
 from .core.pictures import is_source
 from .core.registry import SOURCE_STATISTICS, Method, get_method
 from .core.window import WINDOW, Window
@@ -42,14 +42,6 @@ from .data.images import batch_images
 from .errors import InputError
 
 __all__ = ["Adapter"]
-
-#: On an accelerator, number of batches between two checks for skipped updates.
-_LOOK_EVERY = 64
-
-_SKIPPED = (
-    "the loss or its gradient was not finite: such updates are skipped, the prediction is "
-    "returned; net.skipped_updates counts (warned once)"
-)
 
 
 class Adapter(Shell):
@@ -71,8 +63,8 @@ class Adapter(Shell):
         batches: number of batches since the last reset.
         loss: mean loss of the last batch before its last update, a tensor (); None without one.
         checks_pixels: whether to refuse batches with pixels that are not finite or outside [0, 1].
-            This check waits for the device; set it to False on an accelerator if the images are
-            known to be valid. Type, shape and device are always checked.
+            An accelerator is asked after the first batch and then once in 64
+            (`ttt_plugins.core.notices`). Type, shape and device are always checked.
     """
 
     def __init__(
@@ -99,7 +91,7 @@ class Adapter(Shell):
         self.forwards = self.backwards = self.batches = 0
         self.checks_pixels = True
         self._skipped: int | Tensor = 0
-        self._warned: set[str] = set()
+        self._notices = Notices()
         self.loss: Tensor | None = None
         self._params: Tensors | None = None
         self._state: Tensors | None = None
@@ -122,7 +114,9 @@ class Adapter(Shell):
         Raises:
             InputError: images of another type, shape or range; the adapter is unchanged.
         """
-        pixels = self._checked(images)
+        pixels = self._pixels(images)
+        if self.checks_pixels:
+            self._notices.check_pixels(pixels)
         with self.backbone.turn(), torch.inference_mode(False):
             # Tensors created in inference mode cannot be part of a graph, but copies can.
             images = pixels.clone() if pixels.is_inference() else pixels.detach()
@@ -156,15 +150,10 @@ class Adapter(Shell):
             backwards=self.backwards + outcome.backwards,
             batches=self.batches + 1,
         )
-        if self.backbone.device.type == "cpu" or self.batches % _LOOK_EVERY == 0:
-            self._warn(self.skipped_updates, _SKIPPED)
-            self._warn(len(self.guard_events), GUARDED)
+        if self.backbone.device.type == "cpu" or self.batches % LOOK_EVERY == 0:
+            self._notices.warn(self.skipped_updates, SKIPPED)
+            self._notices.warn(len(self.guard_events), GUARDED)
         return outcome.logits
-
-    def _warn(self, happened: int, message: str) -> None:
-        if happened and message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, RuntimeWarning, stacklevel=8)
 
     @property
     def skipped_updates(self) -> int:
@@ -190,17 +179,17 @@ class Adapter(Shell):
             InputError: these are no floating-point images (B, C, H, W) in [0, 1] on the adapter's
                 device.
         """
-        self._checked(images)
+        pixels = self._pixels(images)
+        if self.checks_pixels:
+            check_pixels(pixels)
 
-    def _checked(self, images: Tensor) -> Tensor:
+    def _pixels(self, images: Tensor) -> Tensor:
         """Check a batch, and return its pixels in [0, 1], with any normalisation reversed."""
         if self.names:
             refuse_tracing()
         check_images(self.backbone, images)
         if self.normalized_input:
             images = pixels_of(self.backbone, images)
-        if self.checks_pixels:
-            check_pixels(images)
         return images
 
     # -- state ---------------------------------------------------------------------------
@@ -249,6 +238,10 @@ class Adapter(Shell):
             super()._apply(fn, recurse)
             self._waiting = {name: fn(t) for name, t in self._waiting.items()}
             self._tensors = scope.moved(self._tensors, fn)
+            self._skipped = (
+                fn(self._skipped) if isinstance(self._skipped, Tensor) else self._skipped
+            )
+            self._notices.moved(fn)
             self._params = self._params and scope.moved(self._params, fn)
             self._algorithm = None  # it holds the tensors from before the move
             if self._state is not None:  # whose precision the rule chooses, whatever the model's is
@@ -272,7 +265,12 @@ class Adapter(Shell):
             vars(self).update(_params=None, _state=None, _waiting={}, loss=None, batches=0)
 
     def adaptation_state(self) -> dict[str, Tensor]:
-        """Everything that adaptation has changed, as a flat dict of tensors to save."""
+        """Everything that adaptation has changed, as a flat dict of tensors to save.
+
+        Raises:
+            InputError: recent images were not in [0, 1] (`ttt_plugins.core.notices`).
+        """
+        self._notices.look_at_pixels()
         with self.backbone.lock:
             params, rule = (None, None) if self._record.build is None else self._now()
             return saved(self.batches, self._waiting, params, rule)
@@ -318,7 +316,7 @@ class Adapter(Shell):
             raise InputError(f"{self.method} compares no feature statistics; only mgg does")
         if self.normalized_input and not is_source(loader):
             loader = (
-                self._checked(batch_images(batch).to(self.backbone.device)) for batch in loader
+                self._pixels(batch_images(batch).to(self.backbone.device)) for batch in loader
             )
         with self.backbone.turn():
             measured = fit(self.config, self.backbone, loader, self.seed, progress)
@@ -352,7 +350,12 @@ class Adapter(Shell):
 
     @torch.inference_mode(False)
     def export(self) -> nn.Module:
-        """An independent module holding the adapted parameters: images in [0, 1] -> logits."""
+        """An independent module holding the adapted parameters: images in [0, 1] -> logits.
+
+        Raises:
+            InputError: recent images were not in [0, 1] (`ttt_plugins.core.notices`).
+        """
+        self._notices.look_at_pixels()
         with self.backbone.lock, torch.no_grad():
             plain = deep_copy(self.backbone, {})
             plain.freeze_statistics(self._waiting)

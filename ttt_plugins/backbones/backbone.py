@@ -165,6 +165,7 @@ class Backbone(HookedModel):
             InputError: these are no indices, one occurs twice, or one is beyond the model's
                 classes.
         """
+        self._positions: Tensor
         self.classes: tuple[int, ...] | None = None
         if classes is None:
             return
@@ -177,6 +178,8 @@ class Backbone(HookedModel):
                 f"classes name position {max(wanted)}, but the model has {self.num_classes} classes"
             )
         self.classes, self.num_classes = wanted, len(wanted)
+        positions = torch.tensor(wanted, device=self.device)
+        self.register_buffer("_positions", positions, persistent=False)
 
     def _restricted(self, logits: Tensor) -> Tensor:
         assert self.classes is not None
@@ -185,7 +188,7 @@ class Backbone(HookedModel):
                 f"classes name position {max(self.classes)}, but the model returned "
                 f"{logits.shape[1]} logits"
             )
-        return logits[:, torch.tensor(self.classes, device=logits.device)]
+        return logits[:, self._positions]
 
     def faster_channels_last(self, images: Tensor) -> bool:
         """Whether the model accepts the channels-last layout, and is faster with it.

@@ -141,6 +141,9 @@ def _mean_and_squares(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]
     count = 1
     for axis in axes:
         count *= x.shape[axis]
+    if x.device.type != "cpu":
+        var, mean = torch.var_mean(x, axes, correction=0)
+        return mean, var * count
     if x.ndim == 4 and axes == (0, 2, 3) and x.is_contiguous():
         rows = x.flatten(2)
         sums, norms = rows.sum(2), torch.linalg.vector_norm(rows, dim=2)

@@ -94,7 +94,7 @@ class Stream:
             fine = torch.isfinite(moments).all(2).all(1)
             mean = moments.where(fine[:, None, None], 0).sum(0) / fine.sum().clamp_min(1)
             if self._weighed is None:
-                self._weighed = self._weigh(mean.new_tensor(float(images)))
+                self._weighed = self._weigh(mean.new_full((), float(images)))
             self._chosen[name] = self._average(name, source, mean, *self._weighed)
         return self._chosen[name]
 

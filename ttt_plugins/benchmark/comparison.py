@@ -161,6 +161,7 @@ def differences(entries: Sequence[Entry]) -> list[str]:
 
     for name in _COMPARED:
         note(name, [entry.results.settings[name] for entry in entries])
+    note("accelerator", [entry.results.settings.get("accelerator") for entry in entries])
     note("torch", [entry.results.circumstances["versions"].get("torch") for entry in entries])
     note("machine", [entry.results.circumstances["machine"] for entry in entries])
     note("images", [sum(c.n for c in e.method.cells if not c.visit) for e in entries])

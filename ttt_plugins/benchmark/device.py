@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.adaptive import AdaptiveModel
-from ..data.images import LabelledImages
+from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from .cells import Cell
 from .protocols import Stretch
@@ -23,11 +23,11 @@ from .protocols import Stretch
 __all__ = [
     "Execution",
     "Loader",
+    "accelerator",
     "batches",
     "gather",
     "peak_memory",
     "reset_peak_memory",
-    "to_unit",
 ]
 
 #: What Linux tells of this process.
@@ -218,19 +218,27 @@ class Execution:
 
     def unit(self, images: Tensor) -> Tensor:
         """uint8 images on the device -> float32 in [0, 1], in this memory layout."""
-        scaled = to_unit(images)
+        scaled = to_float(images)
         if self.channels_last:
             return scaled.contiguous(memory_format=torch.channels_last)
         return scaled
 
 
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 images -> float32 in [0, 1], exactly as in RobustBench on the CPU.
-
-    CUDA multiplies by the reciprocal of a Python number, but divides by a tensor. That tensor is
-    filled on the device, because copying it from the host would synchronise.
-    """
-    return images.float().div_(torch.full((), 255.0, device=images.device))
+def accelerator(device: torch.device) -> dict[str, Any] | None:
+    """What the last bits of a GPU's figures depend on; None for other devices."""
+    if device.type != "cuda":
+        return None
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        # "highest" is float32 throughout; convolutions use TF32 unless they are told not to.
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -17,14 +17,14 @@ from tqdm.auto import tqdm
 from ..artifacts.tensor_files import fingerprint
 from ..core.adaptive import AdaptiveModel, device_of
 from ..data.datasets import DATASETS, PICTURES
-from ..data.images import LabelledImages
+from ..data.images import LabelledImages, to_float
 from ..errors import InputError
 from ..utils import robustbench as bridge
 from ..utils.checks import check_seed
 from ..utils.processes import Worker
 from . import plots
 from .cells import CorruptionData
-from .device import Execution, Loader, to_unit
+from .device import Execution, Loader, accelerator
 from .jobs import Job, claim, job_records, planned, run_job
 from .leaderboard import leaderboard_files, mean_corruption_error
 from .protocols import CONCENTRATION, PROTOCOLS, WITH_CLEAN, describe_order, shuffled
@@ -156,6 +156,7 @@ def _settings(
     protocol = PROTOCOLS.get(order["protocol"])
     if protocol is None or not protocol.by_class:
         order = order | {"concentration": None}
+    card = accelerator(device)
     return {
         "model": model_name,
         # Fingerprints of the wrapped model and of the tensors that the method learned beforehand.
@@ -173,6 +174,8 @@ def _settings(
         # The number of threads affects the order of summation, and so the last bits.
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "execution": dataclasses.asdict(execution),
+        # Only there, so that runs on a CPU from before it was recorded can be resumed.
+        **({} if card is None else {"accelerator": card}),
     }
 
 
@@ -312,7 +315,7 @@ class _Run:
                 return net(images)
 
         net.reset()
-        images = to_unit(clean.images)
+        images = to_float(clean.images)
         accuracy = bridge.clean_accuracy(model, images, clean.labels, self.batch_size, device)
         net.reset()
         return accuracy

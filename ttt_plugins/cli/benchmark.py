@@ -33,7 +33,7 @@ from ..data.corruptions import TENSOR_CORRUPTIONS
 from ..data.labels import dataset_positions
 from ..errors import InputError
 from ..utils.checks import check_seed
-from ..utils.processes import Worker, place_from_environment
+from ..utils.processes import Worker, device_of_process, place_from_environment
 from ..utils.text import printable
 from ..wrapping import wrap
 from .flags import fields_from_pairs, key_value
@@ -195,8 +195,8 @@ def _benchmark(args: argparse.Namespace) -> None:
         _run(args, None)
         return
     place = place_from_environment()
-    if args.device == "cuda" and torch.cuda.is_available():
-        args.device = f"cuda:{place.local_rank % torch.cuda.device_count()}"
+    if args.device == "cuda":
+        args.device = str(device_of_process(args.device, shared=True))
     # torchrun restarts all processes when one has died; finished work is on disk.
     args.resume |= place.restarts > 0
     try:

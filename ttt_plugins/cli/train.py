@@ -27,7 +27,7 @@ from ..train.mgg import MGGRecipe, train_mgg, untrained
 from ..train.mt3 import MT3Recipe, train_mt3
 from ..train.source import SourceRecipe, train_source
 from ..utils.checks import check_device, check_seed
-from ..utils.processes import place_from_environment
+from ..utils.processes import device_of_process, place_from_environment
 from .flags import add_dataclass_flags, add_field_flags, dataclass_from_args, fields_from_pairs
 from .pictures import (
     add_source_flags,
@@ -262,8 +262,8 @@ def _train_mt3(args: argparse.Namespace) -> None:
         return
     recipe = _recipe(args, MT3Recipe, ByolRecipe, "without --joint")
     device, place = args.device, place_from_environment()
-    if device == "cuda" and place.world_size > 1:
-        device = f"cuda:{place.local_rank}"
+    if device == "cuda":
+        device = str(device_of_process(device))
     check_device(device)
     if recipe.init and (hasattr(args, "arch") or hasattr(args, "model_args")):
         raise InputError("--init has its own architecture; leave --arch and --model-args out")

@@ -88,7 +88,8 @@ def chunk_size(wanted: int | str, per_image: Callable[[], int], device: torch.de
 
     Args:
         wanted: the number, or ``"auto"`` for one on a CPU, where more are slower, and as many as
-            fit into half of the free memory on an accelerator.
+            fit into half of the free memory on an accelerator, rounded down to a power of two,
+            because sums depend on it and free memory differs a little from run to run.
         per_image: returns the memory of adapting to one image, in bytes.
         device: device of the images.
     """
@@ -98,7 +99,8 @@ def chunk_size(wanted: int | str, per_image: Callable[[], int], device: torch.de
         return 1
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(1, int(_SHARE * free / max(1, _AMONG_OTHERS * per_image())))
+    fitting = int(_SHARE * free / max(1, _AMONG_OTHERS * per_image()))
+    return 1 << max(0, fitting.bit_length() - 1)
 
 
 def adapt(

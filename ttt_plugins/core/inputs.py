@@ -17,6 +17,7 @@ __all__ = [
     "check_pixels",
     "knows_normalisation",
     "pixels_of",
+    "refuse_pixels",
     "refuse_tracing",
     "refused_sizes",
 ]
@@ -61,13 +62,27 @@ def check_pixels(images: Tensor) -> None:
     Raises:
         InputError: there are such pixels.
     """
-    low, high = (bound.item() for bound in torch.aminmax(images.detach()))
+    low, high = torch.aminmax(images.detach())
+    refuse_pixels(low.item(), high.item())
+
+
+def refuse_pixels(low: float, high: float, where: str = "") -> None:
+    """Refuse images by their smallest and largest pixel.
+
+    Args:
+        low: the smallest, not a number if one is not.
+        high: the largest.
+        where: in which batch that was, unless it is the one at hand.
+
+    Raises:
+        InputError: one of them is outside [0, 1] or not finite.
+    """
     if low != low or high != high or max(abs(low), abs(high)) == float("inf"):
-        raise InputError("images contain NaN or infinite pixels; nothing was adapted")
+        raise InputError(f"images contain NaN or infinite pixels{where or '; nothing was adapted'}")
     if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
         raise InputError(
-            f"images must lie in [0, 1], but these range from {low:.3g} to {high:.3g}; the adapter "
-            "normalises them itself, so pass 8-bit pixels divided by 255"
+            f"images must lie in [0, 1], but these range from {low:.3g} to {high:.3g}{where}; the "
+            "adapter normalises them itself, so pass 8-bit pixels divided by 255"
         )
 
 

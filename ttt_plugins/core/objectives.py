@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -52,4 +53,6 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 
 def all_finite(*tensors: Tensor) -> Tensor:
     """Whether all values of all tensors are finite, a bool tensor () on their device."""
-    return torch.stack([torch.isfinite(t).all() for t in tensors]).all()
+    # The largest magnitude, which is not a number if one value is not: one reading of a tensor.
+    largest = [torch.linalg.vector_norm(t, torch.inf) < torch.inf for t in tensors]
+    return functools.reduce(torch.Tensor.logical_and, largest)

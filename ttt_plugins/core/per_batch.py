@@ -23,6 +23,7 @@ from .chunks import chunk_size, image_bytes, memory_line
 from .objectives import all_finite
 from .per_image import Task, descend, loss_and_gradient
 from .scope import call, flatten
+from .updates import choose
 from .views import image_keys
 
 __all__ = ["PerBatch"]
@@ -85,16 +86,15 @@ class PerBatch:
 
     def adapt(self, params: Tensors, state: Tensors, images: Tensor) -> Outcome:
         """Images (B, C, H, W) in [0, 1] -> logits after the steps; nothing is kept."""
-        moved, skipped, loss = params, False, None
+        moved, loss = params, None
+        fine = torch.ones((), dtype=torch.bool, device=images.device)
         for number in range(self.steps):
             loss, grads = self._gradient(moved, images, number)
-            if torch.isfinite(loss) & all_finite(flatten(grads)):
-                moved = descend(moved, grads, self.lr)
-            else:
-                skipped = True
+            good = all_finite(loss, flatten(grads))
+            moved, fine = choose(good, descend(moved, grads, self.lr), moved), fine & good
         passes = len(images) * self.steps * self.copies
         logits = call(self.backbone, moved, images)
-        return Outcome(logits, params, state, int(skipped), passes + len(images), passes, loss)
+        return Outcome(logits, params, state, (~fine).long(), passes + len(images), passes, loss)
 
     def _gradient(self, params: Tensors, images: Tensor, number: int) -> tuple[Tensor, Tensors]:
         """The mean loss of the views of all images, and its gradient."""

@@ -29,6 +29,7 @@ from ..utils.failures import device_failed, out_of_memory
 from .algorithm import Outcome, Tensors
 from .chunks import chunk_size, image_bytes, memory_line
 from .scope import call, gradients, no_recomputation
+from .updates import choose
 from .views import image_keys
 
 __all__ = ["SOURCE_ONLY", "PerImage", "Task", "check_square", "descend", "loss_and_gradient"]
@@ -104,10 +105,12 @@ def loss_and_gradient(
 
 def _finite(loss: Tensor, grads: Tensors) -> Tensor:
     """Whether losses and their gradients are finite, bool of the shape of ``loss``."""
-    fine = torch.isfinite(loss)
-    for g in grads.values():
-        fine = fine & torch.isfinite(g).reshape(*loss.shape, -1).all(-1)
-    return fine
+    # The largest magnitudes, which are not numbers if one value is not.
+    largest = [
+        torch.linalg.vector_norm(t[..., None], torch.inf, tuple(range(loss.ndim, t.ndim + 1)))
+        for t in (loss, *grads.values())
+    ]
+    return torch.stack(largest).amax(0) < torch.inf
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ class PerImage:
         loss, skipped, fitting = None, 0, None
         if len(rows):
             predicted, fine, losses, fitting = self._episodes(params, images[rows], keys[rows])
-            loss, skipped = losses.mean(), len(rows) - int(fine.sum())
+            loss, skipped = losses.mean(), (~fine).sum()
             logits = (
                 predicted
                 if logits is None
@@ -300,9 +303,7 @@ class PerImage:
                 lambda p, views=views: self.task.loss(p, *views), params
             )
             good = _finite(loss, grads)
-            if good:
-                params = descend(params, grads, self.lr)
-            fine = fine & good
+            params, fine = choose(good, descend(params, grads, self.lr), params), fine & good
         return params, fine, loss
 
     def _predict(self, params: Tensors, images: Tensor, keys: Tensor) -> Tensor:
@@ -316,8 +317,9 @@ class PerImage:
 
     def _stream(self, params: Tensors, state: Tensors, images: Tensor, keys: Tensor) -> Outcome:
         """Adapt to images in order, each from the parameters of the last, and predict them."""
-        logits, losses, skipped, looked = [], [], 0, 0
+        logits, losses, looked = [], [], 0
         first = state["seen"]
+        skipped = torch.zeros_like(first)
         for i in range(len(images)):
             image = images[i : i + 1]
             if self.task.sure is not None:
@@ -325,7 +327,7 @@ class PerImage:
             if self.task.sure is None or not self.task.sure(params, image).item():
                 # With the position in the stream, so that a repeated image gets other views.
                 params, fine, loss = self._steps(params, image, keys[i : i + 1] + (first + i))
-                skipped += int(not fine)
+                skipped = skipped + ~fine
                 losses.append(loss)
             logits.append(self._predict(params, image, keys[i : i + 1]))
         passes = len(losses) * self.steps * self.copies

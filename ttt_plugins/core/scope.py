@@ -23,6 +23,7 @@ from ..errors import InputError
 from ..utils.precision import single, single_dtype
 
 __all__ = [
+    "are_few",
     "call",
     "flatten",
     "gradients",
@@ -36,6 +37,9 @@ __all__ = [
 
 _PREFIX = "model."  # Backbone keeps the user's model under this name
 _LORA = "lora."
+
+#: Scalars in tensors that are put together; see `are_few`.
+_FEW = 1 << 20
 
 #: Rank of low-rank changes if a method does not define one.
 LORA_RANK = 4
@@ -286,6 +290,21 @@ def moved(params: Mapping[str, Tensor], fn: Callable[[Tensor], Tensor]) -> dict[
         n: t if t.dtype == single_dtype(t.dtype) else params[n].to(t.device, single_dtype(t.dtype))
         for n, t in results.items()
     }
+
+
+def are_few(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an operation on all of these is cheaper on one vector, put together for it.
+
+    It is for the parameters of norms, tens of small tensors. Larger ones are not copied, and
+    tensors of other types or memory layouts than the first one's keep theirs.
+    """
+    first = next(iter(tensors.values()), None)
+    return (
+        first is not None
+        and first.dtype == single_dtype(first.dtype)
+        and sum(t.numel() for t in tensors.values()) <= _FEW
+        and all(t.dtype == first.dtype and t.is_contiguous() for t in tensors.values())
+    )
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import gradient_memory
 from .algorithm import Tensors
 from .objectives import all_finite
-from .scope import flatten, unflatten
+from .scope import are_few, flatten, unflatten
 
 __all__ = [
     "SGD",
@@ -49,8 +49,9 @@ class Evaluation(NamedTuple):
     @property
     def finite(self) -> Tensor:
         """Whether loss and gradients are finite, a bool tensor () on the device."""
-        # Their squares must be finite too, because the second moments of rules contain them.
-        return all_finite(self.loss, flatten(self.grads).square())
+        # The largest gradient's square too: the rules' second moments hold squares.
+        largest = torch.linalg.vector_norm(flatten(self.grads), torch.inf)
+        return all_finite(self.loss, largest.square())
 
 
 class Situation(NamedTuple):
@@ -93,11 +94,16 @@ class UpdateRule(Protocol):
 
 def choose(which: Tensor, these: Tensors, those: Tensors) -> Tensors:
     """``these`` if a bool tensor () is true, else ``those``, without waiting for the device."""
+    if are_few(these) and are_few(those):
+        return unflatten(torch.where(which, flatten(these), flatten(those)), those)
     return {name: torch.where(which, t, those[name]) for name, t in these.items()}
 
 
 def _move(params: Tensors, direction: Tensor, lr: float) -> Tensors:
     """New tensors ``params - lr * direction``."""
+    if are_few(params):
+        start = flatten(params)
+        return unflatten(start.sub(direction.to(start.dtype), alpha=lr), params)
     parts = unflatten(direction, params)
     return {name: p.sub(parts[name].to(p.dtype), alpha=lr) for name, p in params.items()}
 

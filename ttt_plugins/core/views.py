@@ -246,7 +246,7 @@ def colour_jitter(images: Tensor, u: Tensor) -> Tensor:
     turn = torch.where(red_most | green_most, turn, 4 + red - green) + 6 * 0.04 * hue
     grey = spread / torch.where(value > 0, value, 1) * (1 + 0.16 * saturation)
     # back to RGB
-    k = (torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1) + turn) % 6
+    k = (torch.arange(5, 0, -2, device=x.device).view(3, 1, 1) + turn) % 6
     share = torch.minimum(torch.minimum(k, 4 - k), torch.ones_like(k)).clamp_min(0)
     return (value - value * grey.clamp(0, 1) * share).clamp(0, 1)
 
@@ -294,7 +294,7 @@ def shared_augmentation(images: Tensor, u: Tensor, noise: Tensor) -> Tensor:
 
 def _blur(images: Tensor) -> Tensor:
     """A 3x3 Gaussian blur with a standard deviation of 1 pixel, reflected at the border."""
-    weights = torch.exp(-torch.tensor([1.0, 0.0, 1.0]) / 2).to(images)
+    weights = torch.exp(-torch.arange(-1.0, 2, device=images.device).square() / 2).to(images)
     weights = weights / weights.sum()
     flat = images.flatten(0, -3)[:, None]
     flat = F.pad(flat, (1, 1, 1, 1), mode="reflect")

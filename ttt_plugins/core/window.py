@@ -27,6 +27,7 @@ from torch import Tensor
 from ..backbones.backbone import Backbone
 from ..backbones.statistics import StatisticsFields
 from ..backbones.stream import STREAM
+from ..data.images import to_float
 from ..errors import InputError
 from ..utils.checks import check_choice, check_integer, check_number
 from .algorithm import Outcome, Tensors
@@ -189,8 +190,10 @@ def _append(waiting: Tensor | None, images: Tensor) -> Tensor:
 def encode(images: Tensor) -> Tensor:
     """Images in [0, 1] as uint8 if `decode` restores them exactly, otherwise unchanged.
 
-    This waits for the device.
+    On an accelerator they always stay unchanged, because finding out would wait for it.
     """
+    if images.device.type != "cpu":
+        return images
     levels = (images * 255).round()
     stored = levels.clamp(0, 255).to(torch.uint8)
     return stored if torch.equal(decode(stored, images.dtype), images) else images
@@ -198,4 +201,4 @@ def encode(images: Tensor) -> Tensor:
 
 def decode(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """Stored images (N, C, H, W) -> images in [0, 1]."""
-    return stored.to(dtype) / 255 if stored.dtype == torch.uint8 else stored.to(dtype)
+    return to_float(stored, dtype).to(dtype)

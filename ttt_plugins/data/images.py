@@ -30,9 +30,15 @@ class LabelledImages:
         return LabelledImages(self.images[rows], self.labels[rows])
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 images in 0..255 -> float32 images in [0, 1]; others are returned unchanged."""
-    return images if images.is_floating_point() else images.float().div_(255)
+def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 images in 0..255 -> images in [0, 1]; others are returned unchanged.
+
+    The values are the same on every device: CUDA multiplies by the reciprocal of a Python number,
+    but divides by a tensor. That tensor is filled on the device, because copying it would wait.
+    """
+    if images.is_floating_point():
+        return images
+    return images.to(dtype).div_(torch.full((), 255.0, dtype=dtype, device=images.device))
 
 
 def batch_images(batch: object) -> Tensor:

@@ -137,7 +137,8 @@ def _descend(
     steps, log = per_epoch * recipe.epochs, []
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, steps, 0.05))
     for epoch in range(recipe.epochs):
-        loss_sum = right = 0.0
+        # Summed where they are: a look at every step would wait for an accelerator.
+        totals = torch.zeros(2, dtype=torch.float64, device=backbone.device)
         order = shuffled_rows(images, generator)
         rows = order[: per_epoch * recipe.batch_size].split(recipe.batch_size)
         name = f"rotation head, epoch {epoch + 1}/{recipe.epochs}"
@@ -153,8 +154,9 @@ def _descend(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            loss_sum += loss.item()
-            right += (logits.argmax(1) == quarters).sum().item()
+            right = (logits.detach().argmax(1) == quarters).sum()
+            totals += torch.stack([loss.detach().double(), right.double()])
+        loss_sum, right = totals.tolist()
         log.append(
             {
                 "epoch": epoch + 1,

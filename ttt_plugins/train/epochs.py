@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from ..data.on_demand import read_batches, shuffled_rows
@@ -123,8 +124,12 @@ class Training(ABC):
         """Everything that changes from epoch to epoch, as tensors and Python values."""
         return {name: part.state_dict() for name, part in self.parts.items()}
 
+    def on_device(self, saved: Any) -> Any:
+        """A part of a saved `state` with its tensors on the training's device."""
+        return tree_map_only(Tensor, lambda t: t.to(self.device), saved)
+
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Restore a saved `state`."""
+        """Restore a saved `state`, whose tensors are on the CPU."""
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
 
@@ -282,7 +287,8 @@ def load_checkpoint(file: Path, training: Training) -> dict | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch guesses about files that are not archives
-            saved = torch.load(file, map_location=training.device, weights_only=True)
+            # On the CPU, where Adam's count of steps has to stay: it is looked at in every step.
+            saved = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # raised by the archive, the unpickler or the system
         saved, damage = None, error
     if not isinstance(saved, dict):

@@ -29,6 +29,7 @@ from ..artifacts.tensor_files import fingerprint
 from ..benchmark.evaluate import accuracy
 from ..benchmark.protocols import shuffled
 from ..core import gradient_memory
+from ..core.objectives import all_finite
 from ..core.online import Loss, Objective, Online, evaluate
 from ..data.images import LabelledImages, to_float
 from ..errors import InputError
@@ -138,11 +139,11 @@ def run_sequence(
     slow: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     recipe: MGGRecipe,
-) -> tuple[dict[str, Tensor], list[float]]:
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Adapt to the batches of one sequence and train the slow weights meanwhile.
 
     Returns:
-        the adapted parameters at the end and the outer loss of every update.
+        the adapted parameters at the end and the outer losses (), one for every update.
     """
     backbone = algorithm.backbone
     state, losses = algorithm.init(), []
@@ -159,7 +160,7 @@ def run_sequence(
             loss, grads = first.loss, first.grads
             if recipe.labelled:
                 loss, grads = _outer_loss(algorithm, params, images, labels.to(backbone.device))
-            losses.append(loss.item())
+            losses.append(loss)
             judgement = torch.stack([(params[n] * grads[n]).sum() for n in params]).sum()
             surrogate = judgement if surrogate is None else surrogate + judgement
             window += 1
@@ -180,7 +181,8 @@ def _descend(surrogate: Tensor, slow: dict[str, Tensor], optimizer, clip: float)
     surrogate.backward()
     if clip:
         nn.utils.clip_grad_norm_(slow.values(), clip)
-    if all(torch.isfinite(p.grad).all() for p in slow.values() if p.grad is not None):
+    grads = [p.grad for p in slow.values() if p.grad is not None]
+    if all_finite(*grads):
         optimizer.step()
 
 
@@ -241,14 +243,14 @@ class _OptimizerTraining(Training):
             for name, tensor in self.slow.items():
                 tensor.copy_(saved["slow"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.params, self.best = saved["params"], saved["best"]
+        self.params, self.best = self.on_device((saved["params"], saved["best"]))
 
     def run(self, epoch: Epoch) -> dict[str, Any]:
         recipe = self.recipe
         if recipe.decay:
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.meta_lr * (1 - epoch.number / recipe.epochs)
-        losses: list[float] = []
+        losses: list[Tensor] = []
         turns = range(recipe.sequences * len(self.algorithms))
         for i in (turn % len(self.algorithms) for turn in epoch.bar(turns)):
             algorithm = self.algorithms[i]
@@ -258,7 +260,8 @@ class _OptimizerTraining(Training):
                 algorithm, start, batches, self.slow, self.optimizer, recipe
             )
             losses += seen
-        entry: dict[str, Any] = {"outer_loss": sum(losses) / max(1, len(losses))}
+        total = torch.stack(losses).double().sum().item() if losses else 0.0
+        entry: dict[str, Any] = {"outer_loss": total / max(1, len(losses))}
         number = epoch.number + 1
         if number % recipe.validate_every == 0 or number == recipe.epochs:
             entry |= self._validate(number)

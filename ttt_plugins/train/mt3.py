@@ -14,7 +14,6 @@ Deviations from the released trainer:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from ..core.schedules import schedule_factor
 from ..data.images import LabelledImages
 from ..errors import InputError
 from ..methods.mt3 import MT3, RATE, rate_names
-from ..utils.processes import place_from_environment
+from ..utils.processes import device_of_process
 from .common import initial_model, read_start
 from .epochs import Epoch, Training, check_convergence, checkpoint_file, train_epochs
 from .gap import StepGap
@@ -130,8 +129,9 @@ class _MetaTraining(Training):
                 "the checkpoint's best epoch was chosen by other held images: resume with the same "
                 "ones (--extras, --extras-images), or start anew"
             )
-        self.meta, self.velocity = saved["meta"], saved["velocity"]
-        self.best = saved.get("best")
+        self.meta, self.velocity, self.best = self.on_device(
+            (saved["meta"], saved["velocity"], saved.get("best"))
+        )
 
     def run(self, epoch: Epoch) -> dict[str, float]:
         recipe = self.recipe
@@ -206,7 +206,7 @@ def train_mt3(
         config: config of the adapter that will use the model; checked before training starts.
         gap: measures the accuracy before and after the adapter's step at the end of every epoch;
             the epoch with the highest accuracy after the step is kept.
-        device: device to train on.
+        device: device to train on; ``"cuda"`` is a GPU for each process.
         resume: whether to resume from the checkpoint, if there is one; the result is the same as
             that of an uninterrupted run.
         progress: whether to show progress bars and print the log.
@@ -222,9 +222,7 @@ def train_mt3(
         DataError: a checkpoint cannot be written.
     """
     check_square(train.images, "MT3")
-    checkpoint, device = checkpoint_file(out), torch.device(device)
-    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", place_from_environment().local_rank)
+    checkpoint, device = checkpoint_file(out), device_of_process(device)
     with Workers(device) as workers:
         training = _MetaTraining(recipe, config or MT3(), train, device, gap, workers)
         log = train_epochs(

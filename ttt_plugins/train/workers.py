@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import InputError
-from ..utils.processes import place_from_environment
+from ..utils.processes import backend_for, place_from_environment
 
 __all__ = ["Workers"]
 
@@ -34,7 +34,7 @@ class Workers:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
         if self._entered:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group(backend_for(device))
 
     def __enter__(self) -> Workers:
         return self

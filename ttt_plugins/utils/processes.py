@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
@@ -18,6 +19,8 @@ from ..errors import DistributedError
 __all__ = [
     "Place",
     "Worker",
+    "backend_for",
+    "device_of_process",
     "place_from_environment",
     "worker_from_environment",
 ]
@@ -76,6 +79,33 @@ def place_from_environment() -> Place:
             f"cannot join the other processes: RANK is {place.rank}, but WORLD_SIZE {world_size}"
         )
     return place
+
+
+def device_of_process(device: str | torch.device, *, shared: bool = False) -> torch.device:
+    """The device of this process: for ``"cuda"`` under torchrun, a GPU for each on its machine.
+
+    Args:
+        device: as the user named it; one with a number stays as it is.
+        shared: whether processes share GPUs where there are fewer of them.
+
+    Raises:
+        DistributedError: this process would have none; or as for `place_from_environment`.
+    """
+    device, place = torch.device(device), place_from_environment()
+    count = torch.cuda.device_count() if device == torch.device("cuda") else 0
+    if place.world_size < 2 or not count:
+        return device
+    if place.local_rank >= count and not shared:
+        raise DistributedError(
+            f"process {place.local_rank} of this machine has no GPU, there are {count}: start one "
+            f"process for each (torchrun --nproc-per-node {count})"
+        )
+    return torch.device("cuda", place.local_rank % count)
+
+
+def backend_for(device: torch.device) -> str:
+    """The backend of torch.distributed for tensors on a device: nccl on GPUs, gloo elsewhere."""
+    return "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
 
 
 class Worker:

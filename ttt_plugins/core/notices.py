@@ -1,0 +1,77 @@
+"""What an adapter notices about its batches without waiting for their device.
+
+An accelerator works ahead of Python, and a look at a tensor's value waits until it has caught up.
+So what is to be looked at gathers on the device, and is looked at after the first batch and then
+once in `LOOK_EVERY` batches. On a CPU every batch is looked at.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .inputs import check_pixels, refuse_pixels
+
+__all__ = ["LOOK_EVERY", "SKIPPED", "Notices"]
+
+#: Batches between two looks on an accelerator.
+LOOK_EVERY = 64
+
+SKIPPED = (
+    "the loss or its gradient was not finite: such updates are skipped, the prediction is "
+    "returned; net.skipped_updates counts (warned once)"
+)
+
+
+class Notices:
+    """Pixels outside their range, and which warnings were given."""
+
+    def __init__(self):
+        self._warned: set[str] = set()
+        self._batches = self._unseen = 0
+        self._span: tuple[Tensor, Tensor] | None = None
+
+    def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow a move or cast ``fn`` of the adapter."""
+        if self._span is not None:
+            self._span = fn(self._span[0]), fn(self._span[1])
+
+    def warn(self, happened: int, message: str) -> None:
+        """Warn once of what has happened, unless that is nothing."""
+        if happened and message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=8)
+
+    def check_pixels(self, images: Tensor) -> None:
+        """Refuse images outside [0, 1] or not finite: at once, or on an accelerator later.
+
+        Raises:
+            InputError: there are such pixels, in this batch or in one since the last look.
+        """
+        if images.device.type == "cpu":
+            check_pixels(images)
+            return
+        low, high = torch.aminmax(images.detach())
+        if self._span is not None:
+            low = torch.minimum(low.to(self._span[0]), self._span[0])
+            high = torch.maximum(high.to(self._span[1]), self._span[1])
+        self._span = low, high
+        self._batches, self._unseen = self._batches + 1, self._unseen + 1
+        if self._batches == 1 or self._unseen == LOOK_EVERY:
+            self.look_at_pixels()
+
+    def look_at_pixels(self) -> None:
+        """Look at the pixels since the last look; the device is waited for.
+
+        Raises:
+            InputError: some of them were outside [0, 1] or not finite.
+        """
+        if self._span is None:
+            return
+        (low, high), first, last = self._span, self._batches - self._unseen + 1, self._batches
+        self._span, self._unseen = None, 0
+        where = f", in one of the batches {first} to {last}: reset() forgets what they taught"
+        refuse_pixels(low.item(), high.item(), "" if last == 1 else where)
