@@ -310,7 +310,7 @@ def _labels(p: Tensor, counted: Tensor) -> Tensor:
 
 
 def _noted(log: Tensor, seen: Tensor, reason: Tensor, happened: Tensor) -> Tensor:
-    row = torch.stack([seen.to(log.device), reason])
+    row = torch.stack([torch.full_like(reason, int(seen)), reason])  # the count is on the CPU
     return torch.where(happened, torch.cat([log[1:], row[None]]), log)
 
 
