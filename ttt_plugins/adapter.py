@@ -90,7 +90,7 @@ class Adapter(Shell):
         self.names = method.select(config, backbone)
         self.forwards = self.backwards = self.batches = 0
         self.checks_pixels = True
-        self._skipped: int | Tensor = 0
+        self._skipped = torch.zeros((), dtype=torch.int64)
         self._notices = Notices()
         self.loss: Tensor | None = None
         self._params: Tensors | None = None
@@ -176,8 +176,7 @@ class Adapter(Shell):
         """Check images as ``forward`` does.
 
         Raises:
-            InputError: these are no floating-point images (B, C, H, W) in [0, 1] on the adapter's
-                device.
+            InputError: as for ``forward``.
         """
         pixels = self._pixels(images)
         if self.checks_pixels:
@@ -238,9 +237,7 @@ class Adapter(Shell):
             super()._apply(fn, recurse)
             self._waiting = {name: fn(t) for name, t in self._waiting.items()}
             self._tensors = scope.moved(self._tensors, fn)
-            self._skipped = (
-                fn(self._skipped) if isinstance(self._skipped, Tensor) else self._skipped
-            )
+            self._skipped = fn(self._skipped)
             self._notices.moved(fn)
             self._params = self._params and scope.moved(self._params, fn)
             self._algorithm = None  # it holds the tensors from before the move
