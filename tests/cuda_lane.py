@@ -44,6 +44,7 @@ TRAINING_READS = {
 #: Reads before and after an epoch that are not counted.
 AROUND = (
     "artifacts/tensor_files.py:fingerprint",
+    "backbones/hooked.py:",
     "benchmark/evaluate.py:",
     "core/inputs.py:check_pixels",
     "core/notices.py:look_at_pixels",
