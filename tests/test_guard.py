@@ -125,13 +125,25 @@ def known_of(gap=0.0, source=None, adapted=None, probes=20.0):
 def test_what_becomes_of_an_update(known, reason, share):
     source, moved = {"w": torch.zeros(3)}, {"w": torch.tensor([1.0, 2.0, 4.0])}
     outcome = Outcome(torch.zeros(2, 10), moved, {"m": torch.ones(3)}, backwards=2)
-    after, state = rules._decided(known, outcome, source, source, lambda: {"m": torch.zeros(3)})
+    after, state = rules._decided(known, outcome, source, lambda: {"m": torch.zeros(3)})
     assert torch.equal(after.params["w"], share * moved["w"])
     assert after.state["m"].sum() == (0 if share == 0 else 3)
     events = Guard(True).events(state)
     assert [e.reason for e in events] == ([reason] if reason else [])
     assert state["guard.scale"] == (0.5 if share == 0 else 1)
     assert (state["guard.means"][0] == 0) == (reason in ("less sure", "collapse"))
+
+
+@pytest.mark.parametrize(
+    ("scale", "openness", "share"), [(1, None, 1), (0.5, None, 0.5), (1, 1, 1), (1, 0, 0)]
+)
+def test_how_far_an_update_goes(scale, openness, share):
+    source, before, after = ({"w": torch.tensor([x])} for x in (0.0, 1.0, 2.0))
+    outcome = Outcome(torch.zeros(2, 10), after, {}, backwards=2)
+    openness = None if openness is None else torch.tensor(float(openness))
+    moved = rules._as_far_as(torch.tensor(float(scale)), openness, before, outcome, source)
+    home = 1.0 if openness is None else (1 + openness) / 2
+    assert moved.params["w"] == home * (1 + share)
 
 
 def test_an_accelerator_is_not_waited_for():
@@ -144,7 +156,7 @@ def test_an_accelerator_is_not_waited_for():
         known = rules._measured(known, logits, probe)
         source = {"w": torch.empty(3, device=place)}
         outcome = Outcome(logits, source, source, backwards=32)
-        rules._decided(known, outcome, source, source, lambda: source)
+        rules._decided(known, outcome, source, lambda: source)
 
 
 @pytest.mark.parametrize("method", ONLINE)

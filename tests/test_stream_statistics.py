@@ -6,7 +6,18 @@ from torch import nn
 
 import ttt_plugins as tp
 from ttt_plugins import testing
-from ttt_plugins.backbones.stream import CLUSTERING, GROUPS, HORIZON, Stream
+from ttt_plugins.backbones.stream import (
+    CLUSTERING,
+    EVERY,
+    FAR,
+    GROUPS,
+    HORIZON,
+    NEAR,
+    PROBES,
+    SPREAD,
+    START,
+    Stream,
+)
 from ttt_plugins.testing import all_equal, same_state
 
 PRIOR = 5.0
@@ -41,8 +52,24 @@ class PlainLoop:
     def __init__(self, net):
         self.net, norm = net, net.backbone.model.norm
         self.mean, self.var = norm.running_mean.clone(), norm.running_var.clone()
+        self.shares, self.open = [], 1.0
         self.groups = [(0.0, torch.zeros(3).double(), torch.zeros(3).double())] * 10
-        self.repeats = None
+        self.repeats, self.seen, self.probed, self.shift = None, 0, 0, torch.zeros(3).double()
+
+    def probe(self, x):
+        """The source's predictions of some images, and how far they are from its own."""
+        first = [i for i in range(len(x)) if i < START]
+        places = [i for i in range(len(x)) if (self.seen + i) % EVERY == 0] if self.seen else first
+        self.seen += len(x)
+        if not places:
+            return
+        some, old = x[places], min(self.probed, PROBES)
+        new = (some.mean((0, 2, 3)) - self.mean) / (self.var + 1e-5).sqrt()
+        self.probed = old + len(some)
+        self.shift = (old * self.shift + len(some) * new) / self.probed
+        if self.repeats is None and len(some) >= 8:
+            labels = self.net.backbone.source_logits(some).argmax(1).tolist()
+            self.repeats = self.repeats_of(labels)[0]
 
     def repeats_of(self, labels):
         pairs = [a == b for i, a in enumerate(labels) for j, b in enumerate(labels) if i != j]
@@ -51,8 +78,7 @@ class PlainLoop:
 
     def logits(self, x):
         model, n = self.net.backbone.model, len(x)
-        if self.repeats is None and n >= 8:
-            self.repeats = self.repeats_of(self.net.backbone.source_logits(x).argmax(1).tolist())[0]
+        self.probe(x)
         repeats = self.repeats or 0.0
         batch = n / (1 + (n - 1) * CLUSTERING * repeats)
         parts = [(batch, x.mean((0, 2, 3)), x.square().mean((0, 2, 3)))] + [
@@ -67,7 +93,10 @@ class PlainLoop:
             pairs = sum(p[0] ** 2 * a for p, a in zip(parts, alike, strict=True)) - total
             excess = max(0.0, pairs / max(1, total * (total - 1)) - 0.1)
         effective = total / (1 + total * CLUSTERING * excess)
-        share = effective / (effective + PRIOR)
+        distance = float(self.shift.square().mean()) - SPREAD / self.probed
+        self.open = min(1.0, max(0.0, (distance - NEAR) / (FAR - NEAR)))
+        share = self.open * effective / (effective + PRIOR)
+        self.shares.append(share)
         own = (1 - share) * self.mean + share * mean
         var = (1 - share) * self.var + share * (square - mean.square())
         norm, of = model.norm, (1, 3, 1, 1)
@@ -78,7 +107,7 @@ class PlainLoop:
         return out
 
     def join(self, x, labels):
-        old = [(min(count, HORIZON / 10), m, s) for count, m, s in self.groups]
+        old = [(min(count, HORIZON / 10) * self.open, m, s) for count, m, s in self.groups]
         for image, label in zip(x, labels, strict=True):
             count, mean, square = old[label]
             new = image.mean((1, 2)), image.square().mean((1, 2))
@@ -109,6 +138,7 @@ def test_it_equals_a_plain_loop(model, images):
     counts = torch.tensor([count for count, *_ in loop.groups]).double()
     assert torch.allclose(net.adaptation_state()["statistics.counts"].double(), counts)
     assert (counts > 1).sum() > 1
+    assert min(loop.shares) < max(loop.shares)
 
 
 def test_the_first_batch_is_seen_as_with_mix(make_model, images):
@@ -190,13 +220,32 @@ def test_an_image_that_is_no_number_joins_nothing(model, images):
     assert torch.isfinite(net(x)).all()
 
 
+def test_the_sources_own_images_are_seen_on_its_own_statistics():
+    """Until the stream is another one, and again when it is over."""
+    source, stream = (torch.zeros(3), torch.ones(3)), Stream({}, 16.0)
+    noise, labels = torch.Generator().manual_seed(0), torch.eye(10)[torch.arange(64) % 10]
+    alone = []
+    for level in (0.0, 0.0, *[1.0] * 4, *[0.0] * 12):
+        x = level + torch.randn(64, 3, 4, 4, generator=noise)
+        places = stream.places(64)
+        stream.observe("norm", x[places], len(places), source)
+        stream.probe(places, labels[places])
+        mean, var = stream.choose("norm", x, 64, source)
+        alone.append(torch.equal(mean, source[0]) and torch.equal(var, source[1]))
+        stream = Stream(stream.joined(labels), 16.0)
+    assert alone[:2] == [True, True]
+    assert not any(alone[2:6])
+    assert all(alone[-2:])
+
+
 def test_a_stream_sorted_by_class_moves_little(model):
     """Images of one class say more of the class than of the shift."""
 
     def moved(labels):
         stream = Stream({}, 16.0)
-        stream.start(torch.eye(10)[labels])
         x = 1 + 0.1 * torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        stream.observe("norm", x, 32, (torch.zeros(3), torch.ones(3)))
+        stream.probe([0], torch.eye(10)[labels])
         stream.choose("norm", x, 32, (torch.zeros(3), torch.ones(3)))
         later = Stream(stream.joined(torch.eye(10)[labels]), 16.0)
         return [

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -284,6 +284,8 @@ class HookedModel(nn.Module):
         own = now.at_rest[module]
         if now.as_source:
             chosen = own
+            if now.stream is not None:
+                now.stream.observe(name, args[0], now.images, own)
         elif self.statistics.kind == "stream":
             stream = now.stream or Stream({}, self.statistics.prior)
             chosen = stream.choose(name, args[0], now.images, own)
@@ -302,7 +304,9 @@ class HookedModel(nn.Module):
             now.as_source = False
 
     @contextmanager
-    def streaming(self, estimate: Mapping[str, Tensor], images: Tensor) -> Iterator[Stream]:
+    def streaming(
+        self, estimate: Mapping[str, Tensor], images: Tensor, places: Collection[int] = ()
+    ) -> Iterator[Stream]:
         """Normalise with an estimate over a stream, where ``"stream"`` is chosen.
 
         Outside such a block a batch joins no images at all, which makes ``"stream"`` ``"mix"``.
@@ -310,16 +314,19 @@ class HookedModel(nn.Module):
         Args:
             estimate: of the batches before, as `Stream.joined` returned it.
             images: the batch, (B, C, H, W) in [0, 1].
+            places: positions of images whose logits by the source the caller needs too.
 
         Yields:
-            the stream, which the batch may join once it is predicted.
+            the stream, which the batch may join once it is predicted, and which holds the source's
+            logits for some of the images.
         """
         now, stream = self._now, Stream(estimate, self.statistics.prior)
         if self.statistics.kind == "stream" and self._batch_norms:
-            if stream.needs_start(len(images)):
-                stream.start(self.source_logits(images))
             now.stream = stream
+            places = {*places, *stream.places(len(images))}
         try:
+            if places:
+                stream.probe(sorted(places), self.source_logits(images[sorted(places)]))
             yield stream
         finally:
             now.stream = None

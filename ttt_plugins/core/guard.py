@@ -37,20 +37,19 @@ import torch
 from torch import Tensor
 
 from ..backbones.backbone import Backbone
+from ..backbones.stream import EVERY
 from ..errors import InputError
 from ..utils.precision import single
 from .algorithm import Outcome, Tensors
 from .objectives import entropy
 from .scope import flatten
 from .updates import choose
-from .window import Window
+from .window import WINDOW, Window
 
 __all__ = ["GUARD", "GUARDED", "Event", "Guard"]
 
 #: Prefix of the names of the tensors of its state.
 GUARD = "guard."
-#: One image in this many is also predicted by the source.
-EVERY = 16
 #: Number of images predicted by both that the running means extend over.
 HORIZON = 32
 #: Number of images predicted by both before any decision is made.
@@ -142,25 +141,29 @@ class Guard:
             images: images (B, C, H, W) in [0, 1].
         """
         known = {n: t for n, t in waiting.items() if n.startswith(GUARD)}
-        waiting = {n: t for n, t in waiting.items() if n not in known}
-        probe = self._probe(backbone, known, images) if self.on else None
-        outcome, waiting = window.step(adapt, backbone, *now, waiting, images)
+        gathered = {n: t for n, t in waiting.items() if n.startswith(WINDOW)}
+        places = self._places(known, len(images)) if self.on else []
+        with backbone.streaming(waiting, images, places) as stream:
+            outcome, gathered = window.step(adapt, backbone, *now, gathered, images)
+        outcome = outcome._replace(forwards=outcome.forwards + len(stream.probed))
+        waiting = gathered | stream.joined(outcome.logits)
         if self.pull and outcome.backwards:
             outcome = outcome._replace(params=_towards(start[0], outcome.params, 1 - self.pull))
         if not self.on:
             return outcome, waiting
+        probe = None
+        if places and stream.by_source is not None:
+            probe = Probe(places, stream.by_source[[stream.probed.index(p) for p in places]])
         known = _measured(known, outcome.logits, probe)
         if outcome.backwards:
-            outcome, known = _decided(known, outcome, now[0], *start)
-        if probe is not None:
-            outcome = outcome._replace(forwards=outcome.forwards + len(probe.places))
+            outcome = _as_far_as(known[_SCALE], stream.openness, now[0], outcome, start[0])
+            outcome, known = _decided(known, outcome, *start)
         return outcome, waiting | known
 
-    def _probe(self, backbone: Backbone, known: Tensors, images: Tensor) -> Probe | None:
-        """The source's predictions of one image in `EVERY`, counted across batches."""
+    def _places(self, known: Tensors, images: int) -> list[int]:
+        """Positions of the images that the source also predicts, counted across batches."""
         seen = int(known[_SEEN]) if _SEEN in known else 0
-        places = list(range(-seen % EVERY, len(images), EVERY))
-        return Probe(places, backbone.source_logits(images[places])) if places else None
+        return list(range(-seen % EVERY, images, EVERY))
 
     def health(self, known: Tensors, params: Tensors | None, source: Tensors) -> dict[str, float]:
         """The signals as numbers; before the first image only ``distance``.
@@ -268,16 +271,20 @@ def _measured(known: Tensors, logits: Tensor, probe: Probe | None) -> Tensors:
     return known | after
 
 
+def _as_far_as(
+    scale: Tensor, openness: Tensor | None, before: Tensors, outcome: Outcome, source: Tensors
+) -> Outcome:
+    """Shorten an update by ``scale``; near the source, undo it and halve the distance from it."""
+    if openness is None:
+        return outcome._replace(params=_towards(before, outcome.params, scale))
+    params = _towards(before, outcome.params, scale * openness)
+    return outcome._replace(params=_towards(source, params, (1 + openness) / 2))
+
+
 def _decided(
-    known: Tensors,
-    outcome: Outcome,
-    before: Tensors,
-    source: Tensors,
-    init: Callable[[], Tensors],
+    known: Tensors, outcome: Outcome, source: Tensors, init: Callable[[], Tensors]
 ) -> tuple[Outcome, Tensors]:
-    """Decide what happens to an update from the parameters ``before``."""
-    moved = _towards(before, outcome.params, known[_SCALE])
-    outcome = outcome._replace(params=moved)
+    """Decide what happens to an update."""
     weight, _, _, _, gap, squares = known[_MEANS].unbind()
     enough = weight >= ENOUGH
     gap = gap / weight.clamp_min(1)

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ..backbones.backbone import Backbone
 from ..backbones.statistics import StatisticsFields
-from ..backbones.stream import STREAM
 from ..data.images import to_float
 from ..errors import InputError
 from ..utils.checks import check_choice, check_integer, check_number
@@ -116,21 +115,6 @@ class Window:
         Returns:
             the outcome, with logits from before the update, and the waiting images.
         """
-        with backbone.streaming(waiting, images) as stream:
-            outcome, gathered = self._step(adapt, backbone, params, state, waiting, images)
-        gathered = {n: t for n, t in gathered.items() if not n.startswith(STREAM)}
-        return outcome, gathered | stream.joined(outcome.logits)
-
-    def _step(
-        self,
-        adapt: Callable[[Tensors, Tensors, Tensor], Outcome],
-        backbone: Backbone,
-        params: Tensors,
-        state: Tensors,
-        waiting: Tensors,
-        images: Tensor,
-    ) -> tuple[Outcome, Tensors]:
-        """`step`, except for the statistics of the stream."""
         if len(images) >= self.size:
             return adapt(params, state, images), waiting
         logits = call(backbone, params, images)
