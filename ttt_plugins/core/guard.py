@@ -14,6 +14,9 @@ update they decide what happens to it:
   because the same steps would fail again.
 - *less sure*: the adapted model is less confident than the source on the same images, by
   `LESS_SURE` and by `ERRORS` standard errors. The parameters go half of the way back.
+- on BatchNorm models with ``statistics="stream"``, updates near the source are undone, and the
+  parameters go half of the way back to it, because there is nothing to adapt to (no event). The
+  distance of a stream is measured by `ttt_plugins.backbones.stream`.
 - *not finite*: a prediction is not finite. Adaptation never keeps values that are not finite, so
   the event is only recorded.
 
