@@ -137,7 +137,7 @@ def make_net(slow):
 
     Like ``tp.wrap``, except that MGG gets this suite's slow weights, and TTT and MT3 random heads
     and few views, so that nothing depends on the bundled artifacts. Online methods make an update
-    on every batch, whatever its size. ``tensors`` adds to the
+    on every batch, whatever its size, and use its BatchNorm statistics. ``tensors`` adds to the
     learned tensors (source statistics); ``backbone`` is used instead of a new one.
     """
 
@@ -148,7 +148,7 @@ def make_net(slow):
         if method in PER_IMAGE:
             options = {"copies": 4} | ({"steps": 2} if method == "ttt" else {}) | options
         if hasattr(get_method(method).config, "window"):
-            options = {"window": 1} | options
+            options = {"window": 1, "statistics": "batch"} | options
         if method == "mgg":
             tensors = {f"memory.{n}": t for n, t in slow.items()} | (tensors or {})
         if backbone is None:

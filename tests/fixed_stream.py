@@ -39,8 +39,11 @@ def adapters() -> dict[str, tp.Adapter]:
         model = f"bundled:{source}"
         nets[f"source/{source}"] = tp.wrap(model, "source")
         for method, lr in RATES.items():
-            nets[f"{method}/{source}"] = tp.wrap(model, method, lr=lr, window=WINDOW)
-        nets[f"mgg/{source}"] = tp.from_pretrained(model.replace("source", "mgg"), window=WINDOW)
+            fields = {"lr": lr, "window": WINDOW, "statistics": "batch", "guard": False}
+            nets[f"{method}/{source}"] = tp.wrap(model, method, **fields)
+        nets[f"mgg/{source}"] = tp.from_pretrained(
+            model.replace("source", "mgg"), window=WINDOW, guard=False
+        )
     ttt = "bundled:ttt-resnet26-cifar10"
     nets["ttt"] = tp.from_pretrained(ttt, steps=2, copies=8, lr=0.01)
     nets["ttt/online"] = tp.from_pretrained(ttt, mode="online", copies=8)

@@ -56,6 +56,7 @@ class OnlineFields(StatisticsFields):
         InputError: as for `NormStatistics`, or an invalid window, guard or pull.
     """
 
+    statistics: str = "stream"
     window: int = 64
     guard: bool = True
     pull: float = 0.0

@@ -32,6 +32,8 @@ Deviations from the released code, and why:
 7. Batches of fewer than ``window`` images are collected for one update (released: one update for
    every batch).
 8. The guard softens or resets updates that hurt; ``guard=False`` disables it (`core.guard`).
+9. BatchNorm uses an estimate over the stream; ``statistics="batch"`` for the batch's own, as
+   released (`backbones.stream`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ Deviations from the released code:
 1. Batches of fewer than ``window`` images are collected for one update (released: one update for
    every batch).
 2. An update that is not finite is discarded together with its state (`online.Online`).
-3. The guard softens or resets updates that hurt; ``guard=False`` disables it (`core.guard`).
+3. BatchNorm uses an estimate over the stream; ``statistics="batch"`` for the batch's own, as
+   released (`backbones.stream`).
+4. The guard softens or resets updates that hurt; ``guard=False`` disables it (`core.guard`).
 """
 
 from __future__ import annotations
