@@ -72,7 +72,7 @@ def distance(net, plain):
 )
 def test_tent_equals_a_plain_loop(kind, optimizer, make, make_model, images):
     model = make_model(kind, F64)
-    net = tp.wrap(model, "tent", window=1, lr=5e-3, optimizer=optimizer)
+    net = tp.wrap(model, "tent", window=1, statistics="batch", lr=5e-3, optimizer=optimizer)
     plain, chosen = configured(model)
     rule = make(chosen)
     for seed in range(5):
@@ -90,7 +90,9 @@ def test_tent_equals_a_plain_loop(kind, optimizer, make, make_model, images):
 
 def test_tent_momentum_is_used(make_model, images):
     model = make_model("groupnorm", F64)
-    net = tp.wrap(model, "tent", window=1, lr=1e-2, optimizer="sgd", momentum=0.5)
+    net = tp.wrap(
+        model, "tent", window=1, statistics="batch", lr=1e-2, optimizer="sgd", momentum=0.5
+    )
     plain, chosen = configured(model)
     rule = torch.optim.SGD(chosen, lr=1e-2, momentum=0.5)
     for seed in range(3):
@@ -103,7 +105,7 @@ def test_tent_momentum_is_used(make_model, images):
 
 
 def test_tent_lowers_the_entropy(kind, make_model, images):
-    net = tp.wrap(make_model(kind), "tent", window=1, lr=1e-2)
+    net = tp.wrap(make_model(kind), "tent", window=1, statistics="batch", lr=1e-2)
     batch = images(16)
     values = [entropies(net(batch)).mean().item() for _ in range(8)]
     assert values[-1] < 0.9 * values[0]
@@ -177,7 +179,9 @@ def follow(net, plain, batches):
 def test_sar_equals_a_plain_loop(kind, make_model, images):
     model = make_model(kind, F64)
     # Without recovery, so that the loop is followed for long.
-    net = tp.wrap(model, "sar", window=1, lr=1e-2, recovery=0.0, skip_late=False)
+    net = tp.wrap(
+        model, "sar", window=1, statistics="batch", lr=1e-2, recovery=0.0, skip_late=False
+    )
     plain = PlainSAR(model, lr=1e-2, recovery=0.0)
     follow(net, plain, [images(24, seed, F64) for seed in range(5)])
     assert plain.resets == 0
@@ -188,7 +192,9 @@ def test_sar_averages_the_loss_that_passed_both_filters(kind, make_model, images
     # As the released code has it: the moving average is of the loss of the samples that pass both
     # filters.
     model = make_model(kind, F64)
-    net = tp.wrap(model, "sar", window=1, lr=1e-2, recovery=0.0, skip_late=False)
+    net = tp.wrap(
+        model, "sar", window=1, statistics="batch", lr=1e-2, recovery=0.0, skip_late=False
+    )
     plain = PlainSAR(model, lr=1e-2, recovery=0.0)
     assert math.isnan(net.adaptation_state()["rule.level"].item())  # no average yet
     for seed in range(5):
@@ -210,7 +216,16 @@ def test_sar_recovers(kind, make_model, images):
         averages.append(scout.average)
     assert averages == sorted(averages, reverse=True)
     threshold = (averages[3] + averages[4]) / 2
-    net = tp.wrap(model, "sar", window=1, lr=3e-2, margin=1.0, recovery=threshold, skip_late=False)
+    net = tp.wrap(
+        model,
+        "sar",
+        window=1,
+        statistics="batch",
+        lr=3e-2,
+        margin=1.0,
+        recovery=threshold,
+        skip_late=False,
+    )
     plain = PlainSAR(model, lr=3e-2, margin=1.0, recovery=threshold)
     source = net.adaptation_state()
     follow(net, plain, batches[:4])
@@ -224,7 +239,14 @@ def test_sar_recovers(kind, make_model, images):
 
 
 def test_sar_without_reliable_samples_moves_nothing(make_model, images, same_tensors):
-    net = tp.wrap(make_model("groupnorm", confidence=0.05), "sar", window=1, lr=1e-2, guard=False)
+    net = tp.wrap(
+        make_model("groupnorm", confidence=0.05),
+        "sar",
+        window=1,
+        statistics="batch",
+        lr=1e-2,
+        guard=False,
+    )
     before = net.adaptation_state()
     logits = net(images(8))
     assert (entropies(logits) > 0.4 * math.log(10)).all()
@@ -239,7 +261,12 @@ def test_sar_filters_with_the_models_number_of_classes(make_model, images):
     # margin * ln(classes): at margin 1 every sample counts, at 0 none.
     for margin, moves in ((1.0, True), (0.0, False)):
         net = tp.wrap(
-            make_model("groupnorm", confidence=0.2), "sar", window=1, lr=1e-1, margin=margin
+            make_model("groupnorm", confidence=0.2),
+            "sar",
+            window=1,
+            statistics="batch",
+            lr=1e-1,
+            margin=margin,
         )
         net(images(8))
         velocity = net.adaptation_state()["rule.velocity"]

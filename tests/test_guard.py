@@ -4,7 +4,6 @@ import pytest
 import torch
 from fixed_stream import sample
 from safetensors.torch import load_file, save_file
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ttt_plugins as tp
 from ttt_plugins.core import guard as rules
@@ -32,7 +31,7 @@ def net():
 def feed(net, images, batches=8):
     """``batches`` of 32 images, taken around and around."""
     net.reset()
-    net._warned.clear()
+    net._notices._warned.clear()
     around = images.repeat(-(-32 * batches // len(images)), 1, 1, 1)
     for batch in around[: 32 * batches].split(32):
         net(batch)
@@ -67,7 +66,7 @@ def test_photographs_do_not_trip_it(net, photographs):
 def test_an_image_that_is_no_number(net, photographs):
     """It is noted; nothing of it is kept; the warning is given once."""
     net.reset()
-    net._warned.clear()
+    net._notices._warned.clear()
     net.checks_pixels = False
     batch = photographs[:32].clone()
     batch[5] = torch.nan
@@ -144,19 +143,6 @@ def test_how_far_an_update_goes(scale, openness, share):
     moved = rules._as_far_as(torch.tensor(float(scale)), openness, before, outcome, source)
     home = 1.0 if openness is None else (1 + openness) / 2
     assert moved.params["w"] == home * (1 + share)
-
-
-def test_an_accelerator_is_not_waited_for():
-    """Fake tensors have no values: a look at one raises."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        logits, place = torch.empty(32, 10, device="cuda"), torch.device("cuda")
-        probe = rules.Probe([0, 16], torch.empty(2, 10, device=place))
-        seen = {"guard.seen": torch.zeros((), dtype=torch.int64)}
-        known = {n: t.to(place) for n, t in known_of().items()} | seen
-        known = rules._measured(known, logits, probe)
-        source = {"w": torch.empty(3, device=place)}
-        outcome = Outcome(logits, source, source, backwards=32)
-        rules._decided(known, outcome, source, lambda: source)
 
 
 @pytest.mark.parametrize("method", ONLINE)
