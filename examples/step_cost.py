@@ -32,8 +32,9 @@ def compare(name: str, batch_size: int, rounds: int, device: str = "cpu", **kwar
     size = timm.data.resolve_model_data_config(model)["input_size"]
     images = torch.rand(batch_size, *size, generator=torch.Generator().manual_seed(0))
     images = images.to(device)
-    # Every batch is one update, whatever its size.
-    tent, mgg = (tp.wrap(model, method, device=device, window=1) for method in ("tent", "mgg"))
+    # Every batch is one update, whatever its size, and nothing watches it.
+    fields = {"window": 1, "statistics": "batch", "guard": False}
+    tent, mgg = (tp.wrap(model, method, device=device, **fields) for method in ("tent", "mgg"))
     if not mgg.backbone.has_batch_norm:
         mgg.fit_source_statistics([images], progress=False)
     for net in (tent, mgg):

@@ -42,7 +42,7 @@ def adapters() -> dict[str, tp.Adapter]:
             fields = {"lr": lr, "window": WINDOW, "statistics": "batch", "guard": False}
             nets[f"{method}/{source}"] = tp.wrap(model, method, **fields)
         nets[f"mgg/{source}"] = tp.from_pretrained(
-            model.replace("source", "mgg"), window=WINDOW, guard=False
+            model.replace("source", "mgg"), window=WINDOW, statistics="mix", guard=False
         )
     ttt = "bundled:ttt-resnet26-cifar10"
     nets["ttt"] = tp.from_pretrained(ttt, steps=2, copies=8, lr=0.01)

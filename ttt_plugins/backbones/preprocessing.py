@@ -29,7 +29,8 @@ def input_size(model: nn.Module) -> InputSize:
     """Size (C, H, W) of the images that a model was made for."""
     _, network = inner(model)
     if not getattr(network, "pretrained_cfg", None):
-        return input_channels(model), *(image_size(network) or (None, None))
+        height, width = image_size(network) or (None, None)
+        return input_channels(model), height, width
     size = resolve_model_data_config(network)["input_size"]
     height, width = image_size(network) or size[1:]
     return size[0], height, width

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,10 @@ def forward_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int, object]]:
     ]
 
 
-def deep_copy(model: nn.Module, memo: Mapping[int, object]) -> nn.Module:
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def deep_copy(model: _Model, memo: Mapping[int, object]) -> _Model:
     """``copy.deepcopy``, except that attributes that cannot be copied, such as locks, are shared.
 
     Args:

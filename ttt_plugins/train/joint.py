@@ -26,6 +26,7 @@ from ..core.per_image import check_square
 from ..core.registry import get_method
 from ..core.views import quarter_turns, random_crop, random_flip
 from ..data.images import LabelledImages, to_float
+from ..data.on_demand import ImagesOnDemand
 from ..errors import InputError
 from ..methods.ttt import TTT
 from ..methods.ttt_head import HeadRecipe, fit_head, turned
@@ -201,7 +202,7 @@ def train_joint(
 
 def fit_rotation_head(
     model: str | nn.Module,
-    images: Tensor,
+    images: Tensor | ImagesOnDemand,
     recipe: HeadRecipe | None = None,
     *,
     config: TTT | None = None,
@@ -212,7 +213,8 @@ def fit_rotation_head(
 
     Args:
         model: the classifier, in any form that `wrap` accepts.
-        images: unlabelled images (N, C, S, S), uint8 or floating point in [0, 1].
+        images: unlabelled images (N, C, S, S), uint8 or floating point in [0, 1], or images that
+            are read when they are used.
         recipe: how the head is trained.
         config: config of the adapter to return, except for its split, which is the recipe's.
         progress: whether to show a progress bar and print a line per epoch.
