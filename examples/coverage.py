@@ -44,12 +44,13 @@ from ttt_plugins.utils.robustbench import import_robustbench, version
 
 CLASSES = 10
 SIZES = (64, 96, 128, 160, 192, 224, 256)
+_EVERY_BATCH = {"window": 1, "statistics": "batch", "guard": False}
 #: SAR without its filter, few views an image, small steps where all weights of a random network
 #: move at once.
 FIELDS = {
-    "tent": {"window": 1},
-    "sar": {"lr": 1e-1, "margin": 1.0, "recovery": 0.0, "window": 1},
-    "mgg": {"window": 1},
+    "tent": _EVERY_BATCH,
+    "sar": {"lr": 1e-1, "margin": 1.0, "recovery": 0.0} | _EVERY_BATCH,
+    "mgg": _EVERY_BATCH,
     "ttt": {"lr": 1e-6, "steps": 1, "copies": 1, "chunk_size": 2},
     "mt3": {"lr": 1e-6, "copies": 1, "chunk_size": 2},
 }

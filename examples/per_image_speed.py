@@ -126,6 +126,7 @@ def mt3(images: int, copies: int, rounds: int, device: str, **model_args) -> dic
     backbone = Backbone(copy.deepcopy(model))
     own = dict(backbone.model.named_parameters())
     start = {n: p.detach().clone() for n, p in own.items()}
+    named = {f"model.{n}": p for n, p in own.items()}
 
     def plain():
         for image in x.split(1):
@@ -135,7 +136,7 @@ def mt3(images: int, copies: int, rounds: int, device: str, **model_args) -> dic
             optimizer = torch.optim.SGD(own.values(), lr=0.1)
             x1, x2 = byol_views(image, image_keys(image, 0), 0, copies)
             optimizer.zero_grad()
-            byol_loss(backbone, {}, head, x1[0], x2[0]).backward()
+            byol_loss(backbone, named, head, x1[0], x2[0]).backward()
             optimizer.step()
             with torch.no_grad():
                 backbone(image)

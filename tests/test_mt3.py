@@ -316,7 +316,8 @@ def test_the_outer_gradient_against_finite_differences(kind, together, steps, ma
             outer(meta | {name: meta[name] + s * step * direction}, stopped)[0] for s in (1, -1)
         ]
         slope = (ends[0] - ends[1]) / (2 * step)
-        assert torch.allclose((ours[name] * direction).sum(), slope, rtol=1e-4, atol=1e-7), name
+        # Two losses of about 3, each rounded to 4e-16 times some sums, are divided by 2e-8.
+        assert torch.allclose((ours[name] * direction).sum(), slope, rtol=1e-4, atol=5e-7), name
 
 
 def test_first_order_takes_the_inner_gradient_for_a_constant(make_model, data):

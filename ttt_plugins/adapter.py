@@ -34,7 +34,7 @@ from .core.inputs import (
     refuse_tracing,
     refused_sizes,
 )
-from .core.notices import LOOK_EVERY, SKIPPED, Notices
+from .core.notices import SKIPPED, Notices, may_look
 from .core.pictures import is_source
 from .core.registry import SOURCE_STATISTICS, Method, get_method
 from .core.window import WINDOW, Window
@@ -150,7 +150,7 @@ class Adapter(Shell):
             backwards=self.backwards + outcome.backwards,
             batches=self.batches + 1,
         )
-        if self.backbone.device.type == "cpu" or self.batches % LOOK_EVERY == 0:
+        if may_look(self.backbone.device, self.batches):
             self._notices.warn(self.skipped_updates, SKIPPED)
             self._notices.warn(len(self.guard_events), GUARDED)
         return outcome.logits

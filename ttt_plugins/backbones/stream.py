@@ -226,7 +226,7 @@ class Stream:
         """The repetition of classes, updated in proportion to the size of the batch."""
         now, pairs = _repeats(member)
         known = self._past.get(_REPEATS)
-        return now if known is None else torch.lerp(known, now, pairs / (pairs + 2 * GROUPS))
+        return now if known is None else torch.lerp(known.to(now), now, pairs / (pairs + 2 * GROUPS))
 
 
 def check_stream(name: str, tensor: Tensor, channels: Mapping[str, int]) -> None:

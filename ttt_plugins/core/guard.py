@@ -233,8 +233,9 @@ class Guard:
 
 def _towards(source: Tensors, params: Tensors, share: float | Tensor) -> Tensors:
     """``source + share * (params - source)``, exact for a share of 0 or 1."""
+    # What has adapted is of single precision, a source of half precision is not.
     return {
-        n: torch.lerp(source[n], p, torch.as_tensor(share, dtype=p.dtype, device=p.device))
+        n: torch.lerp(source[n].to(p), p, torch.as_tensor(share, dtype=p.dtype, device=p.device))
         for n, p in params.items()
     }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .inputs import check_pixels, refuse_pixels
 
-__all__ = ["LOOK_EVERY", "SKIPPED", "Notices"]
+__all__ = ["LOOK_EVERY", "SKIPPED", "Notices", "may_look"]
 
 #: Batches between two looks on an accelerator.
 LOOK_EVERY = 64
@@ -24,6 +24,11 @@ SKIPPED = (
     "the loss or its gradient was not finite: such updates are skipped, the prediction is "
     "returned; net.skipped_updates counts (warned once)"
 )
+
+
+def may_look(device: torch.device, batches: int) -> bool:
+    """Whether values may be read after so many batches: on an accelerator now and then."""
+    return device.type == "cpu" or batches % LOOK_EVERY == 0
 
 
 class Notices:

@@ -303,7 +303,11 @@ class PerImage:
                 lambda p, views=views: self.task.loss(p, *views), params
             )
             good = _finite(loss, grads)
-            params, fine = choose(good, descend(params, grads, self.lr), params), fine & good
+            moved, fine = descend(params, grads, self.lr), fine & good
+            if good.device.type == "cpu":  # without the copy that a choice makes
+                params = moved if good else params
+            else:
+                params = choose(good, moved, params)
         return params, fine, loss
 
     def _predict(self, params: Tensors, images: Tensor, keys: Tensor) -> Tensor:
