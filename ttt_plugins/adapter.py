@@ -235,7 +235,7 @@ class Adapter(Shell):
     def _apply(self, fn, recurse: bool = True) -> Adapter:
         with self.backbone.turn():
             super()._apply(fn, recurse)
-            self._waiting = {name: fn(t) for name, t in self._waiting.items()}
+            self._waiting = scope.moved(self._waiting, fn)
             self._tensors = scope.moved(self._tensors, fn)
             self._skipped = fn(self._skipped)
             self._notices.moved(fn)

@@ -218,15 +218,16 @@ class Stream:
             fresh = (member[:, :, None, None] * moments.nan_to_num(0, 0, 0)[:, None]).sum(0)
             fresh = fresh / member.sum(0).clamp_min(1)[:, None, None]
             past = self._past.get(_LAYER + name)
-            past = torch.zeros_like(fresh) if past is None else past
-            estimate[_LAYER + name] = torch.lerp(past, fresh.to(past), share[:, None, None])
+            past = torch.zeros_like(fresh) if past is None else past.to(fresh)
+            estimate[_LAYER + name] = torch.lerp(past, fresh, share[:, None, None])
         return estimate
 
     def _repeats_after(self, member: Tensor) -> Tensor:
         """The repetition of classes, updated in proportion to the size of the batch."""
         now, pairs = _repeats(member)
-        known = self._past.get(_REPEATS)
-        return now if known is None else torch.lerp(known.to(now), now, pairs / (pairs + 2 * GROUPS))
+        if (known := self._past.get(_REPEATS)) is None:
+            return now
+        return torch.lerp(known.to(now), now, pairs / (pairs + 2 * GROUPS))
 
 
 def check_stream(name: str, tensor: Tensor, channels: Mapping[str, int]) -> None:

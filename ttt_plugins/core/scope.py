@@ -287,7 +287,9 @@ def moved(params: Mapping[str, Tensor], fn: Callable[[Tensor], Tensor]) -> dict[
     """Adapted tensors after a move or cast ``fn``; after a cast to half precision in float32."""
     results = {n: fn(t) for n, t in params.items()}
     return {
-        n: t if t.dtype == single_dtype(t.dtype) else params[n].to(t.device, single_dtype(t.dtype))
+        n: params[n].to(t.device, single_dtype(t.dtype))
+        if t.is_floating_point() and t.dtype != single_dtype(t.dtype)
+        else t
         for n, t in results.items()
     }
 

@@ -139,7 +139,7 @@ class Window:
         if name != _IMAGES or self.size == 1:
             raise InputError(f"{other}: {name!r} is unknown here")
         fits = images.ndim == 4 and images.shape[1] == channels
-        if not fits or images.dtype not in (torch.uint8, backbone.dtype):
+        if not fits or images.dtype not in (torch.uint8, torch.float32, backbone.dtype):
             raise InputError(
                 f"{other}: {name!r} is {images.dtype} {tuple(images.shape)}, expected "
                 f"(N, {channels}, H, W) of {torch.uint8} or {backbone.dtype}"
