@@ -34,6 +34,7 @@ def save_forever(folder, start, step, way):
         config = base.config | {"training": {"number": number}}
         write_artifact(folder, Artifact(config, tensors, None, f"card {number}", None))
         number += step
+        time.sleep(0.003)  # as a disk would take, so that a reader on a busy machine has a turn
 
 
 def start_saver(folder, start, step, way):
