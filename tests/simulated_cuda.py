@@ -134,7 +134,7 @@ class Simulation(TorchDispatchMode):
                 return True, self.truth
             return True, float(self.number) if dtype.is_floating_point else self.number
         if func is aten.equal.default:
-            return True, self.truth
+            return True, True  # whatever ``truth`` is: no model here writes its own tensors
         if func is aten._to_copy.default and target == "cpu":
             with unset_fake_temporarily():
                 return True, self._known(torch.empty(args[0].shape, dtype=args[0].dtype))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fixed_stream import sample
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ttt_plugins as tp
 from ttt_plugins.core import guard as rules
@@ -143,6 +144,21 @@ def test_how_far_an_update_goes(scale, openness, share):
     moved = rules._as_far_as(torch.tensor(float(scale)), openness, before, outcome, source)
     home = 1.0 if openness is None else (1 + openness) / 2
     assert moved.params["w"] == home * (1 + share)
+
+
+def test_an_accelerator_is_not_waited_for(monkeypatch):
+    """Fake tensors have no values: a look at one raises."""
+    # The log's count of images is kept on the CPU, where reading it waits for nothing.
+    monkeypatch.setattr(rules, "_noted", lambda log, *_: log)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        logits, place = torch.empty(32, 10, device="cuda"), torch.device("cuda")
+        probe = rules.Probe([0, 16], torch.empty(2, 10, device=place))
+        seen = {"guard.seen": torch.zeros((), dtype=torch.int64)}
+        known = {n: t.to(place) for n, t in known_of().items()} | seen
+        known = rules._measured(known, logits, probe)
+        source = {"w": torch.empty(3, device=place)}
+        outcome = Outcome(logits, source, source, backwards=32)
+        rules._decided(known, outcome, source, lambda: source)
 
 
 @pytest.mark.parametrize("method", ONLINE)

@@ -683,7 +683,8 @@ def test_the_bound_is_a_number():
 def test_hand_made_rules_on_the_same_objective(rule, make_model, images):
     """A step equals torch.optim's on the gradient of the same loss; lr=0 is the plain model."""
     model = make_model("batchnorm")
-    net = tp.wrap(model, "mgg", window=1, rule=rule, lr=1e-2)
+    common = {"window": 1, "rule": rule, "statistics": "mix", "guard": False}
+    net = tp.wrap(model, "mgg", lr=1e-2, **common)
     algorithm = net.algorithm()
     leaves = {n: p.clone().requires_grad_() for n, p in algorithm.source.items()}
     first = evaluate(net.backbone, algorithm.objective, dict(leaves), images(8))
@@ -698,7 +699,7 @@ def test_hand_made_rules_on_the_same_objective(rule, make_model, images):
         if name.startswith("params."):
             wanted = leaves[name.removeprefix("params.")].detach()
             torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-7)
-    still = tp.wrap(model, "mgg", window=1, rule=rule, lr=0)
+    still = tp.wrap(model, "mgg", lr=0, **common)
     still(images(8))
     same = {"statistics": net.config.statistics, "prior": net.config.prior}
     assert torch.equal(still(images(8)), tp.wrap(model, "source", **same)(images(8)))
