@@ -276,17 +276,9 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
         net,
         data,
         baseline=baseline,
-        out=args.out,
         protocol=args.protocol,
         concentration=args.concentration,
-        batch_size=args.batch_size,
-        seed=seeds,
-        execution=execution,
-        model_name=args.model,
-        command=args.command_line,
-        overwrite=args.overwrite,
-        resume=args.resume,
-        worker=worker,
+        **_common(args, seeds, execution, worker),
     )
     if not speaks:
         return
@@ -300,6 +292,23 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
         print(data.note)
     files = "results.json" if by_rows else "results.json, RobustBench's files"
     print(f"{files} and plot.png are in {printable(str(args.out))}")
+
+
+def _common(
+    args: argparse.Namespace, seeds: Any, execution: Execution, worker: Worker | None
+) -> dict[str, Any]:
+    """What `run_benchmark` and `run_field` are told alike."""
+    return {
+        "batch_size": args.batch_size,
+        "seed": seeds,
+        "out": args.out,
+        "execution": execution,
+        "model_name": args.model,
+        "command": args.command_line,
+        "overwrite": args.overwrite,
+        "resume": args.resume,
+        "worker": worker,
+    }
 
 
 def _run_field(
@@ -331,15 +340,7 @@ def _run_field(
         data,
         streams=args.field or None,
         long=args.long,
-        batch_size=args.batch_size,
-        seed=seeds,
-        out=args.out,
-        execution=execution,
-        model_name=args.model,
-        command=args.command_line,
-        overwrite=args.overwrite,
-        resume=args.resume,
-        worker=worker,
+        **_common(args, seeds, execution, worker),
         progress=True,
     )
     if worker is None or worker.rank == 0:
