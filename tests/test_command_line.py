@@ -17,6 +17,7 @@ import ttt_plugins as tp
 from ttt_plugins.artifacts.folder import FILES, bundled_folder, check_target
 from ttt_plugins.benchmark import Execution, run_benchmark
 from ttt_plugins.cli import main
+from ttt_plugins.cli.flags import key_value
 from ttt_plugins.data.cifar10 import EXTRA_ROWS
 from ttt_plugins.data.images import LabelledImages
 from ttt_plugins.train import epochs
@@ -456,3 +457,11 @@ def test_a_classifier_that_diverges_is_told_at_once(kind, here, images, monkeypa
     assert main(train(kind, *SMALL, "--batch-size", "8", "--lr", "1e30")) == 2
     assert "training diverged in epoch 1" in capsys.readouterr().err
     assert not list(here.rglob("checkpoint.pt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("False", False), ("true", True), ("None", None), ("0.1", 0.1), ("norm", "norm")],
+)
+def test_set_reads_values_as_json_or_as_python_spells_them(text, value):
+    assert key_value(f"field={text}") == ("field", value)

@@ -26,6 +26,9 @@ __all__ = [
 
 PROGRAM = "ttt-plugins"
 
+#: Values that users copy from Python -> the same in JSON.
+PYTHON_SPELLINGS = {"True": "true", "False": "false", "None": "null"}
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that reports errors in the same form as the other errors of the command line."""
@@ -136,6 +139,8 @@ def add_field_flags(parser: argparse.ArgumentParser) -> None:
 def key_value(text: str) -> tuple[str, Any]:
     """``KEY=VALUE`` -> its parts; the value is read as JSON, or else as a string.
 
+    ``True``, ``False`` and ``None`` are read as Python spells them, too.
+
     Raises:
         argparse.ArgumentTypeError: there is no key or no equals sign.
     """
@@ -143,7 +148,7 @@ def key_value(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
     try:
-        return key, json.loads(value)
+        return key, json.loads(PYTHON_SPELLINGS.get(value, value))
     except ValueError:
         return key, value  # a string
 
