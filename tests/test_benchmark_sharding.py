@@ -231,7 +231,9 @@ def test_a_gpu_for_each_process(monkeypatch):
     assert device_of_process("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert device_of_process("cuda", shared=True) == torch.device("cuda:1")
-    with pytest.raises(DistributedError, match="process 3 of this machine has no GPU, there are 2"):
+    with pytest.raises(
+        DistributedError, match="process 3 of this machine has no GPU, because there are only 2"
+    ):
         device_of_process("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert device_of_process("cuda") == torch.device("cuda")  # which then says why it cannot be

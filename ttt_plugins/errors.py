@@ -46,4 +46,4 @@ class MissingDependencyError(TTTError, ImportError):
 
 
 class DistributedError(TTTError, RuntimeError):
-    """The processes of a sharded run can no longer reach each other."""
+    """The processes of a run under torchrun cannot reach each other, or one of them failed."""

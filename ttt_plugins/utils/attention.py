@@ -1,4 +1,4 @@
-"""Attention without fused kernels, whose switches in PyTorch hold for the whole process."""
+"""Attention without fused kernels, which PyTorch enables or disables for the whole process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.backends import cuda
 
 __all__ = ["plain_attention"]
 
-#: Question and answer for each kernel (on every device), and whether a block uses it.
+#: For each kernel: whether it is enabled, how to enable it, and whether `plain_attention` uses it.
 _KERNELS = (
     (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
     (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, False),
@@ -19,9 +19,9 @@ _KERNELS = (
     (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
 )
 _lock = threading.Lock()
-#: One entry for every block that is being executed, in any thread.
+#: One entry for every block that is currently running, in any thread.
 _inside: set[object] = set()
-#: What was switched on before the first of them was entered; empty where there is none.
+#: Whether each kernel was enabled before the first of these blocks; empty if no block is running.
 _before: list[bool] = []
 
 
@@ -29,9 +29,9 @@ _before: list[bool] = []
 def plain_attention() -> Iterator[None]:
     """Have attention computed by plain matrix products, without PyTorch's fused kernels.
 
-    Those have no rule for a batch of weights and no second derivative. They are switched off when
-    the first block is entered and on again when the last one is left, so that blocks may overlap
-    in several threads.
+    The fused kernels support neither a batch of weights nor second derivatives. They are disabled
+    when the first block is entered and restored when the last one is left, so that blocks may
+    overlap in several threads.
     """
     block = object()
     try:
@@ -42,17 +42,18 @@ def plain_attention() -> Iterator[None]:
         try:
             _inside.discard(block)
             _switch()
-        except BaseException:  # an interrupt, which comes once
+        except BaseException:  # an interrupt during the lines above; they must still be completed
             _inside.discard(block)
             _switch()
             raise
 
 
 def _switch() -> None:
-    """Switch as `_inside` says; repeated, it changes nothing."""
+    """Disable or restore the kernels, as `_inside` requires; calling it again changes nothing."""
     with _lock:
         if _inside and not _before:
-            _before[:] = [enabled() for enabled, _, _ in _KERNELS]  # all of them, or none
+            # In one assignment, so that an interrupt leaves either all of the values or none.
+            _before[:] = [enabled() for enabled, _, _ in _KERNELS]
         if _before:
             for (_, enable, wanted), before in zip(_KERNELS, _before, strict=True):
                 enable(wanted if _inside else before)
@@ -61,7 +62,7 @@ def _switch() -> None:
 
 
 def _forget_threads() -> None:
-    """In a forked child, of which the threads inside a block are no part."""
+    """Reset the state in a forked child, which has only the thread that forked it."""
     global _lock
     _lock = threading.Lock()
     _inside.clear()

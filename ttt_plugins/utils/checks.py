@@ -31,10 +31,10 @@ def check_seed(seed: Any, name: str = "seed") -> None:
 
 
 def check_number(owner: object, name: str, low: float, high: float = float("inf")) -> None:
-    """Raise `InputError` unless the field is a real number in [low, high]."""
+    """Raise `InputError` unless the field is a finite real number in [low, high]."""
     value = getattr(owner, name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high or value == float("inf"):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or value == float("inf"):
         upper = "" if high == float("inf") else f" and at most {high:g}"
         raise InputError(
             f"{type(owner).__name__}.{name} must be a number of at least {low:g}{upper}, "
@@ -50,7 +50,7 @@ def check_integer(owner: object, name: str, low: int) -> None:
             f"{type(owner).__name__}.{name} must be an integer of at least {low}, got {value!r}"
         )
     if value > 10**9:
-        raise InputError(f"{type(owner).__name__}.{name} is beyond measure: {value}")
+        raise InputError(f"{type(owner).__name__}.{name} must be at most {10**9:,}, got {value:,}")
 
 
 def check_choice(owner: object, name: str, choices: tuple[object, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What torch's errors say about the machine rather than about the model or its images."""
+"""Recognition of torch's errors that are about the machine, not about the model or its images."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _DEVICE = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory, of an accelerator or of the machine."""
+    """Whether an error means too little memory, of an accelerator or of the machine."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _MEMORY)
 
 
 def device_failed(error: BaseException) -> bool:
-    """Whether an accelerator failed, for want of memory or for any other reason."""
+    """Whether an error means that an accelerator failed, including from too little memory."""
     accelerator = getattr(torch, "AcceleratorError", ())  # since torch 2.8
     if isinstance(error, accelerator) or out_of_memory(error):
         return True

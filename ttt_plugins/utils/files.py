@@ -40,12 +40,12 @@ def nearest_path(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists.
 
     Raises:
-        OSError, ValueError: the system does not accept the name: too long, or with a null byte.
+        OSError, ValueError: the path is too long for the system, or contains a null byte.
     """
-    for place in (path.absolute(), *path.absolute().parents):
+    for candidate in (path.absolute(), *path.absolute().parents):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(place)
-            return place
+            os.lstat(candidate)
+            return candidate
     return path.absolute()
 
 
@@ -151,10 +151,10 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def read_unchanged(folder: Path, read: Callable[[], Result]) -> Result:
-    """Call ``read``, and again if the folder that it reads was replaced meanwhile.
+    """Call ``read``, and call it again if the folder that it reads was replaced meanwhile.
 
     Raises:
-        OSError: the folder was replaced during every one of many attempts.
+        OSError: the folder was replaced during every one of 50 attempts.
         Exception: any exception of ``read`` if the folder was not replaced.
     """
     for attempt in range(_ATTEMPTS):
@@ -164,7 +164,7 @@ def read_unchanged(folder: Path, read: Callable[[], Result]) -> Result:
             handle = os.open(folder, os.O_RDONLY)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS // 2:
-                continue  # perhaps between two renames
+                continue  # perhaps it is missing only between two renames
             return read()  # the folder does not exist, or the system cannot open folders
         try:
             result = read()
@@ -192,7 +192,7 @@ def longest_neighbour(folder: Path) -> Path:
 
 
 def recover_folder(folder: Path) -> None:
-    """Restore a folder if its replacement was interrupted between the two renames."""
+    """Restore a folder whose replacement was interrupted between the two renames."""
     folder = Path(os.path.realpath(folder))
     if not _old(folder).is_dir():
         return

@@ -25,15 +25,15 @@ class FileLock:
     Nothing is written into the file or folder.
 
     Attributes:
-        supported: whether the system and the file system have such locks, as far as is known yet;
-            without them every attempt succeeds.
+        supported: whether the system and the file system support such locks, as far as the
+            attempts so far have shown; without support, every attempt succeeds.
 
     Args:
         path: the file or folder.
         create: whether to create an empty file if nothing exists there.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file or folder cannot be opened.
     """
 
     def __init__(self, path: Path, create: bool = True):
@@ -43,7 +43,7 @@ class FileLock:
         self.supported = fcntl is not None
 
     def take(self, *, shared: bool = False, patience: float = 0.0) -> bool:
-        """Try to lock for at most ``patience`` seconds; a lock already held changes its kind.
+        """Try to lock for at most ``patience`` seconds; a lock already held is converted.
 
         Returns:
             whether this process now holds the lock.
@@ -79,8 +79,8 @@ def locked_folder(folder: Path, patience: float = float("inf")) -> Iterator[bool
     """Hold the exclusive lock of an existing folder, if that is possible.
 
     Yields:
-        whether the lock is held: not if another process or thread holds it for longer than
-        ``patience`` seconds, if the folder cannot be opened, or without support for locks.
+        whether the lock is held. It is not if another process or thread holds it for longer than
+        ``patience`` seconds, if the folder cannot be opened, or if locks are not supported.
     """
     with contextlib.ExitStack() as stack:
         held = False

@@ -1,4 +1,4 @@
-"""Entry points of other packages: a plugin that fails is left out, with a warning."""
+"""Entry points of other packages; a plugin that fails is skipped with a warning."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def use_plugins(group: str, use: Callable[[metadata.EntryPoint], Any], stackleve
 
     Args:
         group: name of the group.
-        use: loads an entry point and registers what it finds; it must leave nothing behind if it
-            raises an error.
-        stacklevel: that of the warning about an entry point that fails.
+        use: loads an entry point and registers what it contains; if it raises an error, it must
+            not leave anything registered.
+        stacklevel: ``stacklevel`` of the warning about an entry point that fails.
     """
     for point in sorted(metadata.entry_points(group=group), key=lambda p: (p.name, p.value)):
         try:

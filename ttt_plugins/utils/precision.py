@@ -1,4 +1,4 @@
-"""Single precision for what half precision cannot hold."""
+"""Single precision for values that half precision cannot represent."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["single", "single_dtype"]
 
 
 def single_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the types of half precision, otherwise the floating-point type itself."""
+    """float32 for half-precision types, otherwise the floating-point type itself."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def single(tensor: Tensor) -> Tensor:
-    """The tensor in float32 if it is of half precision, otherwise the tensor itself."""
+    """The tensor in float32 if it has half precision, otherwise the tensor itself."""
     return tensor.to(single_dtype(tensor.dtype))

@@ -25,9 +25,9 @@ __all__ = [
     "worker_from_environment",
 ]
 
-#: Seconds between two checks of the store that this process waits for.
+#: Seconds between two checks of the store while this process waits.
 _POLL = 0.05
-#: Seconds that process 0 waits for the others to have read its last message.
+#: Longest time, in seconds, that process 0 waits until the others have read its last message.
 _FAREWELL = 10.0
 
 
@@ -36,7 +36,7 @@ _FAREWELL = 10.0
 
 @dataclass(frozen=True)
 class Place:
-    """The description of this process in torchrun's environment variables.
+    """What torchrun's environment variables say about this process.
 
     Attributes:
         rank: rank of this process among all processes, from 0.
@@ -55,10 +55,10 @@ def place_from_environment() -> Place:
     """Read WORLD_SIZE, RANK, LOCAL_RANK and TORCHELASTIC_RESTART_COUNT.
 
     Returns:
-        the place; that of a single process if WORLD_SIZE is not set or is 1.
+        the place, which is that of a single process if WORLD_SIZE is not set or is 1.
 
     Raises:
-        DistributedError: a value is not a number, or they contradict each other.
+        DistributedError: a value is not a whole number, or RANK is not less than WORLD_SIZE.
     """
 
     def number(name: str, default: int) -> int:
@@ -66,7 +66,7 @@ def place_from_environment() -> Place:
         if not text.isascii() or not text.isdigit() or len(text) > 9:
             raise DistributedError(
                 f"cannot join the other processes: {name} must be a whole number, got "
-                f"{text[:40]!r}; torchrun sets it, leave it unset for a single process"
+                f"{text[:40]!r}; torchrun sets it, so leave it unset for a single process"
             )
         return int(text)
 
@@ -76,20 +76,21 @@ def place_from_environment() -> Place:
     place = Place(number("RANK", 0), world_size, number("LOCAL_RANK", 0), restarts)
     if place.rank >= world_size:
         raise DistributedError(
-            f"cannot join the other processes: RANK is {place.rank}, but WORLD_SIZE {world_size}"
+            f"cannot join the other processes: RANK {place.rank} must be less than WORLD_SIZE "
+            f"{world_size}; torchrun sets both, so start the processes with torchrun"
         )
     return place
 
 
 def device_of_process(device: str | torch.device, *, shared: bool = False) -> torch.device:
-    """The device of this process: for ``"cuda"`` under torchrun, a GPU for each on its machine.
+    """The device of this process; ``"cuda"`` under torchrun becomes the GPU of its local rank.
 
     Args:
-        device: as the user named it; one with a number stays as it is.
-        shared: whether processes share GPUs where there are fewer of them.
+        device: the device that the user requested; one with an index is returned unchanged.
+        shared: whether processes may share a GPU if the machine has fewer GPUs than processes.
 
     Raises:
-        DistributedError: this process would have none; or as for `place_from_environment`.
+        DistributedError: there is no GPU for this process; or as for `place_from_environment`.
     """
     device, place = torch.device(device), place_from_environment()
     count = torch.cuda.device_count() if device == torch.device("cuda") else 0
@@ -97,8 +98,8 @@ def device_of_process(device: str | torch.device, *, shared: bool = False) -> to
         return device
     if place.local_rank >= count and not shared:
         raise DistributedError(
-            f"process {place.local_rank} of this machine has no GPU, there are {count}: start one "
-            f"process for each (torchrun --nproc-per-node {count})"
+            f"process {place.local_rank} of this machine has no GPU, because there are only "
+            f"{count}: start one process per GPU (torchrun --nproc-per-node {count})"
         )
     return torch.device("cuda", place.local_rank % count)
 
@@ -127,7 +128,7 @@ class Worker:
     def _ask(self, call: str, *args: Any) -> Any:
         try:
             return getattr(self.store, call)(*args)
-        except RuntimeError as error:  # of torch.distributed, whichever it is
+        except RuntimeError as error:  # the base class of torch.distributed's errors
             raise DistributedError(
                 "the store of the processes cannot be reached (has process 0 ended?); finished "
                 f"cells are on disk, resume with --resume ({str(error).splitlines()[0]})"
@@ -145,7 +146,7 @@ class Worker:
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[bool]:
-        """Process 0 runs the block before the others, once all processes have reached it.
+        """Let process 0 run the block before the others, once all processes have reached it.
 
         Yields:
             whether this is process 0.
@@ -175,7 +176,7 @@ class Worker:
         self._ask("set", key, "ok")
 
     def leave(self) -> None:
-        """Leave: process 0, which may host the store, waits until its last message is read."""
+        """Leave the group; process 0, which may host the store, waits until the others are done."""
         if self.rank or not self._blocks:
             return
         with contextlib.suppress(DistributedError):
@@ -183,10 +184,10 @@ class Worker:
 
 
 def worker_from_environment() -> Worker | None:
-    """This process, from the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of torchrun.
+    """This process as torchrun's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe it.
 
     Returns:
-        the worker, None for a single process.
+        the worker; None for a single process.
 
     Raises:
         DistributedError: the other processes cannot be reached.

@@ -1,4 +1,4 @@
-"""Output of training while it runs."""
+"""What training prints while it runs."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _INSTALL = 'pip install "ttt-plugins[robustbench]"'
-#: The data sets of RobustBench's zoo of models evaluated on common corruptions.
+#: The data sets for which RobustBench's zoo has models evaluated on common corruptions.
 _ZOO = ("cifar10", "cifar100", "imagenet")
 
 
@@ -51,8 +51,8 @@ class RobustBenchDataset:
     Attributes:
         name: value in its ``BenchmarkDataset``.
         threat: name in its ``ThreatModel``.
-        preprocessing: key in its ``PREPROCESSINGS`` for corrupted images, None for none.
-        clean_preprocessing: key in its ``PREPROCESSINGS`` for uncorrupted images, None for none.
+        preprocessing: key in its ``PREPROCESSINGS`` for corrupted images; None for none.
+        clean_preprocessing: the same for uncorrupted images.
     """
 
     name: str
@@ -62,7 +62,7 @@ class RobustBenchDataset:
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package, None if it is not installed."""
+    """The installed version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -111,8 +111,8 @@ def _submodules() -> set[str]:
 def _forget(names: set[str]) -> None:
     """Remove submodules that a failed import has left in ``sys.modules``.
 
-    Python removes only the package itself. The next import would find the old submodules and not
-    make them attributes of the new package.
+    Python removes only the package itself. The next import would find the old submodules and would
+    not make them attributes of the new package.
     """
     for name in names:
         del sys.modules[name]
@@ -155,7 +155,7 @@ def load_zoo_model(spec: str, model_dir: str | Path) -> nn.Module:
             RobustBench downloads them to that file if they are missing.
 
     Raises:
-        InputError: no such dataset or name; the message lists the closest names.
+        InputError: there is no such dataset or name; the message lists the closest names.
         DataError: the weights are missing and cannot be downloaded, or do not fit the model.
     """
     dataset, slash, name = spec.removeprefix("robustbench:").partition("/")
@@ -176,15 +176,15 @@ def load_zoo_model(spec: str, model_dir: str | Path) -> nn.Module:
     drive_ids = zoo[name]["gdrive_id"]
     file = Path(model_dir) / dataset / "corruptions" / f"{name}.pt"
     # Each member of an ensemble has its own file: <name>.pt_m0.pt, <name>.pt_m1.pt, ...
-    many = isinstance(drive_ids, list)
-    files = [Path(f"{file}_m{i}.pt") for i in range(len(drive_ids))] if many else [file]
+    ensemble = isinstance(drive_ids, list)
+    files = [Path(f"{file}_m{i}.pt") for i in range(len(drive_ids))] if ensemble else [file]
     missing = [f for f in files if not f.is_file()]
     try:
         return robustbench.utils.load_model(name, str(model_dir), dataset, "corruptions")
-    except Exception as error:  # the downloaders raise any exception of requests, gdown and timm
+    except Exception as error:  # the downloaders raise any error of requests, gdown and timm
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if not missing:
-            raise DataError(f"{file}: these are not the weights of {spec} ({reason})") from error
+            raise DataError(f"{file}: not the weights of {spec} ({reason})") from error
         where = f" (Google Drive id {drive_ids})" if drive_ids else ""
         raise DataError(
             f"{missing[0]}: no such file, and RobustBench could not download it ({reason}); "

@@ -25,7 +25,7 @@ def _is_command_line() -> bool:
 
 
 def _exit(number: int, _: object) -> None:
-    # Nothing has started yet, so nothing needs to be cleaned up.
+    # Nothing has been started yet, so nothing needs to be cleaned up.
     os.write(2, b"ttt-plugins: stopped: before anything was done\n")
     os._exit(128 + number)
 
@@ -56,7 +56,7 @@ class Terminated(BaseException):
 def raising_on_sigterm(advice: str) -> Iterator[None]:
     """Let SIGTERM raise `Terminated` inside the block, so that files and progress bars are closed.
 
-    This has no effect outside the main thread, because only that may handle signals.
+    This has no effect outside the main thread, because only the main thread may handle signals.
 
     Args:
         advice: what the user can do next; the text of the exception.
