@@ -3,8 +3,8 @@
     python examples/report.py          # print them
     python examples/report.py --write  # renew them in RESULTS.md
 
-`results.py`, `per_image_results.py` and `entropy_alone.py` write those files, and `into_cards.py`
-puts them into the bundled artifacts' cards. Nothing is measured here.
+`results.py`, `imagenet.py`, `per_image_results.py` and `entropy_alone.py` write those files, and
+`into_cards.py` puts them into the bundled artifacts' cards. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -54,6 +54,25 @@ PER_IMAGE = (
     "ttt-online-0.01",
     "mt3",
 )
+
+
+#: Rows of the ImageNet network's table, likewise.
+IMAGENET_ROWS = {
+    "source, no adaptation": "source",
+    "batch statistics, no adaptation": "batch statistics",
+    "mixed statistics, no adaptation": "mixed statistics",
+    "statistics of the stream, no adaptation": "stream statistics",
+    "Tent, the laboratory's setting": "tent",
+    "Tent, the package's defaults": "tent, defaults",
+    "SAR, the laboratory's setting": "sar",
+    "SAR, the package's defaults": "sar, defaults",
+    "Adam, MGG's loss": "adam, same loss",
+    "MGG, the paper's recipe for this network": "mgg, paper's recipe",
+    "MGG, another recipe for this network": "mgg, own",
+    "`mgg-universal` in the laboratory's setting": "mgg, batch",
+    "`mgg-universal`": "mgg",
+}
+IMAGENET = "imagenet-efficientnet_lite0"
 
 
 def load(name: str) -> dict:
@@ -347,13 +366,15 @@ def clustered(gaps: ArrayLike) -> tuple[float, float]:
     return 100 * float(means.mean()), 100 * float(error)
 
 
-def hits(result: dict, label: str, seed: int = 0) -> np.ndarray | None:
+def hits(
+    result: dict, label: str, seed: int = 0, corruptions: Sequence[str] = CORRUPTIONS
+) -> np.ndarray | None:
     """Which images of a seed's streams were right, (corruptions, images); None if not recorded.
 
     A row that was measured before single predictions were recorded may have been measured again.
     """
     rows = []
-    for corruption in CORRUPTIONS:
+    for corruption in corruptions:
         keys = (f"{label}/{corruption}/{seed}", f"{label} again/{corruption}/{seed}")
         streams = [result["streams"].get(key, {}) for key in keys]
         stream = next((stream for stream in streams if "hits" in stream), None)
@@ -383,6 +404,69 @@ def paired() -> str:
                     gap_text = f"{gap:+.2f} ± {error:.2f}"
                     rows.append([name, f"MGG over {shown}{at}", gap_text, f"{gap / error:.1f}"])
     return table(["", "", "± clustered by image", "in standard errors"], rows)
+
+
+# An ImageNet network
+
+
+def _imagenet_labels(result: dict) -> dict[str, tuple[str, float | None]]:
+    """Shown name -> label and rate, of the rows that have a stream of the fifteen."""
+    found = {shown: chosen(result, row) for shown, row in IMAGENET_ROWS.items()}
+    return {shown: at for shown, at in found.items() if at and _streams_of(result, at[0])}
+
+
+def _streams_of(result: dict, label: str) -> list[str]:
+    """The corruptions, of the fifteen, that a row's first order was measured on."""
+    return [c for c in CORRUPTIONS if f"{label}/{c}/0" in result["streams"]]
+
+
+def _over(result: dict, label: str, other: str) -> str:
+    """How far one row is above another, on the corruptions that both were measured on."""
+    both = [c for c in _streams_of(result, label) if c in _streams_of(result, other)]
+    if not both or label == other:
+        return "–"
+    parts = [hits(result, name, 0, both) for name in (label, other)]
+    gap, error = clustered(np.subtract(*parts))
+    return f"{gap:+.2f} ± {error:.2f}" + ("" if len(both) == 15 else f" ({len(both)})")
+
+
+def imagenet() -> str:
+    """All rows on the ImageNet network, in order 0."""
+    command = "python examples/imagenet.py --data DIR --work WORK"
+    if not (RESULTS / f"{IMAGENET}.json").is_file():
+        return f"Not measured: `{command}`."
+    result = load(IMAGENET)
+    found, rows = _imagenet_labels(result), []
+    for shown, row in IMAGENET_ROWS.items():
+        if shown not in found:
+            rows.append([shown, "", "", "not measured", "", ""])
+            continue
+        label, rate = found[shown]
+        settings = result["rows"][row]
+        rate = settings.get("lr") if rate is None else rate
+        guard = {None: "", True: ", guard", False: ", no guard"}[settings.get("guard")]
+        measured = _streams_of(result, label)
+        level, error = clustered(hits(result, label, 0, measured))
+        cells = [settings["statistics"] + guard, "" if rate is None else f"{rate:g}"]
+        cells.append(f"{level:.2f} ± {error:.2f}")
+        cells[-1] += "" if len(measured) == len(CORRUPTIONS) else f" ({len(measured)})"
+        rows.append([shown, *cells, _over(result, label, "source"), _over(result, "mgg", label)])
+    header = ["", "statistics, guard", "rate", "accuracy", "over source", "`mgg-universal` over it"]
+    return table(header, rows)
+
+
+def imagenet_rates() -> str:
+    """Accuracy of every rate on the four extra corruptions of the training photographs."""
+    if not (RESULTS / f"{IMAGENET}.json").is_file():
+        return "Not measured."
+    shown = {row: name for name, row in IMAGENET_ROWS.items()}
+    rows = []
+    for row, scores in tuning(IMAGENET).items():
+        best = max(scores, key=scores.__getitem__)
+        edge = "yes" if best in (min(scores), max(scores)) else "no"
+        listed = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in scores.items())
+        rows.append([shown[row], listed, f"{best:g}", edge])
+    return table(["", "rate: accuracy", "best", "at an edge"], rows)
 
 
 # Methods that adapt to every image
@@ -470,6 +554,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "sar-rates": sar_rates,
     "speed": speed,
     "held-out": held_out,
+    "imagenet": imagenet,
+    "imagenet-rates": imagenet_rates,
     "per-image": per_image,
     "per-image-pairs": per_image_pairs,
     "published": published,

@@ -139,6 +139,32 @@ def next_rate(rates, best: float) -> float | None:
     return None
 
 
+def best_rate(grid, scores: dict, score: Callable[[float], float], note: Callable) -> float:
+    """The best rate of a grid, which grows while the best is at its edge, three times at most.
+
+    Args:
+        grid: rates that are tried first.
+        scores: rate as text -> score; those that are missing are added.
+        score: measures a rate.
+        note: called after each rate that was measured.
+    """
+
+    def tried(rate: float) -> None:
+        if (key := f"{rate:.2g}") not in scores:
+            scores[key] = score(float(key))
+            note()
+
+    for rate in grid:
+        tried(rate)
+    for _ in range(3):
+        best = max(scores, key=scores.__getitem__)
+        rate = next_rate([float(key) for key in scores], float(best))
+        if rate is None:
+            break
+        tried(rate)
+    return float(max(scores, key=scores.__getitem__))
+
+
 def choose_rate(row: str, subject: Subject, scores: dict, batch_size: int, n, note) -> float:
     """The rate with the best mean accuracy on the four extra corruptions.
 
@@ -153,24 +179,14 @@ def choose_rate(row: str, subject: Subject, scores: dict, batch_size: int, n, no
     streams = [load_stream(subject.data, name) for name in EXTRA_CORRUPTIONS]
     streams = [stream[:n] for stream in streams]
 
-    def score(rate: float) -> None:
-        if (key := f"{rate:.2g}") in scores:
-            return
-        net = ROWS[row](subject, lr=float(key))
+    def score(rate: float) -> float:
+        net = ROWS[row](subject, lr=rate)
         accuracies = [stream_accuracy(net, stream, batch_size) for stream in streams]
-        scores[key] = sum(accuracies) / len(accuracies)
-        print(f"  {row} at {key}: {100 * scores[key]:.2f} on the extra corruptions", flush=True)
-        note()
+        mean = sum(accuracies) / len(accuracies)
+        print(f"  {row} at {rate:.2g}: {100 * mean:.2f} on the extra corruptions", flush=True)
+        return mean
 
-    for rate in GRIDS[row]:
-        score(rate)
-    for _ in range(3):
-        best = max(scores, key=scores.__getitem__)
-        rate = next_rate([float(key) for key in scores], float(best))
-        if rate is None:
-            break
-        score(rate)
-    return float(max(scores, key=scores.__getitem__))
+    return best_rate(GRIDS[row], scores, score, note)
 
 
 def run_stream(net, stream: LabelledImages, batch_size: int, seed: int, batches=None) -> dict:
@@ -205,16 +221,15 @@ def label_of(row: str, rate: float | None) -> str:
     return row if rate is None else f"{row} {rate:.2g}"
 
 
-def load(path: Path, subject: Subject, n: int, batch_size: int, tune_n) -> dict:
-    """The results so far, or empty ones."""
+def load(path: Path, about: dict, n: int, batch_size: int, tune_n) -> dict:
+    """The results so far, or empty ones that begin with what they are about."""
     if path.is_file():
         result = json.loads(path.read_text())
         if (result["n_examples"], result["batch_size"]) != (n, batch_size):
             raise SystemExit(f"{path} holds streams of another length or batch size")
         return result
     return {
-        "backbone": Path(subject.backbone).name,
-        "optimizer": subject.optimizer,
+        **about,
         "batch_size": batch_size,
         "n_examples": n,
         "tune_examples": tune_n,
@@ -257,7 +272,8 @@ def measure(
             say which images were right.
         choose: try MGG's step sizes as well; the row keeps its artifact's all the same.
     """
-    result = load(path, subject, n, batch_size, tune_n)
+    about = {"backbone": Path(subject.backbone).name, "optimizer": subject.optimizer}
+    result = load(path, about, n, batch_size, tune_n)
 
     def note() -> None:
         write_text(path, json.dumps(result) + "\n")
