@@ -8,6 +8,7 @@ import ttt_plugins as tp
 from ttt_plugins import testing
 from ttt_plugins.backbones.stream import (
     CLUSTERING,
+    COLLAPSED,
     EVERY,
     FAR,
     GROUPS,
@@ -16,6 +17,7 @@ from ttt_plugins.backbones.stream import (
     PROBES,
     SPREAD,
     START,
+    SURE,
     Stream,
 )
 from ttt_plugins.testing import all_equal, same_state
@@ -69,7 +71,7 @@ class PlainLoop:
         self.shift = (old * self.shift + len(some) * new) / self.probed
         if self.repeats is None and len(some) >= 8:
             labels = self.net.backbone.source_logits(some).argmax(1).tolist()
-            self.repeats = self.repeats_of(labels)[0]
+            self.repeats = max(0.0, self.repeats_of(labels)[0] - COLLAPSED)
 
     def repeats_of(self, labels):
         pairs = [a == b for i, a in enumerate(labels) for j, b in enumerate(labels) if i != j]
@@ -94,7 +96,8 @@ class PlainLoop:
             excess = max(0.0, pairs / max(1, total * (total - 1)) - 0.1)
         effective = total / (1 + total * CLUSTERING * excess)
         distance = float(self.shift.square().mean()) - SPREAD / self.probed
-        self.open = min(1.0, max(0.0, (distance - NEAR) / (FAR - NEAR)))
+        near = 1 - min(1.0, max(0.0, (distance - NEAR) / (FAR - NEAR)))
+        self.open = 1 - near * min(1.0, self.probed / SURE)
         share = self.open * effective / (effective + PRIOR)
         self.shares.append(share)
         own = (1 - share) * self.mean + share * mean
@@ -236,6 +239,17 @@ def test_the_sources_own_images_are_seen_on_its_own_statistics():
     assert alone[:2] == [True, True]
     assert not any(alone[2:6])
     assert all(alone[-2:])
+
+
+def test_a_new_shift_makes_the_estimate_forget(make_model, images):
+    """In the very batch that is new."""
+    net = tp.wrap(make_model("batchnorm"), "source", statistics="stream")
+    noise = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    counts = []
+    for batch in (images(48), images(16, 1), noise, noise[:30], images(40, 2)):
+        net(batch)
+        counts.append(int(net.adaptation_state()["statistics.counts"].sum()))
+    assert counts == [48, 64, 64, 94, 40]
 
 
 def test_a_stream_sorted_by_class_moves_little(model):

@@ -34,10 +34,10 @@ from .core.inputs import (
     refuse_tracing,
     refused_sizes,
 )
+from .core.memory import WINDOW, images_of
 from .core.notices import SKIPPED, Notices, may_look
 from .core.pictures import is_source
 from .core.registry import SOURCE_STATISTICS, Method, get_method
-from .core.window import WINDOW, Window
 from .data.images import batch_images
 from .errors import InputError
 
@@ -96,7 +96,7 @@ class Adapter(Shell):
         self._params: Tensors | None = None
         self._state: Tensors | None = None
         self._algorithm: Algorithm | None = None
-        self._window, self._guard = Window.of(config), Guard.of(config)
+        self._window, self._guard = images_of(config), Guard.of(config)
         self._waiting: Tensors = {}
         # How many images adapt together, by what decides it; and the size of the last images.
         self._chunks: dict[tuple, int] = {}
@@ -152,7 +152,7 @@ class Adapter(Shell):
         )
         if may_look(self.backbone.device, self.batches):
             self._notices.warn(self.skipped_updates, SKIPPED)
-            self._notices.warn(len(self.guard_events), GUARDED)
+            self._notices.warn(self._guard.harmful(self._waiting), GUARDED)
         return outcome.logits
 
     @property

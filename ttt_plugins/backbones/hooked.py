@@ -131,10 +131,9 @@ class HookedModel(nn.Module):
         model: the copy, which no pass of an adapter changes.
         statistics: as given.
         tapped: the layers whose features are recorded, by name.
-        written: names of the parameters and buffers that the model writes in a forward pass; None
-            before the first pass.
-        lock: held during a forward pass. What it records and which statistics it uses belong to
-            this module, so threads have to take turns. A forked child has a lock of its own.
+        written: names of tensors that the model writes in a forward pass; None before the first.
+        lock: held during a forward pass: what it records and its statistics belong to this module,
+            so threads have to take turns. A forked child has a lock of its own.
 
     Raises:
         InputError: the model cannot be copied apart from its weights.
@@ -305,7 +304,11 @@ class HookedModel(nn.Module):
 
     @contextmanager
     def streaming(
-        self, estimate: Mapping[str, Tensor], images: Tensor, places: Collection[int] = ()
+        self,
+        estimate: Mapping[str, Tensor],
+        images: Tensor,
+        places: Collection[int] = (),
+        watch: bool = False,
     ) -> Iterator[Stream]:
         """Normalise with an estimate over a stream, where ``"stream"`` is chosen.
 
@@ -315,15 +318,17 @@ class HookedModel(nn.Module):
             estimate: of the batches before, as `Stream.joined` returned it.
             images: the batch, (B, C, H, W) in [0, 1].
             places: positions of images whose logits by the source the caller needs too.
+            watch: whether the caller needs to know of a change of the shift.
 
         Yields:
-            the stream, which the batch may join once it is predicted, and which holds the source's
-            logits for some of the images.
+            the stream, which the batch may join once predicted, with the source's logits for some.
         """
         now, stream = self._now, Stream(estimate, self.statistics.prior)
         if self.statistics.kind == "stream" and self._batch_norms:
-            now.stream = stream
+            now.stream, watch = stream, True
             places = {*places, *stream.places(len(images))}
+        if watch:
+            stream.watch(images)
         try:
             if places:
                 stream.probe(sorted(places), self.source_logits(images[sorted(places)]))

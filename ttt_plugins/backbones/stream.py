@@ -25,6 +25,10 @@ A batch is processed in four steps:
 4. Each image is added to the group of its predicted class (`Stream.joined`). The groups forget
    everything while the stream is near the source.
 
+Before all that, a change of the shift makes the groups forget everything, so that the batch is
+processed like the first of a stream (`Stream.watch`). It is seen in the images alone
+(`ttt_plugins.backbones.look`).
+
 The groups are those of balanced BatchNorm (Su et al., TRIBE, arXiv 2309.14949, equations 4 to 6),
 except that the number of images that a group stands for is bounded, instead of using a momentum,
 and that classes beyond `GROUPS` share groups, so memory does not grow with the number of classes.
@@ -39,6 +43,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..utils.precision import single
+from .look import NUMBERS, Watch
 
 __all__ = ["GROUPS", "HORIZON", "STREAM", "Stream"]
 
@@ -51,13 +56,16 @@ GROUPS = 16
 CLUSTERING = 2.0
 #: One image in this many is also predicted by the source, and at most this many of a first batch.
 EVERY, START = 16, 64
-#: Number of images predicted by the source that the distance from it extends over.
-PROBES = 16
+#: Number of images predicted by the source that the distance from it extends over, and number from
+#: which it can be as near as it looks.
+PROBES, SURE = 16, 8
 #: Squared distances from the source between which its statistics are replaced by the stream's. On
 #: clean images of CIFAR-10 it is 0.014, on the four extra corruptions at severity 5 0.030 to 0.078.
 NEAR, FAR = 0.018, 0.025
 #: Variance of the mean of an image between images, relative to the variance of a channel.
 SPREAD = 0.12
+#: Repetition of classes in the source's predictions of images that are shifted but not repeated.
+COLLAPSED = 0.1
 #: Smallest number of images from which the repetition of classes is estimated.
 _FEWEST = 8
 
@@ -68,6 +76,8 @@ _REPEATS = STREAM + "repeats"
 _SEEN = STREAM + "seen"
 _SHIFT = STREAM + "shift"
 _PROBED = STREAM + "probed"
+_LOOKS = STREAM + "looks"
+_LOOKED = STREAM + "looked"
 _LAYER = STREAM + "layer."
 
 _Pair = tuple[Tensor, Tensor]
@@ -83,6 +93,8 @@ class Stream:
     Attributes:
         probed: positions in the batch of the images that the source also predicted.
         by_source: its logits (n, classes) for them; None if there are none.
+        changed: whether the shift changed with the batch, a bool tensor (); None if the images were
+            not looked at.
     """
 
     def __init__(self, estimate: Mapping[str, Tensor], prior: float):
@@ -94,6 +106,19 @@ class Stream:
         self._observed: dict[str, Tensor] = {}
         self.probed: list[int] = []
         self.by_source: Tensor | None = None
+        self.changed: Tensor | None = None
+
+    def watch(self, images: Tensor) -> None:
+        """Find out whether the shift has changed with images (B, C, H, W), and forget if it has."""
+        known = Watch.start(images.device)
+        if _LOOKS in self._past:
+            known = Watch(self._past[_LOOKS], self._past[_LOOKED])
+        self.changed, known = known.after(images)
+        self._past |= {_LOOKS: known.looks, _LOOKED: known.counts}
+        if _COUNTS in self._past:
+            self._past[_COUNTS] = self._past[_COUNTS] * ~self.changed
+        if (probed := self._past.get(_PROBED)) is not None:
+            self._past[_PROBED] = probed * ~self.changed
 
     def places(self, images: int) -> list[int]:
         """Positions of the images that the source also predicts, counted across batches."""
@@ -122,15 +147,17 @@ class Stream:
             probed = shift.new_tensor(float(new))
         self._past |= {_SHIFT: shift, _PROBED: probed}
         if _REPEATS not in self._past and new >= _FEWEST:
-            self._past[_REPEATS] = _repeats(_groups(logits))[0]
+            self._past[_REPEATS] = (_repeats(_groups(logits))[0] - COLLAPSED).clamp_min(0)
 
     @property
     def openness(self) -> Tensor | None:
         """From 0, near the source, to 1, far from it; None if it was not measured."""
         if _PROBED not in self._past:
             return None
-        distance = self._past[_SHIFT].square().mean() - SPREAD / self._past[_PROBED]
-        return ((distance - NEAR) / (FAR - NEAR)).clamp(0, 1)
+        distance = self._past[_SHIFT].square().mean() - SPREAD / self._past[_PROBED].clamp_min(1)
+        openness = ((distance - NEAR) / (FAR - NEAR)).clamp(0, 1)
+        # A few images say little, and a shift is the reason to adapt at all.
+        return 1 - (1 - openness) * (self._past[_PROBED] / SURE).clamp_max(1)
 
     def choose(self, name: str, x: Tensor, images: int, source: _Pair) -> _Pair:
         """Mean and variance (C,) that a layer normalises with.
@@ -245,7 +272,9 @@ def check_stream(name: str, tensor: Tensor, channels: Mapping[str, int]) -> None
     groups = shape[0] if shape and 0 < shape[0] <= GROUPS else 0
     scalars = dict.fromkeys((_REPEATS, _SEEN, _PROBED), ())
     expected = scalars | {_COUNTS: (groups,), _SHIFT: (sum(channels.values()),)}
+    looks = {_LOOKS: (3, NUMBERS), _LOOKED: (2,)}
     fits = bool(channels) and shape == expected.get(name, (groups, 2, known.get(name)))
+    fits = shape == looks[name] if name in looks else fits
     if not fits:
         raise InputError(
             f"this adaptation state belongs to another adapter: {name!r} of shape "

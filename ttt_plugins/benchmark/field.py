@@ -34,7 +34,7 @@ from .results import Results
 from .resume import check_out, write_files
 from .run import run_benchmark
 
-__all__ = ["FIELD", "FieldStream", "run_field"]
+__all__ = ["FIELD", "FieldStream", "field_views", "run_field"]
 
 #: Name of the folder with the results of every stream and method.
 _RUNS = "runs"
@@ -95,7 +95,7 @@ def _cells_of(stream: FieldStream, data: CorruptionData, long: int) -> Corruptio
     return data.view([*cells, CLEAN] if needs_clean else cells)
 
 
-def _views(
+def field_views(
     streams: Mapping[str, FieldStream], data: CorruptionData, long: int
 ) -> tuple[dict[str, CorruptionData], list[str]]:
     """The cells of each stream that the data allows, and a remark on each other one.
@@ -171,7 +171,7 @@ def run_field(
     if not isinstance(data, CorruptionData):
         data = CorruptionData.from_arrays(data, dataset=PICTURES)
     chosen = _chosen(methods, streams, long)
-    views, missing = _views(chosen, data, long)
+    views, missing = field_views(chosen, data, long)
     if out is None and worker is not None:
         raise InputError("several processes need a shared folder: give out")
     folder = None if out is None else _prepare(check_out(out), resume, overwrite, worker)

@@ -17,6 +17,9 @@ update they decide what happens to it:
 - on BatchNorm models with ``statistics="stream"``, updates near the source are undone, and the
   parameters go half of the way back to it, because there is nothing to adapt to (no event). The
   distance of a stream is measured by `ttt_plugins.backbones.stream`.
+- *new shift*: the images look unlike those before (`ttt_plugins.backbones.look`). What was learned
+  about another shift can be worse than nothing, so parameters and rule return to the source before
+  the batch is predicted.
 - *not finite*: a prediction is not finite. Adaptation never keeps values that are not finite, so
   the event is only recorded.
 
@@ -44,6 +47,7 @@ from ..backbones.stream import EVERY
 from ..errors import InputError
 from ..utils.precision import single
 from .algorithm import Outcome, Tensors
+from .memory import Balanced
 from .objectives import entropy
 from .scope import flatten
 from .updates import choose
@@ -69,8 +73,8 @@ _SEEN, _MEANS, _LOG = GUARD + "seen", GUARD + "means", GUARD + "events"
 _SCALE = GUARD + "scale"
 _SOURCE, _ADAPTED = GUARD + "source", GUARD + "adapted"
 _MEAN_NAMES = ("probed", "agreement", "confidence", "source_confidence", "gap", "squared_gap")
-_REASONS = ("one class", "collapse", "less sure", "not finite")
-_ACTIONS = ("softened", "reset", "softened", "noted")
+_REASONS = ("one class", "collapse", "less sure", "not finite", "new shift")
+_ACTIONS = ("softened", "reset", "softened", "noted", "reset")
 
 
 GUARDED = (
@@ -84,7 +88,8 @@ class Event(NamedTuple):
 
     Attributes:
         images: number of images in the stream so far, including the last batch.
-        reason: ``"one class"``, ``"collapse"``, ``"less sure"`` or ``"not finite"``.
+        reason: ``"one class"``, ``"collapse"``, ``"less sure"``, ``"not finite"`` or
+            ``"new shift"``.
         action: ``"softened"`` (half of the way back to the source), ``"reset"`` or ``"noted"``.
     """
 
@@ -124,7 +129,7 @@ class Guard:
 
     def step(
         self,
-        window: Window,
+        window: Window | Balanced,
         adapt: Callable[[Tensors, Tensors, Tensor], Outcome],
         backbone: Backbone,
         start: tuple[Tensors, Callable[[], Tensors]],
@@ -135,7 +140,7 @@ class Guard:
         """`Window.step`, with pull and guard after an update.
 
         Args:
-            window: the window, which decides when updates are made.
+            window: what decides when updates are made, and on which images.
             adapt: the step of an algorithm.
             backbone: the classifier.
             start: the source's tensors, and a function that returns the rule's initial state.
@@ -146,7 +151,9 @@ class Guard:
         known = {n: t for n, t in waiting.items() if n.startswith(GUARD)}
         gathered = {n: t for n, t in waiting.items() if n.startswith(WINDOW)}
         places = self._places(known, len(images)) if self.on else []
-        with backbone.streaming(waiting, images, places) as stream:
+        with backbone.streaming(waiting, images, places, self.on) as stream:
+            if self.on and stream.changed is not None:
+                now, known = _anew(stream.changed, now, start, known)
             outcome, gathered = window.step(adapt, backbone, *now, gathered, images)
         outcome = outcome._replace(forwards=outcome.forwards + len(stream.probed))
         waiting = gathered | stream.joined(outcome.logits)
@@ -196,6 +203,10 @@ class Guard:
         rows = [row for row in known[_LOG].tolist() if row[0]]
         return [Event(seen, _REASONS[reason], _ACTIONS[reason]) for seen, reason in rows]
 
+    def harmful(self, known: Tensors) -> int:
+        """Number of these events that say that something was wrong; a new shift does not."""
+        return sum(event.reason != "new shift" for event in self.events(known))
+
     def check(self, name: str, tensor: Tensor, classes: int | None) -> None:
         """Check that a tensor of a saved state can be part of the guard's state.
 
@@ -226,7 +237,8 @@ class Guard:
         if self.on:
             lines.append(
                 f"guard: the source predicts one image in {EVERY} too; updates are softened or "
-                "reset where predictions say that adapting hurts (health(), guard_events)"
+                "reset where predictions say that adapting hurts or the images that the shift is "
+                "another one (health(), guard_events)"
             )
         return lines
 
@@ -273,6 +285,22 @@ def _measured(known: Tensors, logits: Tensor, probe: Probe | None) -> Tensors:
         after[_MEANS] = known[_MEANS] * decay + (torch.stack(values) * sure).sum(1)
         after[_SOURCE] = known[_SOURCE] * decay + _labels(q, sure).sum(0)
     return known | after
+
+
+def _anew(
+    changed: Tensor,
+    now: tuple[Tensors, Tensors],
+    start: tuple[Tensors, Callable[[], Tensors]],
+    known: Tensors,
+) -> tuple[tuple[Tensors, Tensors], Tensors]:
+    """Adapted tensors, the rule's state and the guard's, reset if the shift has changed."""
+    if not known or (changed.device.type == "cpu" and not changed):
+        return now, known
+    params, state = choose(changed, start[0], now[0]), choose(changed, start[1](), now[1])
+    reason = torch.full_like(known[_LOG][0, 0], _REASONS.index("new shift"))
+    after = {name: known[name] * ~changed for name in (_MEANS, _SOURCE, _ADAPTED)}
+    after[_LOG] = _noted(known[_LOG], known[_SEEN], reason, changed)
+    return (params, state), known | after
 
 
 def _as_far_as(

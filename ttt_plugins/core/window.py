@@ -11,7 +11,8 @@ Every batch is predicted at once, whatever its size. An update is made on a wind
 - If a batch has images of another size than those waiting, the latter are discarded.
 
 Waiting images are part of an adapter's state, a flat dict of tensors that is empty if none wait.
-It also holds the estimate of ``statistics="stream"``.
+It also holds the estimate of ``statistics="stream"``. With ``memory="balanced"`` the images of an
+update are chosen by their predicted classes instead (`ttt_plugins.core.memory`).
 """
 
 from __future__ import annotations
@@ -32,11 +33,21 @@ from ..utils.checks import check_choice, check_integer, check_number
 from .algorithm import Outcome, Tensors
 from .scope import call
 
-__all__ = ["WINDOW", "OnlineFields", "Window", "decode", "encode"]
+__all__ = [
+    "IMAGES",
+    "WINDOW",
+    "OnlineFields",
+    "Window",
+    "check_waiting",
+    "decode",
+    "encode",
+    "joined",
+]
 
 #: Prefix of the names of waiting tensors.
 WINDOW = "window."
-_IMAGES = WINDOW + "images"
+#: Name of the waiting images.
+IMAGES = WINDOW + "images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +58,27 @@ class OnlineFields(StatisticsFields):
         window: number of images in an update, at least 1. Smaller batches are predicted at once and
             collected until there are that many; a larger batch is one update. The papers use
             batches of 64 on ImageNet.
+        memory: images of an update: ``"recent"``, the latest, or ``"balanced"``, a memory balanced
+            by predicted class (`ttt_plugins.core.memory`).
         guard: whether updates are softened or reset if signals without labels say that they hurt
             (`ttt_plugins.core.guard`). The papers have no guard.
         pull: fraction of the way back to the source that the parameters go after every update, in
             [0, 1]; 0 in the papers.
 
     Raises:
-        InputError: as for `NormStatistics`, or an invalid window, guard or pull.
+        InputError: as for `NormStatistics`, or an invalid window, memory, guard or pull.
     """
 
     statistics: str = "stream"
     window: int = 64
+    memory: str = "recent"
     guard: bool = True
     pull: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
         check_integer(self, "window", 1)
+        check_choice(self, "memory", ("recent", "balanced"))
         check_choice(self, "guard", (True, False))
         check_number(self, "pull", 0, 1)
 
@@ -119,14 +134,14 @@ class Window:
         if len(images) >= self.size:
             return adapt(params, state, images), waiting
         logits = call(backbone, params, images)
-        gathered = _append(waiting.get(_IMAGES), images)
+        gathered = joined(waiting.get(IMAGES), images)
         if len(gathered) < self.size:
             predicted = Outcome(logits, params, state, forwards=len(images))
-            return predicted, {_IMAGES: gathered}
+            return predicted, {IMAGES: gathered}
         outcome = adapt(params, state, decode(gathered[: self.size], images.dtype))
         outcome = outcome._replace(logits=logits, forwards=outcome.forwards + len(images))
         rest = gathered[self.size :]
-        return outcome, {_IMAGES: encode(rest).clone()} if len(rest) else {}
+        return outcome, {IMAGES: encode(rest).clone()} if len(rest) else {}
 
     def check(self, name: str, images: Tensor, backbone: Backbone) -> None:
         """Check that a tensor of a saved state can wait in this window.
@@ -134,20 +149,11 @@ class Window:
         Raises:
             InputError: the tensor cannot, or is damaged.
         """
-        other = "this adaptation state belongs to another adapter"
-        channels = backbone.input_size[0]
-        if name != _IMAGES or self.size == 1:
-            raise InputError(f"{other}: {name!r} is unknown here")
-        fits = images.ndim == 4 and images.shape[1] == channels
-        if not fits or images.dtype not in (torch.uint8, torch.float32, backbone.dtype):
+        if name != IMAGES or self.size == 1:
             raise InputError(
-                f"{other}: {name!r} is {images.dtype} {tuple(images.shape)}, expected "
-                f"(N, {channels}, H, W) of {torch.uint8} or {backbone.dtype}"
+                f"this adaptation state belongs to another adapter: {name!r} is unknown here"
             )
-        if not 0 < len(images) < self.size:
-            raise InputError(f"{other}: {len(images)} images wait for an update on {self.size}")
-        if not torch.isfinite(images).all():
-            raise InputError(f"this adaptation state is damaged: {name!r} is not finite")
+        check_waiting(images, backbone, self.size - 1)
 
     def describe(self) -> list[str]:
         """Lines that describe when updates are made, and their cost."""
@@ -160,7 +166,27 @@ class Window:
         ]
 
 
-def _append(waiting: Tensor | None, images: Tensor) -> Tensor:
+def check_waiting(images: Tensor, backbone: Backbone, most: int) -> None:
+    """Check that images of a saved state can wait for an update of a classifier.
+
+    Raises:
+        InputError: they cannot, or are damaged, or are none or more than ``most``.
+    """
+    other = "this adaptation state belongs to another adapter"
+    channels = backbone.input_size[0]
+    fits = images.ndim == 4 and images.shape[1] == channels
+    if not fits or images.dtype not in (torch.uint8, torch.float32, backbone.dtype):
+        raise InputError(
+            f"{other}: {IMAGES!r} is {images.dtype} {tuple(images.shape)}, expected "
+            f"(N, {channels}, H, W) of {torch.uint8} or {backbone.dtype}"
+        )
+    if not 0 < len(images) <= most:
+        raise InputError(f"{other}: {len(images)} images wait, at most {most} can")
+    if not torch.isfinite(images).all():
+        raise InputError(f"this adaptation state is damaged: {IMAGES!r} is not finite")
+
+
+def joined(waiting: Tensor | None, images: Tensor) -> Tensor:
     """The waiting images and these, stored as 8-bit integers if that is exact for all."""
     if waiting is None or waiting.shape[1:] != images.shape[1:]:
         # Always a copy, because the caller may modify its images.
