@@ -3,8 +3,9 @@
     python examples/report.py          # print them
     python examples/report.py --write  # renew them in RESULTS.md
 
-`results.py`, `imagenet.py`, `per_image_results.py` and `entropy_alone.py` write those files, and
-`into_cards.py` puts them into the bundled artifacts' cards. Nothing is measured here.
+`results.py`, `imagenet.py`, `per_image_results.py`, `field.py` and `entropy_alone.py` write those
+files, and `into_cards.py` puts them into the bundled artifacts' cards. Nothing is measured
+here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ttt_plugins.artifacts.folder import bundled_folder, read_config
-from ttt_plugins.benchmark import CORRUPTIONS
+from ttt_plugins.benchmark import CORRUPTIONS, FIELD
 from ttt_plugins.utils.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -534,6 +535,39 @@ def per_image_pairs() -> str:
     return table(["", "difference", "in standard errors"], rows)
 
 
+# The field
+
+
+def field_gap(found: dict, method: str) -> tuple[float, float] | None:
+    """Points above the source with the error clustered by image; None if not wholly measured."""
+    own, source = found.get(method), found.get("source")
+    if not own or not source or not own.get("done"):
+        return None
+    shown = np.array(source["shown"], dtype=float)
+    gaps = (np.array(own["right"], dtype=float) - np.array(source["right"])) / shown
+    return clustered([gaps])
+
+
+def field() -> str:
+    """Methods at their defaults on every stream, as differences to the source."""
+    parts = []
+    for name in BUNDLED:
+        path = RESULTS / f"field-{name}.json"
+        streams = json.loads(path.read_text())["streams"] if path.is_file() else {}
+        rows = []
+        for stream in FIELD:
+            found = streams.get(stream, {})
+            source, cells = "not measured", []
+            if counts := found.get("source"):
+                source = f"{100 * sum(counts['right']) / sum(counts['shown']):.2f}"
+            for method in ("tent", "sar", "mgg"):
+                gap = field_gap(found, method)
+                cells.append("not measured" if gap is None else f"{gap[0]:+.2f} ± {gap[1]:.2f}")
+            rows.append([stream, source, *cells])
+        parts.append(table([name, "source", "Tent", "SAR", "MGG"], rows))
+    return "\n\n".join(parts)
+
+
 def entropy_alone() -> str:
     """`entropy_alone.py`'s table."""
     path = RESULTS / "entropy-alone.json"
@@ -559,6 +593,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "per-image": per_image,
     "per-image-pairs": per_image_pairs,
     "published": published,
+    "field": field,
     "entropy-alone": entropy_alone,
     "by-corruption": by_corruption,
 }

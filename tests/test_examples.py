@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmark_fakes import memory_data
 
 from ttt_plugins.benchmark import CORRUPTIONS
 from ttt_plugins.cli.main import main as cli_main
@@ -115,6 +116,70 @@ def test_grids_grow_until_the_best_is_inside(monkeypatch):
     scores = {}
     assert choose(1e3, scores) == 0.3  # three times at most
     assert len(scores) == 5
+
+
+def test_the_field_is_measured_once_and_reported(monkeypatch, tmp_path):
+    """In parts that resume; right answers by image, whatever the order of the stream."""
+    field, report = _load("field"), _load("report")
+    asked = []
+
+    def open_dataset(dataset, folder, corruptions, severities, n_examples):
+        asked.append((dataset, corruptions[0], severities, n_examples))
+        data = memory_data({("fog", 5): n_examples, ("snow", 5): n_examples}, n_examples)
+        return dataclasses.replace(data, dataset="cifar10")
+
+    monkeypatch.setattr(field, "open_dataset", open_dataset)
+    path, streams = tmp_path / "field-resnet26bn.json", ("mixed", "batch-4", "clean-corrupt-clean")
+
+    def measure(chosen, **more):
+        given = {"extra": False, "n": 6, "methods": ("tent",)} | more
+        return field.measure("resnet26bn", Path(), path, chosen=chosen, **given)
+
+    true = field.classify
+    counted = []
+    monkeypatch.setattr(field, "classify", lambda *a: counted.append(a) or true(*a))
+    whole = measure(streams)["streams"]
+    assert asked[0] == ("cifar10", CORRUPTIONS[0], [5], 6)
+    for name, times in (("mixed", 2), ("batch-4", 2), ("clean-corrupt-clean", 4)):
+        assert whole[name]["tent"]["shown"] == whole[name]["source"]["shown"] == [times] * 6
+        assert whole[name]["tent"]["done"]
+    before = len(counted)
+    assert measure(streams)["streams"] == whole
+    assert len(counted) == before, "measured again"
+    # Stopped after the first of two corruptions.
+    cut = json.loads(path.read_text())
+    cut["streams"]["batch-4"]["tent"] = field.empty(6) | {"parts": 0, "seconds": 0, "events": {}}
+    path.write_text(json.dumps(cut))
+    monkeypatch.setattr(field, "write_text", stop_at(2, field.write_text))
+    with pytest.raises(KeyboardInterrupt):
+        measure(streams)
+    assert json.loads(path.read_text())["streams"]["batch-4"]["tent"]["parts"] == 1
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(field, "open_dataset", open_dataset)
+    again = measure(streams)["streams"]["batch-4"]["tent"]
+    assert again["right"] == whole["batch-4"]["tent"]["right"]
+    with pytest.raises(SystemExit, match="another number"):
+        measure(streams, n=7)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    text = report.field()
+    gaps = np.subtract(again["right"], whole["batch-4"]["source"]["right"]) / 2
+    error = gaps.std(ddof=1) / 6**0.5
+    assert f"| {100 * gaps.mean():+.2f} ± {100 * error:.2f} | not measured |" in text
+    assert report.field_gap(cut["streams"]["batch-4"], "tent") is None
+
+
+def stop_at(call: int, write):
+    """A ``write_text`` that is interrupted instead of its nth call."""
+    calls = []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        write(*args)
+
+    return stopped
 
 
 @pytest.mark.parametrize("name", ["ttt_resnet26_bn", "ttt_vit_tiny_patch4_32"])

@@ -55,7 +55,7 @@ def test_it_equals_a_plain_restatement(kind):
     labels = torch.randint(5, (120,), generator=generator)
     labels = {"fair": labels, "sorted": labels.sort().values, "one class": labels * 0}[kind]
     logits = 2 * torch.randn(120, 5, generator=generator)
-    logits[torch.arange(120), labels] += 9
+    logits[torch.arange(120), labels] += 30
     images = (torch.arange(120.0) / 255)[:, None, None, None].expand(120, 1, 2, 2)
     for rows in torch.arange(120).split([1, 30, 2, 7, 40, 40]):
         held = memory.offer(held, images[rows], logits[rows])

@@ -241,15 +241,24 @@ def test_the_sources_own_images_are_seen_on_its_own_statistics():
     assert all(alone[-2:])
 
 
-def test_a_new_shift_makes_the_estimate_forget(make_model, images):
-    """In the very batch that is new."""
-    net = tp.wrap(make_model("batchnorm"), "source", statistics="stream")
-    noise = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    counts = []
-    for batch in (images(48), images(16, 1), noise, noise[:30], images(40, 2)):
-        net(batch)
-        counts.append(int(net.adaptation_state()["statistics.counts"].sum()))
-    assert counts == [48, 64, 64, 94, 40]
+def test_a_new_shift_makes_the_estimate_forget(images):
+    """In the very batch that is new, which is then normalised like the first of a stream."""
+    source, labels = (torch.zeros(3), torch.ones(3)), torch.eye(10)[torch.arange(40) % 10]
+    noise = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def after(past, x):
+        stream = Stream(past, 16.0)
+        stream.watch(x)
+        return stream.choose("norm", x, 40, source)[1], stream.joined(labels), stream.changed
+
+    alone, _, _ = after({}, noise)
+    _, past, changed = after({}, images(40))
+    assert not changed
+    for x, new in ((images(40, 1), False), (noise, True), (noise, False)):
+        var, past, changed = after(past, x)
+        assert changed == new
+        assert torch.allclose(var, alone) == new
+    assert past["statistics.counts"].sum() == 80
 
 
 def test_a_stream_sorted_by_class_moves_little(model):
