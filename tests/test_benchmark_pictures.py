@@ -180,7 +180,7 @@ def test_damaged_and_unusable_pictures(folder, tmp_path):
         pictures(folder, num_classes=12)
     with pytest.raises(DataError, match="without labels"):
         pictures(folder / "3")
-    with pytest.raises(InputError, match="no 8-bit pictures"):
+    with pytest.raises(InputError, match="images must be uint8, not"):
         pictures((images.float() / 255, labels))
     with pytest.raises(InputError, match="a stream"):
         pictures(ImageLoader(open_images(folder), workers=0))

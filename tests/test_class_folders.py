@@ -89,7 +89,7 @@ def test_published_layouts(name, tmp_path):
     with pytest.raises(InputError, match="open_class_folders"):
         open_dataset(name, tmp_path)
     write_class(tmp_path / folders[0] / "n99999999", 0)
-    with pytest.raises(DataError, match="n99999999 is none of them"):
+    with pytest.raises(DataError, match="n99999999 is not one of them"):
         open_class_folders(name, tmp_path, net)
 
 
@@ -140,7 +140,7 @@ def test_another_package_adds_a_data_set(cameras, tmp_path, capsys):
     with pytest.warns(RuntimeWarning) as warned:
         assert DATASETS["cameras"].title == "Cameras"
     told = [str(one.message) for one in warned]
-    assert any("'broken'" in text and "is no Dataset" in text for text in told)
+    assert any("'broken'" in text and "must be a Dataset, not " in text for text in told)
     assert any("'cifar10'" in text and "would replace" in text for text in told)
     assert set(DATASETS) == {*datasets._OWN, "cameras"}
     assert main(["list"]) == 0

@@ -247,7 +247,7 @@ def test_columns_are_found_or_given(tmp_path):
     file = write_parquet(
         tmp_path / "b.parquet", columns=("left", "kind"), right=other, note=["a"] * 9
     )
-    with pytest.raises(DataError, match=r"which column has the pictures\? .*'left', 'right'"):
+    with pytest.raises(DataError, match=r"which column holds the pictures; .*'left', 'right'"):
         open_images(file)
     source = open_images(file, image_column="left", label_column="kind")
     assert torch.equal(gathered(ImageLoader(source, workers=0))[0], EXPECTED)
@@ -410,7 +410,7 @@ def test_a_bad_picture_in_a_parquet_file_is_named_by_its_row(tmp_path):
 
 
 def test_a_folder_without_pictures_and_a_class_without_any(tmp_path):
-    with pytest.raises(DataError, match=r"no pictures; looked for files \.jpg"):
+    with pytest.raises(DataError, match=r"no pictures; looked for \.jpg"):
         open_images(tmp_path)
     root = write_folder(tmp_path)
     (root / "bat").mkdir()

@@ -46,7 +46,7 @@ class ArraySource(ImageSource):
         images: images of shape (N, H, W, 3), (N, 3, H, W) or, for greyscale, (N, H, W); uint8, or
             floats in [0, 1], which are not transformed.
         labels: integer classes (N,), or None.
-        location: name of the array in messages.
+        location: what error messages call the array.
 
     Raises:
         DataError: the shape or type is unsupported, or the number of labels differs.
@@ -93,7 +93,7 @@ class ArraySource(ImageSource):
 
 
 def _to_tensor(pixels: Any, channels_last: bool | None = None) -> Tensor:
-    """An image (C, H, W) from an array or tensor; None infers the axis of the channels."""
+    """An image (C, H, W) from an array or tensor; None infers which axis holds the channels."""
     if not isinstance(pixels, Tensor):
         pixels = torch.from_numpy(np.array(pixels))  # a copy: a mapped file is read-only
     if pixels.ndim == 2:
@@ -113,8 +113,8 @@ def open_array_file(
 
     Args:
         path: the file.
-        image_key: name of the array of images in an npz file; found by its name unless given.
-        label_key: name of the array of labels in an npz file; found by its name unless given.
+        image_key: name of the array of images in an npz file; by default a usual name.
+        label_key: name of the array of labels in an npz file; by default a usual name.
 
     Raises:
         DataError: the file is missing or damaged, or has no such array.
@@ -130,7 +130,9 @@ def open_array_file(
             image_key = _choose(path, others, image_key, IMAGE_COLUMNS)
             image_key = image_key or (others[0] if len(others) == 1 else None)
             if image_key is None:
-                raise DataError(f"{path}: which array has the images? Name one of {others}")
+                raise DataError(
+                    f"{path}: no array has a usual name for images; name one of {others}"
+                )
             images = _unpacked(archive, image_key, f"{path}[{image_key}]")
             labels = None
             if label_key is not None:
@@ -171,7 +173,7 @@ class DatasetSource(ImageSource):
 
     Args:
         dataset: the data set.
-        columns: keys of image and label in rows that are dicts; found by name where None.
+        columns: keys of image and label in rows that are dicts; None to find them by name.
     """
 
     def __init__(self, dataset: Any, columns: Columns = (None, None)):
@@ -199,7 +201,7 @@ class LoaderStream(ImageStream):
 
     Args:
         loader: the loader.
-        columns: keys of image and label in rows that are dicts; found by name where None.
+        columns: keys of image and label in rows that are dicts; None to find them by name.
     """
 
     def __init__(self, loader: Iterable, columns: Columns = (None, None)):
@@ -209,12 +211,13 @@ class LoaderStream(ImageStream):
     def __iter__(self) -> Iterator[Sample]:
         row = 0
         for item in self._loader:
-            for single in _taken_apart(item):
+            for single in _single_items(item):
                 yield _sample(single, str(row), self.location, self._columns)
                 row += 1
 
 
-def _taken_apart(item: Any) -> Iterable[Any]:
+def _single_items(item: Any) -> Iterable[Any]:
+    """The images of a batch, each with its label if there are labels; other items unchanged."""
     images = item[0] if isinstance(item, (tuple, list)) and item else item
     if not isinstance(images, (Tensor, np.ndarray)) or images.ndim != 4:
         return [item]
@@ -226,11 +229,11 @@ def _taken_apart(item: Any) -> Iterable[Any]:
 def _sample(item: Any, name: str, location: str, columns: Columns) -> Sample:
     """A sample from an image, a tuple that begins with image and label, or a dict of columns."""
     if isinstance(item, Mapping):
-        places = [
+        keys = [
             given or next((key for key in usual if key in item), None)
             for given, usual in zip(columns, (IMAGE_COLUMNS, LABEL_COLUMNS), strict=True)
         ]
-        item = tuple(item.get(key) for key in places)
+        item = tuple(item.get(key) for key in keys)
     parts = tuple(item) if isinstance(item, (tuple, list)) else (item,)
     image, label = parts[0] if parts else None, parts[1] if len(parts) > 1 else None
     if isinstance(image, Mapping):  # an encoded picture as `datasets` stores it
@@ -242,11 +245,11 @@ def _sample(item: Any, name: str, location: str, columns: Columns) -> Sample:
     elif not isinstance(image, bytes):
         raise InputError(
             f"{location} must yield images, tuples that begin with an image and its label, or "
-            f"rows with a column of images; item {name} has {type(image).__name__} in its place"
+            f"rows with a column of images; item {name} has {type(image).__name__} instead"
         )
     if label is not None:
         try:
             label = int(label)
         except (TypeError, ValueError) as error:
-            raise InputError(f"{location}: the label of item {name} is no integer") from error
+            raise InputError(f"{location}: the label of item {name} is not an integer") from error
     return Sample(image, label, name)

@@ -20,6 +20,6 @@ CIFAR10_CLASSES = (
 )
 
 
-#: Number of last rows of the training file from which the four extra corruptions for MGG's
-#: meta-training are made; nothing else may be trained on them.
+#: Number of rows at the end of the training file from which the four extra corruptions for MGG's
+#: meta-training are made; nothing else may be trained on these rows.
 EXTRA_ROWS = 1024

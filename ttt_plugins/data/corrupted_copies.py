@@ -32,11 +32,11 @@ _QUALITY = 85
 
 @dataclass
 class Report:
-    """What was written.
+    """What a call of `CorruptedCopies.write` wrote.
 
     Attributes:
         written: number of files.
-        kept: number of files that were there before.
+        kept: number of files that already existed.
         images: number of images of the source.
         skipped: one line for each damaged picture that was skipped.
     """
@@ -64,8 +64,8 @@ class _Done(NamedTuple):
 class CorruptedCopies(TorchDataset):
     """Corrupts every image of a source and writes the results.
 
-    A file that exists is kept, and files are written all or nothing, so that a run that was
-    interrupted is resumed by the same call. Noise depends on the seed, the corruption, the severity
+    A file that exists is kept, and files are written atomically, so that the same call resumes an
+    interrupted run. Noise depends on the seed, the corruption, the severity
     and the image's row alone, not on the number of workers.
 
     Attributes:
@@ -77,6 +77,7 @@ class CorruptedCopies(TorchDataset):
         seed: seed for the noise.
         limit: number of images, from the first; None for all.
         skip_damaged: skip damaged pictures (not for arrays, whose rows would be shifted).
+        root: folder of the cells' folders; `write` sets it.
     """
 
     source: ImageSource
@@ -119,7 +120,7 @@ class CorruptedCopies(TorchDataset):
             progress: whether to show a progress bar.
 
         Raises:
-            InputError: the source does not fit the layout, or two of its pictures would be written
+            InputError: the source does not suit the layout, or two of its pictures would be written
                 to one file.
             DataError: the source cannot be read, or a file cannot be written.
             MissingDependencyError: a package that the corruptions need is not installed.
@@ -128,7 +129,7 @@ class CorruptedCopies(TorchDataset):
             check_library()
         workers = default_workers() if workers is None else workers
         root = out / self.spec.title
-        with _written(root):
+        with _translated(root):
             root.mkdir(parents=True, exist_ok=True)
             if self.spec.layout == "npy":
                 return self._write_arrays(root, workers, progress)
@@ -213,10 +214,10 @@ class CorruptedCopies(TorchDataset):
         if len(self) > rows:
             raise InputError(
                 f"{self.source.location} has {len(self):,} images; {self.spec.title} has {rows:,} "
-                f"at each severity: give a limit of {rows:,}"
+                f"at each severity: give a limit of at most {rows:,}"
             )
         report = Report(images=len(self))
-        # Rows after the last image are holes in the files: RobustBench reads the first ones only.
+        # Rows after the last image stay empty (sparse files): RobustBench reads first rows only.
         shape = (len(levels), rows, self.spec.side, self.spec.side, 3)
         files = [root / f"{name}.npy" for name in self.names]
         missing = [file for file in files if not file.is_file()]
@@ -234,7 +235,7 @@ class CorruptedCopies(TorchDataset):
                     array.reshape(shape)[:, done.row] = done.arrays
                     labels[:, done.row] = -1 if done.label is None else done.label
                 array.flush()
-                # Before the array takes its name: a file that is there is never read again.
+                # Written before the array gets its name: an array that exists is never read again.
                 with replacing(root / "labels.npy") as other, other.open("wb") as stream:
                     np.save(stream, labels.reshape(-1))
             report.written += 1
@@ -250,7 +251,8 @@ def _unchanged(done: _Done) -> _Done:
 
 
 @contextlib.contextmanager
-def _written(root: Path) -> Iterator[None]:
+def _translated(root: Path) -> Iterator[None]:
+    """Convert failures to write below a folder into `DataError`."""
     try:
         yield
     except (DataError, InputError):

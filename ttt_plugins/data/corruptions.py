@@ -1,9 +1,10 @@
 """The four corruptions that MGG is meta-trained on, as batched tensor operations on any device.
 
 They reproduce the benchmark's four extra corruptions as published by Hendrycks & Dietterich (arXiv
-1903.12261), in the ImageNet and the CIFAR variant: the parameters are the same, the random ones
-have the same distribution, and the same noise gives the same result. Operations of scikit-image and
-OpenCV are implemented here, such as Canny's edges and the distance transform for drops of water.
+1903.12261), in the ImageNet and the CIFAR variant: the parameters and the distribution of the noise
+are the same, and the same noise gives the same result. The operations of scikit-image and OpenCV
+that they need, such as Canny's edges and the distance transform for drops of water, are
+implemented here.
 An image on which no drop falls is unchanged (the published function divides zero by zero there).
 """
 
@@ -52,7 +53,7 @@ _PARAMETERS = {
 VARIANTS = tuple(_PARAMETERS)
 TENSOR_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 
-#: Images up to this side, in pixels, are corrupted as CIFAR's unless a variant is given.
+#: Images up to this side, in pixels, are corrupted in the CIFAR variant unless one is given.
 _SMALL = 64
 
 
@@ -71,8 +72,8 @@ def corrupt(
         images: images (B, 3, H, W), uint8 or floats in [0, 1].
         name: one of `TENSOR_CORRUPTIONS`.
         severity: strength of the corruption, an integer from 1 to 5.
-        variant: ``"imagenet"`` or ``"cifar"``, whose parameters are milder; unless given it is
-            chosen by the size of the images (CIFAR's up to 64 pixels).
+        variant: ``"imagenet"`` or ``"cifar"``, whose parameters are milder; by default ``"cifar"``
+            for images of at most 64 x 64 pixels.
         generator: random generator for the noise; by default torch's global one for its device.
         noise: standard normal noise to use instead: (B, 3, H, W) for speckle noise, (B, H, W)
             for spatter.
@@ -128,24 +129,24 @@ def _parameters(images: Tensor, name: str, severity: int, variant: str | None) -
 
 
 def _gaussian(x: Tensor, sigma: float) -> Tensor:
-    """Blur (B, C, H, W) like scikit-image: truncated at four deviations, edge pixels repeated."""
+    """Blur (B, C, H, W) like scikit-image: truncated at four deviations, with edges repeated."""
     radius = int(4 * sigma + 0.5)
-    places = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    kernel = torch.exp(-0.5 * (places / sigma) ** 2)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = (kernel / kernel.sum()).to(x)
-    single = x.reshape(-1, 1, *x.shape[2:])
-    single = F.conv2d(
-        F.pad(single, (0, 0, radius, radius), "replicate"), kernel[None, None, :, None]
+    planes = x.reshape(-1, 1, *x.shape[2:])
+    planes = F.conv2d(
+        F.pad(planes, (0, 0, radius, radius), "replicate"), kernel[None, None, :, None]
     )
-    single = F.conv2d(F.pad(single, (radius, radius, 0, 0), "replicate"), kernel[None, None, None])
-    return single.reshape(x.shape)
+    planes = F.conv2d(F.pad(planes, (radius, radius, 0, 0), "replicate"), kernel[None, None, None])
+    return planes.reshape(x.shape)
 
 
 def _saturate(x: Tensor, factor: float, shift: float) -> Tensor:
     """Change the saturation of RGB images (B, 3, H, W); hue and value are unchanged.
 
     With saturation s = (max - min) / max, a channel is ``max - (max - channel) * new / s``. Grey
-    pixels have no hue; they are red, as in scikit-image.
+    pixels have no hue; as in scikit-image, theirs is taken to be red.
     """
     value = x.amax(1, keepdim=True)
     spread = value - x.amin(1, keepdim=True)
@@ -221,7 +222,7 @@ def _canny(layer: Tensor, low: int, high: int) -> Tensor:
 
     # Non-maximum suppression: a pixel is kept if it is the largest along its gradient, in one of
     # four directions.
-    tangent = 13573 / 32768  # of 22.5 degrees, as OpenCV rounds it
+    tangent = 13573 / 32768  # tan(22.5 degrees), as OpenCV rounds it
     flat = dy.abs() < tangent * dx.abs()
     steep = dy.abs() > (tangent + 2) * dx.abs()
     falling = torch.sign(dx) * torch.sign(dy) < 0
@@ -247,9 +248,9 @@ _STEPS = {(0, 1): _ONE, (1, 1): 91750, (1, 2): 143976}  # 1, 1.4 and 2.1969
 
 
 def _distances(edges: Tensor, most: int) -> Tensor:
-    """Distances to the nearest edge, at most ``most``, in units of 1 / 65536 pixels.
+    """Distances to the nearest edge, at most ``most`` pixels, in units of 1 / 65536 pixel.
 
-    As in OpenCV with a 5 x 5 mask: the shortest path of straight, diagonal and knight's moves.
+    As in OpenCV with a 5 x 5 mask, paths consist of straight, diagonal and knight's moves.
     """
     moves = {
         (down, right): cost

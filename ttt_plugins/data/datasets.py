@@ -130,10 +130,10 @@ class Dataset:
         severities: severity levels of each corruption.
         extra_corruptions: corruptions outside the benchmark; in the compact layout they are made
             from the last rows of ``train.parquet``.
-        compact: the compact layout, None if the data set has none.
-        download_size: size of RobustBench's download, in words; None if it has no downloader.
+        compact: the compact layout; None if the data set has none.
+        download_size: size of RobustBench's download, as text; None if it has no downloader.
         reference_errors: AlexNet's error rate in [0, 1] for each corruption, which the mean
-            corruption error is relative to; None where they are not published.
+            corruption error is relative to; None if they are not published.
         folders: in the layout ``"folders"``, the published name of each cell's folder.
         labels: in that layout, names of the class folders in the order of the classes, or one of
             `ttt_plugins.data.labels.LABEL_SETS`, whose positions among ImageNet's 1,000 classes
@@ -159,11 +159,13 @@ class Dataset:
     def __post_init__(self):
         in_folders = self.layout == "folders"
         if in_folders and len(self.folders) != len(self.corruptions):
-            raise InputError(f"{self.title}: each of {self.corruptions} needs one of the folders")
+            raise InputError(
+                f"{self.title}: there must be one folder for each of {self.corruptions}"
+            )
         if in_folders and isinstance(self.labels, tuple) and len(self.labels) != self.classes:
-            raise InputError(f"{self.title}: {len(self.labels)} labels for {self.classes} classes")
+            raise InputError(f"{self.title}: {self.classes} classes have {len(self.labels)} labels")
         if not in_folders and self.robustbench is None:
-            raise InputError(f"{self.title}: the layout {self.layout!r} is RobustBench's")
+            raise InputError(f"{self.title}: the layout {self.layout!r} needs RobustBench's names")
 
     @property
     def cells(self) -> list[tuple[str, int]]:
@@ -234,10 +236,10 @@ class _Datasets(Mapping[str, Dataset]):
 
     def _use(self, point: metadata.EntryPoint) -> None:
         if point.name in self._own:
-            raise InputError(f"it would replace {point.name}")
+            raise InputError(f"it would replace this package's own {point.name}; rename it")
         record = point.load()
         if not isinstance(record, Dataset):
-            raise InputError(f"it is no Dataset, but {type(record).__name__}")
+            raise InputError(f"it must be a Dataset, not {type(record).__name__}")
         self._records[point.name] = record
 
 
@@ -285,6 +287,6 @@ def dataset_title(name: str) -> str:
 
 
 def robustbench_dataset(name: str) -> Dataset | None:
-    """The data set of that name if it is one of RobustBench's, None for others and `PICTURES`."""
+    """The data set of that name if it is one of RobustBench's; None for others and `PICTURES`."""
     spec = DATASETS.get(name)
     return None if spec is None or spec.robustbench is None else spec

@@ -18,7 +18,7 @@ __all__ = ["FolderSource"]
 
 
 class _Names:
-    """Many file names in two arrays, which are small and which forked processes can share."""
+    """Many file names in two buffers, which are small and which forked processes can share."""
 
     def __init__(self, names: Iterable[str]):
         encoded = [os.fsencode(name) for name in names]
@@ -40,7 +40,7 @@ class FolderSource(ImageSource):
 
     Args:
         root: the folder.
-        classes: names of all class folders, in the order of their labels, if it is another.
+        classes: names of all class folders, in the order of their labels; sorted by default.
 
     Raises:
         DataError: there are no pictures, a class folder has none, some lie beside the class
@@ -62,11 +62,11 @@ class FolderSource(ImageSource):
             raise DataError(f"{root} cannot be read ({error.strerror})") from error
         filled = [name for name in folders if per_class[name]]
         if not filled and not flat:
-            raise DataError(f"{root}: no pictures; looked for files {', '.join(PICTURE_SUFFIXES)}")
+            raise DataError(f"{root}: no pictures; looked for {', '.join(PICTURE_SUFFIXES)} files")
         if filled and flat:
             raise DataError(
                 f"{root / Path(flat[0])}: a picture beside the class folders; move it into one of "
-                "them, or out"
+                f"them, or out of {root}"
             )
         if filled and len(filled) < len(folders):
             empty = next(name for name in folders if not per_class[name])
@@ -77,7 +77,7 @@ class FolderSource(ImageSource):
         self._files = _Names(flat or [file for name in filled for file in per_class[name]])
         if filled:
             self.classes, self.labelled = tuple(filled), True
-            # The first row after each class.
+            # For each class, the row after its last one.
             self._ends = np.cumsum([len(per_class[name]) for name in filled])
 
     def __len__(self) -> int:
@@ -96,11 +96,11 @@ class FolderSource(ImageSource):
 
 
 def _check_folders(root: Path, folders: Sequence[str], classes: Sequence[str]) -> None:
-    """Check that the folders are exactly those of the classes, whose labels would be shifted."""
-    odd = set(folders) ^ set(classes)
-    if odd:
-        name = min(odd)
-        state = "is missing" if name in classes else "is none of them"
+    """Check that the folders are exactly those of the classes: others would shift the labels."""
+    mismatched = set(folders) ^ set(classes)
+    if mismatched:
+        name = min(mismatched)
+        state = "is missing" if name in classes else "is not one of them"
         raise DataError(f"{root}: must hold the {len(classes)} class folders; {name} {state}")
 
 

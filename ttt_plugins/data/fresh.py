@@ -1,7 +1,8 @@
-"""Images made anew: corrupted from clean ones, or flipped and cropped, reproducibly for each row.
+"""Images generated from clean ones: corrupted, or flipped and cropped, reproducibly for each row.
 
 The random numbers of a row depend only on its number, the corruption and ``repeat``, never on the
-batch that it is made in: any part of a cell can be made again, on any device, and is the same.
+batch that it is generated in: any rows of a cell can be generated again, on any device, and are the
+same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .corruptions import corrupt
 __all__ = ["corrupt_rows", "flip_and_crop"]
 
 #: Number of images that are corrupted together.
-_TOGETHER = 64
+_BATCH_SIZE = 64
 #: Crops are shifted by at most the side of the image divided by this, as is usual for CIFAR.
 _SHIFT = 8
 
@@ -36,14 +37,14 @@ def corrupt_rows(
     repeat: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Corrupt clean images with noise of their own.
+    """Corrupt clean images, each with its own noise.
 
     Args:
         images: uint8 images (N, 3, H, W).
-        rows: their numbers (N,), which select the noise.
+        rows: the images' row numbers (N,), which select the noise.
         name: one of `TENSOR_CORRUPTIONS`.
-        severity: strength of the corruption, from 1 to 5.
-        repeat: number of the noise; each gives other noise.
+        severity: strength of the corruption, an integer from 1 to 5.
+        repeat: number of the draw; each gives different noise.
         device: device to compute on.
 
     Returns:
@@ -54,14 +55,14 @@ def corrupt_rows(
     """
     height, width = images.shape[2:]
     shape = {"speckle_noise": (3, height, width), "spatter": (height, width)}.get(name)
-    made = []
-    for part, chosen in zip(images.split(_TOGETHER), rows.split(_TOGETHER), strict=True):
+    corrupted = []
+    for batch, numbers in zip(images.split(_BATCH_SIZE), rows.split(_BATCH_SIZE), strict=True):
         noise = None
         if shape is not None:
-            generators = [_generator(row, name, severity, repeat) for row in chosen.tolist()]
+            generators = [_generator(row, name, severity, repeat) for row in numbers.tolist()]
             noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-        made.append(corrupt(part.to(device), name, severity, noise=noise).cpu())
-    return torch.cat(made)
+        corrupted.append(corrupt(batch.to(device), name, severity, noise=noise).cpu())
+    return torch.cat(corrupted)
 
 
 def flip_and_crop(images: Tensor, rows: Tensor, repeat: int) -> Tensor:
@@ -69,21 +70,21 @@ def flip_and_crop(images: Tensor, rows: Tensor, repeat: int) -> Tensor:
 
     Args:
         images: uint8 images (N, 3, H, W).
-        rows: their numbers (N,), which select the shifts.
-        repeat: number of the draw; each gives other shifts.
+        rows: the images' row numbers (N,), which select the shifts.
+        repeat: number of the draw; each gives different shifts.
 
     Returns:
         uint8 images (N, 3, H, W), whose borders are filled by reflection.
     """
     height, width = images.shape[2:]
     down, right = height // _SHIFT, width // _SHIFT
-    made = torch.empty_like(images)
+    shifted = torch.empty_like(images)
     padded = F.pad(images.float(), (right, right, down, down), "reflect").to(images.dtype)
-    for place, row in enumerate(rows.tolist()):
+    for i, row in enumerate(rows.tolist()):
         generator = _generator(row, "crop", repeat)
         top = int(torch.randint(2 * down + 1, (), generator=generator))
         left = int(torch.randint(2 * right + 1, (), generator=generator))
-        crop = padded[place, :, top : top + height, left : left + width]
+        crop = padded[i, :, top : top + height, left : left + width]
         mirrored = bool(torch.randint(2, (), generator=generator))
-        made[place] = crop.flip(-1) if mirrored else crop
-    return made
+        shifted[i] = crop.flip(-1) if mirrored else crop
+    return shifted

@@ -55,7 +55,7 @@ def open_hub_dataset(address: str, columns: Columns, stream: bool) -> ImageSourc
     Args:
         address: ``hf://datasets/ORG/NAME[@REVISION][/PART]``; the part is a split, a folder, or a
             pattern such as ``data/train-*.parquet``.
-        columns: names of the columns of images and labels; found by name where None.
+        columns: names of the columns of images and labels; None to find them by name.
         stream: whether to stream rows instead of downloading shards.
 
     Raises:
@@ -127,7 +127,7 @@ def _files(api: HfApi, where: _Address, commit: str) -> list[str]:
 
 
 def _wanted(shards: list[str], where: _Address) -> list[str]:
-    """The shards that an address selects, which must be of one split and complete."""
+    """The shards that an address selects, which must be complete and of one split."""
     part = where.part
     if part is not None:
         matching = [
@@ -161,7 +161,7 @@ def _wanted(shards: list[str], where: _Address) -> list[str]:
 
 
 def _split(shard: str) -> str | None:
-    """The split in the name of a shard, None if there is none."""
+    """The split in the name of a shard; None if it names none."""
     words = _SPLIT.findall(f"/{shard}")
     return words[-1] if words else None
 
@@ -183,9 +183,9 @@ def _streamed(where: _Address, columns: Columns) -> ImageStream:
             if isinstance(feature, datasets.Image):
                 # Left encoded, so that pictures from all sources are decoded in the same way.
                 rows = rows.cast_column(name, datasets.Image(decode=False))
-    found = LoaderStream(rows, columns)
-    found.location = f"hf://datasets/{where.repository}"
-    return found
+    stream = LoaderStream(rows, columns)
+    stream.location = f"hf://datasets/{where.repository}"
+    return stream
 
 
 @contextlib.contextmanager

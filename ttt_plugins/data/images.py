@@ -1,4 +1,4 @@
-"""CIFAR-10 in the parquet layout of the Hugging Face Hub, decoded once into memory."""
+"""Labelled images in memory, and the conversion of images and of loaders' batches to tensors."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ class LabelledImages:
 
 
 def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 images in 0..255 -> images in [0, 1]; others are returned unchanged.
+    """Convert uint8 images to floats in [0, 1]; floating-point images are returned unchanged.
 
     The values are the same on every device: CUDA multiplies by the reciprocal of a Python number,
-    but divides by a tensor. That tensor is filled on the device, because copying it would wait.
+    but divides by a tensor. That tensor is filled on the device, because copying it there would
+    wait for the device.
     """
     if images.is_floating_point():
         return images
@@ -47,17 +48,17 @@ def batch_images(batch: object) -> Tensor:
     Raises:
         InputError: the batch has another form.
     """
-    found = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(found, Tensor):
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(images, Tensor):
         raise InputError(
             "a loader must yield tensors of images, or tuples that begin with one; got "
             f"{type(batch).__name__}"
         )
-    return found
+    return images
 
 
 def gather_images(data: Tensor | Iterable) -> Tensor:
-    """Images as one tensor (N, C, H, W), from a tensor or a loader of batches or tuples.
+    """Images as one tensor (N, C, H, W), from a tensor or from a loader's batches.
 
     Raises:
         InputError: the loader yields nothing, anything other than images, or batches of different
@@ -67,11 +68,11 @@ def gather_images(data: Tensor | Iterable) -> Tensor:
         return data
     if not isinstance(data, Iterable):
         raise InputError(f"data must be images or a loader of them, got {type(data).__name__}")
-    parts = [batch_images(part) for part in data]
-    if not parts:
+    batches = [batch_images(batch) for batch in data]
+    if not batches:
         raise InputError("the loader yielded no images")
-    kinds = {(part.dtype, part.device, part.shape[1:]) for part in parts}
+    kinds = {(batch.dtype, batch.device, batch.shape[1:]) for batch in batches}
     if len(kinds) > 1:
-        a, b, *_ = (f"{dtype} {tuple(shape)} on {where}" for dtype, where, shape in kinds)
+        a, b, *_ = (f"{dtype} {tuple(shape)} on {device}" for dtype, device, shape in kinds)
         raise InputError(f"the loader's batches cannot be joined into one tensor: {a} and {b}")
-    return torch.cat(parts)
+    return torch.cat(batches)

@@ -1,4 +1,4 @@
-"""Labelled pictures that are read by rows, so that they are never in memory as a whole."""
+"""Labelled pictures that are read row by row, so that they are never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .source import ImageSource
 
 __all__ = ["LabelledPictures"]
 
-#: Seed for the choice of pictures if not all are used.
+#: Seed for drawing pictures if not all are used.
 _SEED = 0
 
 
@@ -26,16 +26,16 @@ class LabelledPictures:
     Args:
         source: a source that `open_images` returns.
         transform: resizes and crops pictures.
-        num_classes: number of the model's classes, None while unknown. Labels become positions
+        num_classes: number of the model's classes; None if unknown. Labels become positions
             among them, see `label_positions`.
         count: largest number of pictures to use, drawn with a fixed seed and kept in the source's
             order; all of them by default.
         workers: number of decoding processes, as for `ImageLoader`.
-        skip_damaged: whether to leave out damaged pictures, which takes a look at every picture.
+        skip_damaged: whether to leave out damaged pictures, which requires decoding all of them.
 
     Attributes:
         labels: int64 classes (N,).
-        side: height and width of the images.
+        side: height and width of the images in pixels.
         skipped: number of damaged pictures that are left out.
 
     Raises:
@@ -55,7 +55,10 @@ class LabelledPictures:
         skip_damaged: bool = False,
     ):
         if not isinstance(source, ImageSource):
-            raise InputError(f"{source.location} is a stream, which cannot be read by rows")
+            raise InputError(
+                f"{source.location} is a stream, which cannot be read by row; give a folder, "
+                "files, arrays or a data set"
+            )
         if not source.labelled:
             raise DataError(
                 f"{source.location}: pictures without labels; give a folder of class folders, or "
@@ -78,12 +81,12 @@ class LabelledPictures:
         return len(self._rows)
 
     def read(self, rows: Tensor) -> LabelledImages:
-        """Read these pictures (N,), in this order.
+        """Read the pictures at ``rows`` (N,), in this order.
 
         Raises:
             DataError: the source cannot be read, or a picture is damaged or of another size.
         """
-        # Files and blocks of rows are read in their own order.
+        # Files and blocks of rows are fastest to read in their own order.
         order = rows.argsort()
         loader = ImageLoader(
             self._source,
@@ -93,25 +96,26 @@ class LabelledPictures:
         )
         images = torch.cat([batch.images for batch in loader])
         if images.dtype != torch.uint8:
-            raise InputError(f"{self._source.location} has no 8-bit pictures, but {images.dtype}")
+            raise InputError(f"{self._source.location}: images must be uint8, not {images.dtype}")
         return LabelledImages(images[order.argsort()], self.labels[rows])
 
 
 def _labels(source: ImageSource, num_classes: int | None) -> Tensor:
     """The labels of all rows, as positions among a model's classes."""
-    own = source.read_labels()
+    labels = source.read_labels()
     if num_classes is None:
-        return own
-    places = label_positions(num_classes, source.classes)
-    if places is None:
+        return labels
+    positions = label_positions(num_classes, source.classes)
+    if positions is None:
         raise InputError(
             f"{source.location} has {len(source.classes or ())} classes and the model "
             f"{num_classes}, and their names do not say which are which; name the folders by "
-            "ImageNet's WordNet identifiers or words, or give the model's classes a folder each"
+            "ImageNet's WordNet identifiers or words, or have one folder for each of the model's "
+            "classes"
         )
-    if int(own.min()) < 0 or int(own.max()) >= len(places):
+    if int(labels.min()) < 0 or int(labels.max()) >= len(positions):
         raise DataError(
-            f"{source.location}: labels must be from 0 to {len(places) - 1}, got {int(own.min())} "
-            f"to {int(own.max())}"
+            f"{source.location}: labels must be from 0 to {len(positions) - 1}, got "
+            f"{int(labels.min())} to {int(labels.max())}"
         )
-    return torch.tensor(places)[own]
+    return torch.tensor(positions)[labels]

@@ -22,7 +22,7 @@ __all__ = [
     "positions",
 ]
 
-#: Name of a set -> its list of WordNet identifiers among timm's tables.
+#: Name of a set -> timm's file of its WordNet identifiers.
 _TABLES = {
     "imagenet-1k": "imagenet_synsets.txt",
     "imagenet-a": "imagenet_a_synsets.txt",
@@ -39,7 +39,7 @@ def label_set(name: str) -> tuple[str, ...]:
         InputError: there is no set of that name.
     """
     if name not in _TABLES:
-        raise InputError(f"unknown set of labels {name!r}; known are {LABEL_SETS}")
+        raise InputError(f"unknown set of labels {name!r}; known sets are {LABEL_SETS}")
     text = (files("timm.data") / "_info" / _TABLES[name]).read_text("utf-8")
     return tuple(text.split())
 
@@ -61,7 +61,7 @@ def class_names(classes: int | None, own: Sequence[str] | None = None) -> list[s
     """Names of a model's classes.
 
     Args:
-        classes: number of classes, None while unknown.
+        classes: number of classes; None if unknown.
         own: names that come with the images, used if their number matches; WordNet identifiers
             among them are replaced by words.
 
@@ -81,11 +81,11 @@ def label_positions(classes: int | None, own: Sequence[str] | None) -> list[int]
     """Positions of the images' classes among a model's classes.
 
     Args:
-        classes: number of the model's classes, None while unknown.
-        own: names of the images' classes by label, None if they have none.
+        classes: number of the model's classes; None if unknown.
+        own: names of the images' classes by label; None if they have none.
 
     Returns:
-        The position among the model's classes by label; None if it cannot be determined. If the
+        Each label's position among the model's classes; None if it cannot be determined. If the
         numbers of classes agree, or the images' classes have no names, labels are the model's own;
         folders named by WordNet identifiers, or by words of timm's tables that belong to one class
         only ("tench", "great_white_shark"), are located among ImageNet's 1,000 classes.
@@ -98,11 +98,11 @@ def label_positions(classes: int | None, own: Sequence[str] | None) -> list[int]
 
 
 def imagenet_positions(names: Sequence[str]) -> list[int] | None:
-    """Positions of named classes among ImageNet's 1,000, as for `label_positions`."""
+    """Positions of classes among ImageNet's 1,000 by name, as for `label_positions`."""
     for places in ({s: i for i, s in enumerate(label_set("imagenet-1k"))}, _words()):
-        found = [places.get(_plain(name)) for name in names]
-        if None not in found and len(set(found)) == len(found):
-            return found  # pyright: ignore[reportReturnType]
+        located = [places.get(_plain(name)) for name in names]
+        if None not in located and len(set(located)) == len(located):
+            return located  # pyright: ignore[reportReturnType]
     return None
 
 
@@ -112,14 +112,14 @@ def _plain(name: str) -> str:
 
 @functools.cache
 def _words() -> dict[str, int]:
-    """The words for each class, alone or as timm lists them, without those of several classes."""
+    """Positions by word or list of words that timm gives to one of ImageNet's classes only."""
     texts = ImageNetInfo().label_descriptions(as_dict=True)
     assert isinstance(texts, dict)
     places: dict[str, list[int]] = {}
     for place, synset in enumerate(label_set("imagenet-1k")):
         for word in {_plain(texts[synset]), *map(_plain, texts[synset].split(","))}:
             places.setdefault(word, []).append(place)
-    return {word: found[0] for word, found in places.items() if len(found) == 1}
+    return {word: owners[0] for word, owners in places.items() if len(owners) == 1}
 
 
 def class_folders(spec: Dataset) -> list[str]:
@@ -130,11 +130,11 @@ def class_folders(spec: Dataset) -> list[str]:
 
 
 def dataset_positions(spec: Dataset, classes: int | None) -> list[int] | None:
-    """Positions of a data set's classes among those of a model with so many classes.
+    """Positions of a data set's classes among those of a model with ``classes`` classes.
 
     Returns:
-        the positions among ImageNet's 1,000 classes if the data set has a part of them and the
-        model all; None if the classes are the model's own.
+        the positions among ImageNet's 1,000 classes if the data set has only some of them and the
+        model has all; None if the data set's classes are the model's own.
     """
     if spec.layout != "folders" or not isinstance(spec.labels, str):
         return None

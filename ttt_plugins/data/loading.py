@@ -41,7 +41,7 @@ class ImageBatch(NamedTuple):
 
     Attributes:
         images: images (B, C, H, W), uint8, or floats if the source holds floats.
-        labels: int64 classes (B,), None where the source has none.
+        labels: int64 classes (B,); None if the source has none.
         names: the pictures' paths, or their positions in the source.
         end: position in the reading order after this batch, counting damaged pictures; an
             `ImageLoader` with this ``start`` reads the images after it.
@@ -54,7 +54,7 @@ class ImageBatch(NamedTuple):
 
 
 class ImageLoader:
-    """Batches of a source's images; each iteration is one epoch.
+    """Batches of a source's images; each iteration over the loader is one epoch.
 
     The same seed gives the same batches for any number of workers. At most a few batches per
     worker are in memory.
@@ -71,13 +71,13 @@ class ImageLoader:
         start: number of images to skip at the start of the order.
         limit: largest number of images of the order to read, including those skipped at the start.
         rows: rows to read, in this order (N,), instead of the whole source; not for a stream.
-        skip_damaged: skip damaged pictures and note them in ``skipped``, instead of raising.
+        skip_damaged: skip damaged pictures and list them in ``skipped`` instead of raising.
 
     Attributes:
         skipped: one line for each damaged picture that was skipped so far.
 
     Raises:
-        InputError: an argument is out of its range, or a stream is to be shuffled.
+        InputError: an argument is out of range, or a seed is given for a stream.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class ImageLoader:
         rows: Tensor | None = None,
         skip_damaged: bool = False,
     ):
-        low = {"batch_size": (batch_size, 1), "start": (start, 0)}
-        low |= {"workers": (workers or 0, 0), "limit": (1 if limit is None else limit, 1)}
-        for name, (value, least) in low.items():
+        integers = {"batch_size": (batch_size, 1), "start": (start, 0)}
+        integers |= {"workers": (workers or 0, 0), "limit": (1 if limit is None else limit, 1)}
+        for name, (value, least) in integers.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
         if seed is not None and isinstance(source, ImageStream):
@@ -112,8 +112,8 @@ class ImageLoader:
 
     def __iter__(self) -> Iterator[ImageBatch]:
         end = self._start
-        # Close the loader immediately if anything is raised: the garbage collector would wait for
-        # its worker processes for seconds.
+        # The loader is closed at once if anything is raised; the garbage collector would wait for
+        # its worker processes, which takes seconds.
         with contextlib.closing(self._pieces()) as pieces:
             for piece in pieces:
                 end += piece.read
@@ -137,8 +137,8 @@ class ImageLoader:
     def _pieces(self) -> Generator[_Piece]:
         if isinstance(self.source, ImageStream):
             samples = itertools.islice(self.source, self._start, self._limit)
-            while part := list(itertools.islice(samples, self.batch_size)):
-                yield _assembled([functools.partial(Sample, *s) for s in part], self._transform)
+            while batch := list(itertools.islice(samples, self.batch_size)):
+                yield _assembled([functools.partial(Sample, *s) for s in batch], self._transform)
         elif self._start < len(self._order):
             rows = self._order[self._start :].split(self.batch_size)
             yield from DataLoader(
@@ -175,7 +175,7 @@ class Pieces(Dataset):
 
 
 class _Piece(NamedTuple):
-    """A batch and its errors, which the main process raises without a worker's traceback."""
+    """A batch and its errors, which the main process raises, without a worker's traceback."""
 
     images: Tensor | None
     labels: Tensor | None
@@ -218,8 +218,8 @@ def _assembled(reads: Iterable[Callable[[], Sample]], transform: Transform | Non
         if images and (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
             sizes = [f"{t.dtype} {tuple(t.shape)}" for t in (images[0], image)]
             error = (
-                f"{names[0]} is {sizes[0]} and {sample.name} is {sizes[1]}: pictures must have one "
-                "size; give a transform that resizes them"
+                f"{names[0]} is {sizes[0]} and {sample.name} is {sizes[1]}: pictures must have the "
+                "same size and type; give a transform that resizes them"
             )
             return _Piece(None, None, [], damaged, read, error)
         images.append(image)
@@ -235,7 +235,7 @@ def to_pixels(sample: Sample, transform: Transform | None) -> Tensor:
     """A sample's pixels (C, H, W), uint8 and transformed, or the floats that it holds.
 
     Raises:
-        PictureError: it is encoded, and damaged.
+        PictureError: the sample is an encoded picture that is damaged.
     """
     image = sample.image
     if isinstance(image, bytes):
@@ -250,7 +250,7 @@ def to_pixels(sample: Sample, transform: Transform | None) -> Tensor:
 
 
 def worker_count(source: ImageSource, transform: Transform | None) -> int:
-    """Number of worker processes that are worthwhile for a source: none where nothing is slow."""
+    """Number of worker processes that are worthwhile for a source: none if reading is fast."""
     if not source.decodes and transform is None:
         return 0
     return default_workers()

@@ -54,12 +54,12 @@ def _read_header(stream: IO[bytes]) -> ArrayHeader:
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
     if read is None:
         raise ValueError(f"npy format {version} is not supported")
-    # numpy would take memory for as many bytes as are announced, in format 2 up to 4 GB.
+    # numpy would allocate as many bytes as are announced, in format 2 up to 4 GB.
     start = stream.tell()
     length = int.from_bytes(stream.read(2 * version[0]), "little")
     stream.seek(start)
     if length > _MAX_HEADER:
-        raise ValueError(f"a header of {length:,} bytes")
+        raise ValueError(f"its header has {length:,} bytes, more than {_MAX_HEADER:,}")
     header = ArrayHeader(*read(stream, max_header_size=_MAX_HEADER))
     if header.dtype.hasobject:
         raise ValueError("it holds Python objects")
@@ -83,7 +83,7 @@ def map_array(path: Path, name: str | None = None) -> np.ndarray:
 
     Args:
         path: the file.
-        name: what messages call it; its path unless given.
+        name: what error messages call it; its path by default.
 
     Raises:
         DataError: the file is missing, damaged, truncated, or holds Python objects.
@@ -106,7 +106,7 @@ def extract_array(archive: zipfile.ZipFile, key: str, target: Path, name: str) -
         archive: the npz file.
         key: name of the array.
         target: the npy file.
-        name: what messages call the array.
+        name: what error messages call the array.
 
     Raises:
         DataError: it is damaged or encrypted, holds Python objects, or does not fit on the disk.
@@ -120,7 +120,7 @@ def extract_array(archive: zipfile.ZipFile, key: str, target: Path, name: str) -
         if total > (free := shutil.disk_usage(target.parent).free):
             raise DataError(
                 f"{name}: {total:,} bytes have to be extracted to {target.parent}, whose disk has "
-                f"{free:,} left"
+                f"{free:,} left; set TMPDIR to a folder on a larger disk"
             )
         with archive.open(f"{key}.npy") as packed, target.open("wb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)
@@ -132,11 +132,11 @@ def read_labels(archive: zipfile.ZipFile, key: str, images: int, name: str) -> n
     Args:
         archive: the npz file.
         key: name of the array.
-        images: how many labels there must be.
-        name: what messages call the file.
+        images: number of images, and so of labels.
+        name: what error messages call the file.
 
     Raises:
-        DataError: it is damaged or encrypted, or something other than as many integers.
+        DataError: it is damaged or encrypted, or does not hold one integer for each image.
     """
     with _reading(name, "npz"), archive.open(f"{key}.npy") as stream:
         shape, _, dtype = _read_header(stream)
@@ -155,7 +155,7 @@ class NpzImages:
 
     Args:
         path: the file.
-        side: height and width of the images.
+        side: height and width of the images in pixels.
         limit: largest number of images in an array.
 
     Raises:
@@ -187,7 +187,7 @@ class NpzImages:
             if dtype != np.uint8 or len(shape) != 4 or shape[1:] != (self.side, self.side, 3):
                 raise DataError(
                     f"{self.path}: {name} must be uint8 (N, {self.side}, {self.side}, 3), "
-                    f"is {dtype} {shape}"
+                    f"got {dtype} {shape}"
                 )
             if shape[0] > self.limit:
                 raise DataError(

@@ -1,4 +1,4 @@
-"""Images that are read when they are used, in place of a tensor that holds all of them."""
+"""Images that are read when they are used, instead of a tensor that holds all of them."""
 
 from __future__ import annotations
 
@@ -57,25 +57,25 @@ class ImagesOnDemand:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, places: Tensor | slice) -> Tensor:
-        """Read the images (B, C, S, S) at some places, in this process."""
-        places = places.cpu() if isinstance(places, Tensor) else places
-        return intact(self._pieces[self.rows[places].tolist()]).to(self.device)
+    def __getitem__(self, positions: Tensor | slice) -> Tensor:
+        """Read the images (B, C, S, S) at some positions, in this process."""
+        positions = positions.cpu() if isinstance(positions, Tensor) else positions
+        return intact(self._pieces[self.rows[positions].tolist()]).to(self.device)
 
     def to(self, device: torch.device | str) -> ImagesOnDemand:
-        """The same images, whose batches are moved to a device."""
+        """The same images, with batches that are moved to a device."""
         moved = copy.copy(self)
         moved.device = torch.device(device)
         return moved
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All images in order, in batches of a size."""
+        """All images in order, in batches of at most ``size``."""
         return self.batches(torch.arange(len(self)).split(size))
 
-    def batches(self, places: Sequence[Tensor]) -> Generator[Tensor]:
-        """Batches (B, C, S, S) of the images at some places, decoded ahead by worker processes.
+    def batches(self, positions: Sequence[Tensor]) -> Generator[Tensor]:
+        """Batches (B, C, S, S) of the images at some positions, decoded ahead by worker processes.
 
-        At most a few batches for each process are in memory.
+        At most a few batches per process are in memory.
 
         Raises:
             PictureError: a picture is damaged.
@@ -83,30 +83,30 @@ class ImagesOnDemand:
         """
         loader = DataLoader(
             self._pieces,
-            sampler=[self.rows[part.cpu()].tolist() for part in places],
+            sampler=[self.rows[batch.cpu()].tolist() for batch in positions],
             batch_size=None,
-            num_workers=min(self._workers, len(places)),
-            generator=torch.Generator(),  # torch's global one is the training's
+            num_workers=min(self._workers, len(positions)),
+            generator=torch.Generator(),  # torch's global generator belongs to the training
         )
         for piece in loader:
             yield intact(piece).to(self.device)
 
 
-def read_batches(images: Any, places: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Batches of the images at some places, from a tensor or from `ImagesOnDemand`."""
+def read_batches(images: Any, positions: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Batches of the images at some positions, from a tensor or from `ImagesOnDemand`."""
     if isinstance(images, ImagesOnDemand):
-        with contextlib.closing(images.batches(places)) as batches:
+        with contextlib.closing(images.batches(positions)) as batches:
             yield from batches
         return
-    for part in places:
-        yield images[part]
+    for batch in positions:
+        yield images[batch]
 
 
 def shuffled_rows(images: Any, generator: torch.Generator) -> Tensor:
-    """The places of all images (N,) in random order, on the generator's device.
+    """The positions of all images (N,) in random order, on the generator's device.
 
-    Of files in which only blocks of rows can be read, the blocks are shuffled, and then the rows
-    of a few consecutive ones together, as in `read_order`.
+    If the source can only be read in blocks of rows, the blocks are shuffled, and then the rows of
+    a few consecutive blocks together, as in `read_order`.
     """
     if isinstance(images, ImagesOnDemand):
         blocks = images.source.blocks()
@@ -114,15 +114,15 @@ def shuffled_rows(images: Any, generator: torch.Generator) -> Tensor:
             starts = torch.tensor([block.start for block in blocks])
             order = torch.argsort(images.rows, stable=True)
             owners = torch.searchsorted(starts, images.rows[order], right=True)
-            parts = order.split(torch.unique_consecutive(owners, return_counts=True)[1].tolist())
+            sizes = torch.unique_consecutive(owners, return_counts=True)[1].tolist()
             seed = torch.randint(1 << 31, (), generator=generator, device=generator.device)
-            drawn = torch.Generator().manual_seed(int(seed))
-            return shuffled_blocks(parts, drawn).to(generator.device)
+            on_cpu = torch.Generator().manual_seed(int(seed))
+            return shuffled_blocks(order.split(sizes), on_cpu).to(generator.device)
     return torch.randperm(len(images), generator=generator, device=generator.device)
 
 
 class _Damage(Dataset):
-    """What is wrong with single pictures, None for intact ones."""
+    """The error that each picture raises, empty for intact ones."""
 
     def __init__(self, source: ImageSource, transform: Transform | None):
         self._pieces = Pieces(source, transform)
@@ -138,10 +138,10 @@ class _Damage(Dataset):
 def intact_rows(
     source: ImageSource, transform: Transform | None, rows: Tensor, workers: int | None
 ) -> tuple[Tensor, list[str]]:
-    """Decode all pictures once, to find the rows that are not damaged.
+    """Decode all pictures once to find the rows that are not damaged.
 
     Returns:
-        the rows (M,), in the given order, and a line for each damaged picture.
+        the intact rows (M,), in the given order, and a line for each damaged picture.
 
     Raises:
         DataError: all pictures are damaged, or the source cannot be read.
@@ -154,7 +154,7 @@ def intact_rows(
         num_workers=min(count, len(rows)),
         generator=torch.Generator(),
     )
-    found = list(tqdm(loader, f"pictures of {source.location}", leave=False))
-    if all(found):
-        raise DataError(f"{source.location}: every picture is damaged, the first: {found[0]}")
-    return rows[torch.tensor([not line for line in found])], [line for line in found if line]
+    errors = list(tqdm(loader, f"pictures of {source.location}", leave=False))
+    if all(errors):
+        raise DataError(f"{source.location}: every picture is damaged, the first: {errors[0]}")
+    return rows[torch.tensor([not line for line in errors])], [line for line in errors if line]

@@ -28,7 +28,7 @@ def open_images(
     label_column: str | None = None,
     stream: bool = False,
 ) -> ImageSource | ImageStream:
-    """Open a source of images; nothing is decoded yet, and it is never loaded as a whole.
+    """Open a source of images; nothing is decoded yet, and files are never loaded as a whole.
 
     Args:
         source: a folder of class folders, a folder of pictures (which have no labels), a parquet
@@ -44,7 +44,7 @@ def open_images(
 
     Raises:
         DataError: the source is missing, damaged, or has another layout.
-        InputError: the source is of none of these kinds.
+        InputError: the source is none of these, or something other than a Hub data set is streamed.
         HubError: the Hub does not have the data set or cannot be reached.
         MissingDependencyError: parquet files need pyarrow, and ``stream`` needs `datasets`.
     """

@@ -131,13 +131,13 @@ class ParquetSource(ImageSource):
                 batches = self._rest[1]
             else:
                 # A row group can only be read from its beginning: earlier blocks are skipped.
-                whole = parquet.ParquetFile(block.file).iter_batches(
+                slices = parquet.ParquetFile(block.file).iter_batches(
                     batch_size=block.step,
                     row_groups=[block.group],
                     columns=[self._image, *([self._label] if self._label else [])],
                     use_threads=False,
                 )
-                batches = itertools.islice(whole, block.place, None)
+                batches = itertools.islice(slices, block.place, None)
             rows = next(batches)
         self._rest = (index + 1, batches)
         if index + 1 == len(self._blocks) or self._blocks[index + 1].place == 0:
@@ -158,8 +158,8 @@ def _image_column(schema: Any, file: str, given: str | None) -> str:
     usual = [name for name in IMAGE_COLUMNS if name in names]
     if not usual and len(names) != 1:
         raise DataError(
-            f"{file}: which column has the pictures? Candidates are {names}, all columns "
-            f"{schema.names}; a picture is a struct of bytes and path, or bytes"
+            f"{file}: cannot tell which column holds the pictures; name one of {names} (all "
+            f"columns: {schema.names}; a picture is a struct of bytes and path, or bytes)"
         )
     return usual[0] if usual else names[0]
 
@@ -195,27 +195,27 @@ def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
 
 
 def read_parquet(path: str | Path, start: int = 0, stop: int | None = None) -> LabelledImages:
-    """Read a parquet file of small, labelled pictures of one size into memory, or some rows of it.
+    """Read small, labelled pictures of one size from a parquet file into memory.
 
     Args:
         path: the file.
-        start: first row to read.
-        stop: row to stop before; None for all.
+        start: first row to read, from 0.
+        stop: row to stop before; None for the last.
 
     Raises:
-        DataError: the file is missing, has other columns, or pictures of different sizes.
+        DataError: the file is missing, lacks a column, or has pictures of different sizes.
         MissingDependencyError: pyarrow is not installed.
     """
     source = ParquetSource([path])
     if not source.labelled:
-        raise DataError(f"{path}: no column of integers called label")
+        raise DataError(f"{path}: no column of integer labels; looked for {LABEL_COLUMNS}")
     batches = list(ImageLoader(source, workers=0, start=start, limit=stop))
     labels = [batch.labels for batch in batches if batch.labels is not None]
     return LabelledImages(torch.cat([batch.images for batch in batches]), torch.cat(labels))
 
 
 def read_labels(path: str | Path) -> Tensor:
-    """Read only the labels (N,) of such a file, which is much faster than decoding its images.
+    """Read only the labels (N,) of such a file, which is much faster than also decoding its images.
 
     Raises:
         DataError, MissingDependencyError: as for `read_parquet`, except for errors in images.
@@ -224,7 +224,7 @@ def read_labels(path: str | Path) -> Tensor:
         schema = parquet.ParquetFile(path).schema_arrow
         column = _label_column(schema, str(path), None)
         if column is None:
-            raise DataError(f"{path}: no column of integers called label")
+            raise DataError(f"{path}: no column of integer labels; looked for {LABEL_COLUMNS}")
     return _column(path, column)
 
 
@@ -239,7 +239,7 @@ def _column(path: str | Path, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def _reading(path: str | Path) -> Iterator[ModuleType]:
-    """Pyarrow's parquet module, for an existing file; failures become `DataError`."""
+    """Yield pyarrow's parquet module for an existing file; failures become `DataError`."""
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; expected pictures in the Hub's parquet layout")
     try:

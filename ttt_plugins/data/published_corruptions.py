@@ -2,7 +2,7 @@
 
 They exist in two variants: for photographs (ImageNet-C) and, milder, for 32x32 images (CIFAR-10-C).
 The four extra ones are `corruptions.corrupt`. The fifteen of the benchmark are functions of the
-package `imagecorruptions` 1.1.2, mended here so that they run with current versions of numpy and
+package `imagecorruptions` 1.1.2, patched here so that they run with current versions of numpy and
 scikit-image and agree with the published functions:
 
 1. ``multichannel=`` is now ``channel_axis=``, ``np.float_`` is ``np.float64``, and
@@ -12,16 +12,16 @@ scikit-image and agree with the published functions:
 4. Frost is pasted at its own size (a fifth of it on 32x32 images), not enlarged by a tenth.
 5. The elastic transform has the published affine part and parameters, and is written here.
 6. Glass blur is written here: the same result in a thirtieth of the time, because the shifts of a
-   picture are drawn at once and applied to positions. The published exchange of two pixels is a
-   copy of one of them, since both are views of the same array.
+   picture are drawn at once and applied to positions. The published exchange of two pixels in fact
+   copies one of them, since both are views of the same array.
 7. Random numbers come from a seed. The package draws from numpy's global state, and for impulse
    noise from the system.
 
-Motion blur (also that of snow) is the package's own; it does not need ImageMagick, with which the
-published functions blur, and agrees with it up to rounding.
+Motion blur (also that in snow) is the package's own. It agrees up to rounding with the published
+functions, which need ImageMagick for it.
 
-The package `corrupt-tta` 0.1.7 runs as it is, but its motion blur, snow, fog, frost and spatter are
-other functions than the published ones, and it has no variant for 32x32 images.
+The package `corrupt-tta` 0.1.7 runs without patches, but its motion blur, snow, fog, frost and
+spatter differ from the published functions, and it has no variant for 32x32 images.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ _ELASTIC = {
     ),
 }
 _ELASTIC_SIDE = {"imagenet": 244, "cifar": 32}  # 244, not 224, as published
-#: The package's smallest side of a picture, in pixels.
+#: Smallest side of a picture that the package accepts, in pixels.
 _SMALLEST = 32
 
 
@@ -109,7 +109,7 @@ def corrupt_as_published(
         name: one of `PUBLISHED_CORRUPTIONS`.
         severity: strength of the corruption, an integer from 1 to 5.
         variant: ``"imagenet"`` or ``"cifar"``.
-        seed: integers of at least 0; the same ones give the same result.
+        seed: integers of at least 0; the same integers give the same result.
 
     Returns:
         uint8 pixels (H, W, 3).
@@ -127,13 +127,16 @@ def corrupt_as_published(
     if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,) or min(pixels.shape) < 3:
         raise InputError(f"pixels must be uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
     if min(pixels.shape[:2]) < _SMALLEST:
-        raise InputError(f"pictures to corrupt need {_SMALLEST} pixels a side, got {pixels.shape}")
+        raise InputError(
+            f"pictures to corrupt must be at least {_SMALLEST} x {_SMALLEST} pixels, got "
+            f"{pixels.shape[1]} x {pixels.shape[0]}"
+        )
     sequence = np.random.SeedSequence(list(seed))
     if name in TENSOR_CORRUPTIONS:
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        found = corrupt(images, name, severity, variant=variant, generator=generator)
-        return found[0].permute(1, 2, 0).numpy()
+        corrupted = corrupt(images, name, severity, variant=variant, generator=generator)
+        return corrupted[0].permute(1, 2, 0).numpy()
     return _library(variant).corrupt(pixels, name, severity, sequence)
 
 
@@ -141,7 +144,7 @@ def check_library() -> None:
     """Check that everything that the fifteen corruptions need is installed.
 
     Raises:
-        MissingDependencyError: it is not.
+        MissingDependencyError: a package is missing.
     """
     _library(VARIANTS[0])
 
@@ -152,14 +155,14 @@ def _library(variant: str) -> _Library:
 
 
 def _changed(module: ModuleType, **changes: Any) -> Any:
-    """A copy of a module with other members; the module itself is as it was."""
+    """A copy of a module with some members replaced; the module itself is unchanged."""
     copy = ModuleType(module.__name__)
     copy.__dict__.update(vars(module) | changes)
     return copy
 
 
 class _Library:
-    """The package's functions in one of the variants, with the mends of this file.
+    """The package's functions in one of the variants, with the patches of this file.
 
     Raises:
         MissingDependencyError: a package is not installed.
@@ -167,9 +170,9 @@ class _Library:
 
     def __init__(self, variant: str):
         self._variant = variant
-        found = importlib.util.find_spec("imagecorruptions")
+        package = importlib.util.find_spec("imagecorruptions")
         try:
-            if found is None or not found.submodule_search_locations:
+            if package is None or not package.submodule_search_locations:
                 raise ImportError("No module named 'imagecorruptions'")
             self._cv2 = importlib.import_module("cv2")
             self._skimage = importlib.import_module("skimage")
@@ -180,12 +183,12 @@ class _Library:
                 f'corruptions as published need more packages ({error}): pip install "ttt-plugins'
                 '[corruptions]"'
             ) from error
-        # Threads of OpenCV that have once run would make forked processes wait for ever.
+        # Once OpenCV has started threads, processes forked later would hang.
         self._cv2.setNumThreads(1)
-        folder = Path(found.submodule_search_locations[0])
+        folder = Path(package.submodule_search_locations[0])
         self._map_coordinates = interpolation.map_coordinates
         self._size = (0, 0)
-        loader = _Mended("imagecorruptions.corruptions", str(folder / "corruptions.py"))
+        loader = _PatchedLoader("imagecorruptions.corruptions", str(folder / "corruptions.py"))
         loader.parameters = _CIFAR if variant == "cifar" else {}
         spec = importlib.util.spec_from_loader(loader.name, loader)
         assert spec is not None
@@ -288,35 +291,35 @@ def _centred_zoom(
     return larger[top:, left:][: image.shape[0], : image.shape[1]]
 
 
-class _Mended(SourceFileLoader):
-    """Loads the package's code without imports that fail, and with the parameters of a variant.
+class _PatchedLoader(SourceFileLoader):
+    """Loads the package's code without the imports that fail, and with a variant's parameters.
 
     Attributes:
-        parameters: names of functions, whose parameters are looked up in a variable ``_own``.
+        parameters: names of the functions whose parameters are looked up in a variable ``_own``.
     """
 
     parameters: Collection[str] = ()
 
     def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002
-        """Compile the mended code, never from or into a cache."""
+        """Compile the patched code, without reading or writing a cache."""
         tree = ast.parse(self.get_data(self.path))
-        gone = ("pkg_resources", "scipy.ndimage.interpolation")
+        removed = ("pkg_resources", "scipy.ndimage.interpolation")
         tree.body = [
-            part
-            for part in tree.body
-            if not (isinstance(part, ast.ImportFrom) and part.module in gone)
+            statement
+            for statement in tree.body
+            if not (isinstance(statement, ast.ImportFrom) and statement.module in removed)
         ]
-        left = set(self.parameters)
+        missing = set(self.parameters)
         for function in tree.body:
-            if not isinstance(function, ast.FunctionDef) or function.name not in left:
+            if not isinstance(function, ast.FunctionDef) or function.name not in missing:
                 continue
-            for line in function.body:
-                if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "c":
+            for statement in function.body:
+                if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "c":
                     own = ast.parse(f"_own[{function.name!r}][severity - 1]", mode="eval").body
-                    line.value = ast.copy_location(own, line.value)
-                    left.discard(function.name)
-        if left:
+                    statement.value = ast.copy_location(own, statement.value)
+                    missing.discard(function.name)
+        if missing:
             raise MissingDependencyError(
-                f"imagecorruptions has no parameters of {min(left)}: install version 1.1.2"
+                f"imagecorruptions has no parameters of {min(missing)}: install version 1.1.2"
             )
         return compile(ast.fix_missing_locations(tree), self.path, "exec")

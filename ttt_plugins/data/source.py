@@ -22,7 +22,7 @@ __all__ = [
     "shuffled_blocks",
 ]
 
-#: Names of the columns (or arrays) of images and of labels, None to find them by name.
+#: Names of the columns (or arrays) of images and of labels; None to find them by name.
 Columns = tuple[str | None, str | None]
 
 #: Common names of these columns, the most common first.
@@ -39,7 +39,7 @@ class Sample(NamedTuple):
     Attributes:
         image: an RGB picture, an encoded picture, uint8 pixels (C, H, W), or floats (C, H, W) in
             [0, 1] that already have the model's input size and are not transformed.
-        label: index of its class, None where the source has no labels.
+        label: index of its class; None if the source has no labels.
         name: the picture's path, or its position in the source.
     """
 
@@ -52,8 +52,8 @@ class ImageSource(abc.ABC):
     """Images that can be read in any order by row; it can be pickled for other processes.
 
     Attributes:
-        location: location of the images, for messages.
-        classes: names of the classes by label, None where there are none.
+        location: where the images are, for messages.
+        classes: names of the classes by label; None if there are none.
         labelled: whether the rows have labels.
     """
 

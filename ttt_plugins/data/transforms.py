@@ -24,12 +24,12 @@ def evaluation_transform(model: Any, size: int | None = None) -> Transform | Non
         model: a timm model (its ``pretrained_cfg`` has size, crop and interpolation),
             torchvision's weights or their ``transforms()``, or any other model.
         size: side of the images in pixels, at least 1, instead of the model's own. For a model
-            without settings for pictures, the short side is resized to 8/7 of it, bicubically, and
-            the centre is cropped, as is usual for 224 pixels.
+            without settings for pictures, the short side is resized bicubically to 8/7 of ``size``
+            and the centre is cropped, as is usual for 224 pixels.
 
     Returns:
         The transform; None if neither the model nor ``size`` gives a size, so that pictures keep
-        the size that they have.
+        their own size.
 
     Raises:
         InputError: the size is out of range.
