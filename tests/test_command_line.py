@@ -268,7 +268,7 @@ def test_where_checkpoints_cannot_go(kind, here, no_work, refused):
     (here / "out-training").unlink()
     (here / "out-training" / "checkpoint.pt").mkdir(parents=True)
     for more in ([], ["--resume"]):
-        assert "checkpoint.pt is no file" in refused(*train(kind, *more))
+        assert "checkpoint.pt is not a file" in refused(*train(kind, *more))
 
 
 def test_what_may_be_written_into(tmp_path):
@@ -304,8 +304,8 @@ NO_RECIPE = [
     ("mt3", ["--set", "params=nope"], "params='nope' selects nothing"),
     ("mt3", ["--set", "params=(weight)+"], "not accepted as params"),
     ("mgg", ["--batch-size", "17"], "at least one batch"),
-    ("mgg", ["--grid", "0.001", "-1"], "grid holds step sizes of at least 0, got -1.0"),
-    ("mgg", ["--grid", "nan"], "grid holds step sizes of at least 0, got nan"),
+    ("mgg", ["--grid", "0.001", "-1"], "grid must hold step sizes of at least 0, got -1.0"),
+    ("mgg", ["--grid", "nan"], "grid must hold step sizes of at least 0, got nan"),
     ("mgg", ["--meta-lr", "nan"], "meta_lr must be a number"),
     ("mgg", ["--set", "params=nope"], "params='nope' selects nothing"),
     ("mgg", ["--statistics-images", "0"], "--statistics-images must be at least 1"),
@@ -370,7 +370,7 @@ def test_a_damaged_checkpoint(kind, damage, here, images, refused):
         file.write_bytes(content[damage])
     said = refused(*train(kind, *SHORT[kind], "--resume"))
     assert "checkpoint.pt is damaged" in said
-    assert "delete it, or leave --resume out" in said
+    assert "delete it or leave out --resume" in said
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):

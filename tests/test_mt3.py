@@ -726,7 +726,7 @@ def test_resuming_with_held_images_remembers_the_best(data, tmp_path, monkeypatc
         with pytest.raises(Broken):
             train_mt3(recipe, data, tmp_path / "b", gap=gap, progress=False)
     for other in (None, StepGap({"noise": data[8:32]}, gap.config)):
-        with pytest.raises(tp.InputError, match="other held images"):
+        with pytest.raises(tp.InputError, match="other held-out images"):
             train_mt3(recipe, data, tmp_path / "b", gap=other, resume=True, progress=False)
     again = train_mt3(recipe, data, tmp_path / "b", gap=gap, resume=True, progress=False)
     assert same_model(whole[0], again[0])

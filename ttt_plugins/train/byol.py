@@ -1,4 +1,4 @@
-"""Joint training of a classifier with BYOL's loss, from which MT3's meta-training can start.
+"""Joint training of a classifier with BYOL's loss; MT3's meta-training can start from the result.
 
 The loss is the mean cross-entropy of labelled images plus a weight times BYOL's loss on two views
 of each. Network, projector and predictor are trained together, without an inner step. Heads, views
@@ -45,16 +45,16 @@ class ByolRecipe(NetworkRecipe):
     The defaults are the authors', except ``task_images``: theirs is the whole batch.
 
     Attributes:
-        model_args: keyword arguments for its constructor; by default those of MT3's network for
-            ttt_resnet26, and none for any other architecture.
+        model_args: keyword arguments for the architecture's constructor; by default those of MT3's
+            network for ttt_resnet26, and none for any other architecture.
         task_images: number of images that share one draw of the batch augmentation; it must
             divide ``batch_size``.
         schedule: ``"constant"``, ``"cosine"`` (after a warm-up of a twentieth), ``"step"``,
             ``"one-cycle"`` (up for 30 % of training, then down to 0) or ``"constant-then-decay"``
             (down to 0 in the last quarter).
         self_supervised: weight of BYOL's loss.
-        views: fraction of each batch's images from which views are drawn for BYOL's loss, in
-            (0, 1]; one half makes a step a third cheaper.
+        views: fraction of each batch's tasks, in (0, 1], from whose images views are drawn for
+            BYOL's loss; one half makes a step a third cheaper.
     """
 
     epochs: int = 200
@@ -89,12 +89,12 @@ class ByolModel(nn.Module):
         super().__init__()
         self.model = model
         tensors = init_byol(model, generator)
-        for part in ("projector", "predictor"):
+        for head in ("projector", "predictor"):
             layers = nn.ModuleDict()
             for name in ("in", "out"):
-                outputs, inputs = tensors[f"{part}.{name}.weight"].shape
+                outputs, inputs = tensors[f"{head}.{name}.weight"].shape
                 layers[name] = nn.Linear(inputs, outputs)
-            self.add_module(part, layers)
+            self.add_module(head, layers)
         self.load_state_dict(tensors, strict=False)
 
     def head_tensors(self) -> dict[str, Tensor]:
@@ -137,16 +137,16 @@ class _ByolTraining(NetworkTraining):
     ) -> tuple[Tensor, Tensor]:
         recipe = self.recipe
         x1, x2, x, y = draw_tasks(images, labels, recipe.task_images, generator)
-        viewed = max(1, round(recipe.views * len(x1)))  # tasks
+        viewed_tasks = max(1, round(recipe.views * len(x1)))
         logits = self.net.model(self._ready(x))
         main = F.cross_entropy(logits, y.flatten())
-        byol = self.net.byol_loss(self._ready(x1[:viewed]), self._ready(x2[:viewed]))
-        right = (logits.argmax(1) == y.flatten()).float().mean()
-        numbers = torch.stack([main.detach(), byol.detach(), right])
+        byol = self.net.byol_loss(self._ready(x1[:viewed_tasks]), self._ready(x2[:viewed_tasks]))
+        correct = (logits.argmax(1) == y.flatten()).float().mean()
+        numbers = torch.stack([main.detach(), byol.detach(), correct])
         return main + recipe.self_supervised * byol, numbers
 
     def _ready(self, tasks: Tensor) -> Tensor:
-        """Images (T, N, C, S, S) in [0, 1] -> normalised ones (T N, C, S, S)."""
+        """Normalise the images of tasks: (T, N, C, S, S) in [0, 1] -> (T * N, C, S, S)."""
         flat = self.normalise(tasks.flatten(0, 1))
         return flat.contiguous(memory_format=torch.channels_last)
 
@@ -197,8 +197,8 @@ def train_byol(
         the model in eval mode, the tensors of the heads, and the log.
 
     Raises:
-        InputError: an unknown architecture, images that are not square or that it does not take,
-            too few of them, a config that selects nothing, or a checkpoint of another recipe.
+        InputError: the architecture is unknown, the images are not square, do not suit it or are
+            too few, the config selects no parameters, or the checkpoint is of another recipe.
         DataError: a checkpoint cannot be written.
     """
     check_square(train.images, "MT3")

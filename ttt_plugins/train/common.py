@@ -1,4 +1,4 @@
-"""The model that training starts from, and the checks that run before it starts."""
+"""The model that training starts from, and the checks that run before training starts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Described(Protocol):
 
 
 def read_start(name: str) -> Artifact | None:
-    """Read the artifact whose model training starts from, None if the name is empty.
+    """Read the artifact whose model training starts from; None if the name is empty.
 
     Raises:
         InputError: the artifact carries no model.
@@ -64,21 +64,21 @@ def read_start(name: str) -> Artifact | None:
         return None
     artifact = read_named(name)
     if artifact.weights is None:
-        raise InputError(f"{name} carries no model to start from")
+        raise InputError(f"{name} carries no model to start from; name an artifact that does")
     return artifact
 
 
 def initial_model(
     recipe: Described, config: Any, train: LabelledImages, start: Artifact | None, **dropout: float
 ) -> nn.Module:
-    """Create the timm model that a training starts from, with a class for each label.
+    """Create the timm model that training starts from, with one class for each label.
 
     Args:
-        recipe: architecture, constructor's arguments, and seed for the initial weights.
+        recipe: architecture, its constructor's arguments, and seed for the initial weights.
         config: config of the method that will use the model.
         train: labelled images to train on; one of them is passed through the model.
         start: artifact whose weights and preprocessing are used; None for random weights.
-        **dropout: constructor's arguments for training alone, which no artifact records.
+        **dropout: constructor's arguments for training only, which no artifact records.
 
     Raises:
         InputError: timm cannot create the model, the weights to start from belong to another
@@ -94,23 +94,23 @@ def initial_model(
 
 
 def _create(arch: str, classes: int, arguments: Mapping, start: Artifact | None) -> nn.Module:
-    """A timm model, initialised from torch's global generator or an artifact's weights.
+    """Create a timm model, initialised from torch's global generator or an artifact's weights.
 
-    An artifact's preprocessing is taken over together with the weights that were trained with it.
+    An artifact's preprocessing is used together with the weights that were trained with it.
     """
     settings = None if start is None else pretrained_settings(start.config)
     try:
         model = timm.create_model(
             arch, num_classes=classes, pretrained_cfg_overlay=settings, **arguments
         )
-    except Exception as error:  # a constructor may raise anything for unsuitable arguments
+    except Exception as error:  # a constructor may raise any error for unsuitable arguments
         reason = str(error) or type(error).__name__
         raise InputError(f"timm could not create {arch!r} with {arguments} ({reason})") from error
     if start is not None and start.weights is not None:
         try:
             model.load_state_dict(start.weights)
         except RuntimeError as error:
-            # A title line, then one line per tensor: the first of those is enough.
+            # A title line, then one line per tensor: the first tensor's line is enough.
             reason = "".join(str(error).splitlines()[1:2]).strip() or error
             raise InputError(f"the weights to start from do not fit {arch}: {reason}") from error
     return model
@@ -131,10 +131,9 @@ def _check_outcome(
             f"{error}; train on images that {arch} accepts, or give it model_args that fit these "
             "images (many architectures take img_size)"
         ) from error
-    described = {"source": OWN_WEIGHTS, "name": arch}
-    written = common_config(record.name, config, described)
-    written |= timm_config(model, arch, dict(arguments))
-    checked_text(written, Path("the artifact"))
+    description = common_config(record.name, config, {"source": OWN_WEIGHTS, "name": arch})
+    description |= timm_config(model, arch, dict(arguments))
+    checked_text(description, Path("the artifact"))
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -149,7 +148,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 class Normalise(nn.Module):
-    """Images in [0, 1] -> ``(image - mean) / std`` per channel, with a timm model's settings."""
+    """Maps images in [0, 1] to ``(image - mean) / std`` per channel, by a timm model's settings."""
 
     mean: Tensor
     std: Tensor

@@ -93,9 +93,9 @@ class Training(ABC):
 
     Attributes:
         recipe: a frozen dataclass; a checkpoint made by a different recipe is refused.
-        parts: objects with a ``state_dict`` that a checkpoint holds, by their names in it.
+        parts: objects whose ``state_dict`` a checkpoint holds, by their names in the checkpoint.
         device: device that holds the tensors.
-        title: word for an epoch in the progress bar.
+        title: what the progress bar calls an epoch.
     """
 
     title = "epoch"
@@ -163,7 +163,7 @@ def train_epochs(
         resume: whether to resume after the checkpoint's epoch, if there is a checkpoint; the
             result is the same as that of an uninterrupted run.
         progress: whether to show progress bars and print the log's entries.
-        processes: the processes that train together, None for a single process.
+        processes: the processes that train together; None for a single process.
 
     Raises:
         InputError: training diverged, or the checkpoint was made by another recipe.
@@ -198,7 +198,7 @@ def epoch_generator(seed: int, epoch: int, device: torch.device | str = "cpu") -
 
 
 def check_convergence(sums: Tensor, epoch: int, remedy: str) -> None:
-    """Raise `InputError` if an epoch's sums (of losses, say) are not all finite.
+    """Raise `InputError` if an epoch's sums, for example of losses, are not all finite.
 
     Call this before the epoch's checkpoint is written, so that the last good one is kept.
 
@@ -221,18 +221,18 @@ def checkpoint_file(folder: str | Path) -> Path:
     """Path of ``checkpoint.pt`` in a training folder; neither has to exist yet.
 
     Raises:
-        InputError: the folder's path is not a folder, or the checkpoint's is not a file.
+        InputError: something other than a folder, or than a file, has the name.
         DataError: the folder cannot be written to.
     """
     file = Path(folder) / "checkpoint.pt"
     try:
         if file.parent.exists() and not file.parent.is_dir():
             raise InputError(
-                f"{folder} must hold the training's checkpoints, but it is no folder; move it away "
+                f"{folder} must hold the training's checkpoints, but is not a folder; move it away "
                 "or train into another folder"
             )
         if file.exists() and not file.is_file():
-            raise InputError(f"{file} is no file; move it away or train into another folder")
+            raise InputError(f"{file} is not a file; move it away or train into another folder")
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror})") from error
     try:
@@ -241,8 +241,8 @@ def checkpoint_file(folder: str | Path) -> Path:
         raise InputError(f"{folder} cannot hold the training's checkpoints ({error})") from error
     if not writable:
         raise DataError(
-            f"{folder} cannot hold the training's checkpoints: this process may not write there (a "
-            "read-only disk, or another user's folder); train into another folder"
+            f"{folder} cannot hold the training's checkpoints, because this process may not write "
+            "there (a read-only disk, or another user's folder); train into another folder"
         )
     return file
 
@@ -276,7 +276,7 @@ def save_checkpoint(file: Path, saved: dict[str, Any]) -> None:
 
 
 def load_checkpoint(file: Path, training: Training) -> dict | None:
-    """Load the checkpoint that a training resumes from, None if there is none yet.
+    """Load the checkpoint that training resumes from; None if there is none yet.
 
     Raises:
         InputError: the checkpoint is damaged, or was made by another recipe, config or model.
@@ -286,22 +286,25 @@ def load_checkpoint(file: Path, training: Training) -> dict | None:
     damage = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch guesses about files that are not archives
-            # On the CPU, where Adam's count of steps has to stay: it is looked at in every step.
+            warnings.simplefilter("ignore")  # torch warns about files that are not archives
+            # Loaded to the CPU, where Adam's step count has to stay, because every step reads it.
             saved = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # raised by the archive, the unpickler or the system
         saved, damage = None, error
     if not isinstance(saved, dict):
         raise InputError(
-            f"{file} is damaged or no checkpoint of a training; delete it, or leave --resume out, "
-            "to start from the beginning"
+            f"{file} is damaged or not a training checkpoint; to start from the beginning, delete "
+            "it or leave out --resume"
         ) from damage
     # A recipe field added after the checkpoint was written takes its default.
     defaults = asdict(type(training.recipe)())  # pyright: ignore[reportArgumentType]
     for key, expected in training.made_by().items():
-        maker = saved.get(key)
-        if isinstance(maker, dict):
-            maker = {n: defaults[n] for n in expected if n in defaults} | maker
-        if maker != expected:
-            raise InputError(f"{file} was made by another recipe, config or model: {maker}")
+        actual = saved.get(key)
+        if isinstance(actual, dict):
+            actual = {n: defaults[n] for n in expected if n in defaults} | actual
+        if actual != expected:
+            raise InputError(
+                f"{file} was made by another recipe, config or model; resume with the same one, or "
+                f"train into another folder: {actual}"
+            )
     return saved

@@ -22,7 +22,7 @@ _BATCH = 64
 class StepGap:
     """Accuracy before and after MT3's step, on the same images every time.
 
-    The images must have corruptions that no test uses, and must not be trained on, because these
+    The images must have corruptions that no test uses and must not be trained on, because these
     measurements choose the checkpoint.
     """
 
@@ -34,11 +34,11 @@ class StepGap:
             config: config of the adapter whose step is measured.
         """
         self.held = LabelledImages(
-            torch.cat([part.images for part in extras.values()]),
-            torch.cat([part.labels for part in extras.values()]),
+            torch.cat([corrupted.images for corrupted in extras.values()]),
+            torch.cat([corrupted.labels for corrupted in extras.values()]),
         )
         self.config = config
-        #: What tells these measurements from others: the images, their labels and the config.
+        #: What distinguishes these measurements from others: images, labels and config.
         self.mark = f"{fingerprint(vars(self.held))} {config}"
 
     def measure(self, model: nn.Module, head: Mapping[str, Tensor]) -> dict[str, float]:

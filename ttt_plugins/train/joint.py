@@ -45,12 +45,12 @@ class JointRecipe(NetworkRecipe):
 
     Attributes:
         split: where the trunk ends, as in `TTT`.
-        schedule: ``"step"`` (a tenth from one half of training on, a hundredth from five sixths
-            on, as in the paper), ``"cosine"`` (a linear warm-up over a twentieth of training, then
-            half a cosine down to 0) or ``"one-cycle"`` (half a cosine up for 30 % of training,
-            then half a cosine down to 0).
-        rotations: ``"all"`` for the four rotations of each image, the paper's "expand", or
-            ``"random"`` for one, which makes a step 2.5 times cheaper.
+        schedule: ``"step"`` (the rate falls to a tenth after half of training and to a hundredth
+            after five sixths, as in the paper), ``"cosine"`` (a linear warm-up over a twentieth of
+            training, then half a cosine down to 0) or ``"one-cycle"`` (half a cosine up for 30 %
+            of training, then half a cosine down to 0).
+        rotations: ``"all"`` for the four rotations of each image, which the paper calls "expand",
+            or ``"random"`` for one of them, which makes a step 2.5 times cheaper.
         padding: zero padding before the random crop, in pixels.
     """
 
@@ -87,7 +87,7 @@ class JointModel(nn.Module):
         self.rotation.load_state_dict(start)
 
     def rotation_logits(self, x: Tensor) -> Tensor:
-        """Normalised images (N, C, S, S) -> logits (N, 4)."""
+        """Logits (N, 4) of the rotations of normalised images (N, C, S, S)."""
         return self.rotation(pooled_features(self.twin, x))
 
     def head_tensors(self) -> dict[str, Tensor]:
@@ -186,9 +186,9 @@ def train_joint(
         the model in eval mode, the tensors of the rotation head, and the log.
 
     Raises:
-        InputError: an unknown architecture, a bad split, images that are not square or that the
-            architecture does not take, too few of them, a config that selects nothing, or a
-            checkpoint made by another recipe.
+        InputError: the architecture is unknown, the model has no such split, the images are not
+            square, do not suit the architecture or are too few, the config selects no parameters,
+            or the checkpoint is of another recipe.
         DataError: a checkpoint cannot be written.
     """
     check_square(train.images, "rotation")
@@ -224,8 +224,8 @@ def fit_rotation_head(
         a TTT adapter with the trained head, and the log.
 
     Raises:
-        InputError: images that are not square, of another type, range or size than `Adapter`
-            takes, too few of them, a bad split, or a loss that is not finite.
+        InputError: the images are not square, are too few, or have a type, range or size that
+            `Adapter` does not accept, the model has no such split, or the loss is not finite.
     """
     recipe = recipe or HeadRecipe()
     config = replace(config or TTT(), split=recipe.split)
@@ -233,6 +233,6 @@ def fit_rotation_head(
     record, backbone = get_method("ttt"), plain.backbone
     record.select(config, backbone)  # a config that does not fit the model fails before training
     head, log = fit_head(backbone, images, recipe, progress)
-    # The adapter gets the module that the head was trained on: a name may mean random weights.
+    # The module that the head was trained on is reused: a name may mean new random weights.
     net = Adapter(backbone, record, config, tensors=head, origin=plain.origin, seed=plain.seed)
     return net, {"epochs": log}

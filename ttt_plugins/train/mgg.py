@@ -3,9 +3,9 @@
 The model adapts to a sequence of corrupted batches with the same step that adaptation uses
 (`core.online`), while the graph of the learned optimizer is kept. The parameters after an update
 are evaluated on the next batch. That batch's gradient, which the next update needs anyway, is the
-derivative of the outer loss, so meta-training costs only one vector-Jacobian product through 164
-weights more than adaptation. The optimizer treats network gradients as constants (the released
-code detaches them too).
+derivative of the outer loss, so the only cost of meta-training beyond adaptation is one
+vector-Jacobian product through 164 weights. The optimizer treats network gradients as constants
+(the released code detaches them too).
 
 Options that the paper does not have: a labelled outer loss, truncation over more than one update,
 larger batches and more sequences, parameters restored at each sequence, and several classifiers
@@ -48,21 +48,22 @@ class MGGRecipe:
     choose the step size from a ``grid``.
 
     Attributes:
-        epochs: number of epochs; a checkpoint is written after each.
+        epochs: number of epochs; a checkpoint is written after each epoch.
         sequences: number of sequences per classifier in an epoch, each starting with an empty
             memory.
         length: number of batches in a sequence.
         batch_size: number of images in a batch.
         alpha: step size during meta-training.
         meta_lr: Adam's learning rate for the slow weights.
-        decay: let ``meta_lr`` fall linearly to 0.
-        labelled: use the next batch's cross-entropy as outer loss, not the unlabelled loss.
+        decay: whether ``meta_lr`` falls linearly to 0.
+        labelled: whether the outer loss is the next batch's cross-entropy instead of the loss
+            without labels.
         truncation: number of updates that the meta-gradient passes through.
-        restore: start every sequence from the source parameters; the released code starts from
-            the parameters at the end of the previous sequence.
-        per_image: draw a corruption for every image rather than one for every sequence.
+        restore: whether every sequence starts from the source parameters; in the released code it
+            starts from the parameters at the end of the previous sequence.
+        per_image: whether a corruption is drawn for every image rather than for every sequence.
         clip: largest norm of the slow weights' gradient; 0 for no limit.
-        grid: step sizes that validation tries; the artifact stores the best.
+        grid: step sizes of at least 0 that validation tries; the artifact stores the best.
         validate_every: number of epochs between validations on whole streams; validation chooses
             the checkpoint.
         seed: seed for initial weights and image order.
@@ -94,7 +95,7 @@ class MGGRecipe:
             raise InputError("MGGRecipe.grid must hold at least one step size")
         for lr in self.grid:
             if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 <= lr < math.inf:
-                raise InputError(f"MGGRecipe.grid holds step sizes of at least 0, got {lr!r}")
+                raise InputError(f"MGGRecipe.grid must hold step sizes of at least 0, got {lr!r}")
         check_seed(self.seed, "MGGRecipe.seed")
 
 
@@ -110,11 +111,9 @@ def _batches(recipe: MGGRecipe, data: Mapping[str, LabelledImages], generator):
     """One sequence of ``length`` + 1 batches: the last update needs a batch to evaluate it."""
     names = list(data)
     count = (recipe.length + 1) * recipe.batch_size
-    rows_there = min(len(part) for part in data.values())
-    # Sequences longer than the data repeat it in another order.
-    orders = [
-        torch.randperm(rows_there, generator=generator) for _ in range(-(-count // rows_there))
-    ]
+    available = min(len(images) for images in data.values())
+    # A sequence that needs more images than there are repeats them in another order.
+    orders = [torch.randperm(available, generator=generator) for _ in range(-(-count // available))]
     rows = torch.cat(orders)[:count]
     kinds = torch.randint(len(names), (count if recipe.per_image else 1,), generator=generator)
     kinds = kinds.expand(count)
@@ -140,14 +139,14 @@ def run_sequence(
     optimizer: torch.optim.Optimizer,
     recipe: MGGRecipe,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Adapt to the batches of one sequence and train the slow weights meanwhile.
+    """Adapt to the batches of one sequence and train the slow weights while doing so.
 
     Returns:
-        the adapted parameters at the end and the outer losses (), one for every update.
+        the adapted parameters at the end, and the outer loss () of every update.
     """
     backbone = algorithm.backbone
     state, losses = algorithm.init(), []
-    # The window's sum of <parameters after an update, gradient of the outer loss at them>.
+    # Sum over the window of <parameters after an update, gradient of the outer loss at them>.
     surrogate: Tensor | None = None
     window, updated = 0, False
     for images, labels in batches:
@@ -161,8 +160,8 @@ def run_sequence(
             if recipe.labelled:
                 loss, grads = _outer_loss(algorithm, params, images, labels.to(backbone.device))
             losses.append(loss)
-            judgement = torch.stack([(params[n] * grads[n]).sum() for n in params]).sum()
-            surrogate = judgement if surrogate is None else surrogate + judgement
+            product = torch.stack([(params[n] * grads[n]).sum() for n in params]).sum()
+            surrogate = product if surrogate is None else surrogate + product
             window += 1
             if window == recipe.truncation:
                 _descend(surrogate, slow, optimizer, recipe.clip)
@@ -187,7 +186,7 @@ def _descend(surrogate: Tensor, slow: dict[str, Tensor], optimizer, clip: float)
 
 
 def untrained(model: str | nn.Module, *, seed: int = 0, **options) -> Adapter:
-    """An MGG adapter with an untrained, random optimizer; ``options`` are those of `wrap`."""
+    """An MGG adapter with an untrained (random) optimizer; ``options`` are those of `wrap`."""
     slow = gradient_memory.init_slow(torch.Generator().manual_seed(seed))
     return wrap(model, "mgg", tensors=_named(slow), **options)
 
@@ -198,7 +197,7 @@ def _named(slow: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _OptimizerTraining(Training):
-    """Meta-training of an optimizer on the adapters' classifiers in turn."""
+    """Meta-training of an optimizer on the classifiers of several adapters, in turn."""
 
     recipe: MGGRecipe
     title = "meta-epoch"
@@ -212,8 +211,8 @@ class _OptimizerTraining(Training):
         self.slow = {n: t.to(self.device).requires_grad_() for n, t in slow.items()}
         self.optimizer = torch.optim.Adam(self.slow.values(), lr=recipe.meta_lr)
         self.algorithms = [
-            each.with_tensors(replace(each.config, lr=recipe.alpha)).algorithm(_named(self.slow))
-            for each in nets
+            net.with_tensors(replace(net.config, lr=recipe.alpha)).algorithm(_named(self.slow))
+            for net in nets
         ]
         self.params = [a.source for a in self.algorithms]
         self.best: dict[str, Any] | None = None
@@ -224,8 +223,8 @@ class _OptimizerTraining(Training):
     def made_by(self) -> dict[str, Any]:
         made_by = {
             "recipe": asdict(self.recipe),
-            "configs": [asdict(each.config) for each in self.nets],
-            "models": [fingerprint(each.backbone.source_state_dict()) for each in self.nets],
+            "configs": [asdict(net.config) for net in self.nets],
+            "models": [fingerprint(net.backbone.source_state_dict()) for net in self.nets],
             "objectives": [algorithm.objective.name for algorithm in self.algorithms],
         }
         return {"made_by": made_by}
@@ -256,10 +255,10 @@ class _OptimizerTraining(Training):
             algorithm = self.algorithms[i]
             start = algorithm.source if recipe.restore else self.params[i]
             batches = _batches(recipe, self.data, epoch.generator)
-            self.params[i], seen = run_sequence(
+            self.params[i], outer_losses = run_sequence(
                 algorithm, start, batches, self.slow, self.optimizer, recipe
             )
-            losses += seen
+            losses += outer_losses
         total = torch.stack(losses).double().sum().item() if losses else 0.0
         entry: dict[str, Any] = {"outer_loss": total / max(1, len(losses))}
         number = epoch.number + 1
@@ -272,22 +271,23 @@ class _OptimizerTraining(Training):
         return net.with_tensors(replace(net.config, lr=lr), _named(weights))
 
     def _validate(self, epoch: int) -> dict[str, Any]:
-        """Accuracy at every step size, averaged over the corruptions; keep the best weights."""
+        """Measure the mean accuracy over corruptions at every step size; keep the best weights."""
         weights = {n: t.detach().clone() for n, t in self.slow.items()}
         by_classifier = {}
         for lr in self.recipe.grid:
             trials = [self.adapter(net, lr, weights) for net in self.nets]
             by_classifier[lr] = [
-                sum(stream_accuracy(trial, part) for part in self.data.values()) / len(self.data)
+                sum(stream_accuracy(trial, images) for images in self.data.values())
+                / len(self.data)
                 for trial in trials
             ]
-        scores = {lr: sum(parts) / len(parts) for lr, parts in by_classifier.items()}
+        scores = {lr: sum(each) / len(each) for lr, each in by_classifier.items()}
         lr = max(scores, key=scores.__getitem__)
         if self.best is None or scores[lr] > self.best["accuracy"]:
             self.best = {"accuracy": scores[lr], "lr": lr, "epoch": epoch, "slow": weights}
         entry: dict[str, Any] = {"accuracy": {f"{lr:g}": score for lr, score in scores.items()}}
         if len(self.nets) > 1:
-            entry["by_classifier"] = {f"{lr:g}": parts for lr, parts in by_classifier.items()}
+            entry["by_classifier"] = {f"{lr:g}": each for lr, each in by_classifier.items()}
         return entry
 
 
@@ -303,14 +303,14 @@ def train_mgg(
     """Meta-train an optimizer on corrupted images.
 
     After every epoch ``out/checkpoint.pt`` holds everything that is needed to resume. Labels are
-    used to choose the checkpoint and the step size, and by the outer loss only if
-    ``recipe.labelled``.
+    used to choose the checkpoint and the step size; the outer loss uses them only if
+    ``recipe.labelled`` is set.
 
     Args:
         recipe: how the optimizer is trained.
         net: an MGG adapter around the classifier to train on, such as `untrained` returns. Its
-            config (except for the step size) and its source statistics are used, its own
-            optimizer is not, and it is not changed. Several adapters on one device share the
+            config (except for the step size) and its source statistics are used, but not its own
+            optimizer; the adapter is not changed. Several adapters on one device share the
             optimizer: they take turns sequence by sequence, and validation averages over them.
         data: labelled images by the name of their corruption; row i of each must come from the
             same clean image.
@@ -323,12 +323,12 @@ def train_mgg(
         an adapter with the best optimizer and step size, around the first ``net``, and the log.
 
     Raises:
-        InputError: no adapter, no data, too few images for one batch, or another recipe's
-            checkpoint.
+        InputError: there is no adapter, no data or too little for one batch, or the checkpoint is
+            of another recipe.
         DataError: a checkpoint cannot be written.
     """
     checkpoint = checkpoint_file(out)
-    if not data or min(len(part) for part in data.values()) < recipe.batch_size:
+    if not data or min(map(len, data.values())) < recipe.batch_size:
         raise InputError("meta-training needs at least one batch of corrupted images")
     nets = [net] if isinstance(net, Adapter) else list(net)
     if not nets:

@@ -1,14 +1,14 @@
 """Meta-training of MT3 (arXiv 2103.16201, algorithm 1).
 
-A meta-batch holds a few tasks, and a task a few labelled images; `mt3_step` computes the gradient.
+A meta-batch holds a few tasks of a few labelled images each; `mt3_step` computes the gradient.
 
 Under torchrun, several processes share the tasks of a meta-batch and sum their gradients: this is
 the same meta-step as in one process, up to the order of summation.
 
 Deviations from the released trainer:
-1. Random weights are He's in convolutions and PyTorch's default in linear layers (released: Keras's
-   default, Glorot's).
-2. Where the resolution halves, convolutions pad all sides (``pad_end`` of the network pads as
+1. Random weights follow He's initialisation in convolutions and PyTorch's default in linear layers
+   (the released trainer uses Keras's default, Glorot's).
+2. Where the resolution halves, convolutions pad all sides (the network's option ``pad_end`` pads as
    TensorFlow does).
 """
 
@@ -44,12 +44,12 @@ _SHOW_EVERY = 20
 
 def _means(totals: Tensor, tasks: int, task_images: int) -> dict[str, float]:
     """Log entries from the sums over ``tasks`` tasks."""
-    outer, inner, judged, after, before = totals.tolist()
+    outer, inner, cross_entropy, after, before = totals.tolist()
     images = tasks * task_images
     return {
         "outer_loss": outer / tasks,
         "inner_loss": inner / tasks,
-        "cross_entropy": judged / tasks,
+        "cross_entropy": cross_entropy / tasks,
         "accuracy_before": before / images,
         "accuracy_after": after / images,
     }
@@ -126,8 +126,8 @@ class _MetaTraining(Training):
         # Checkpoints of earlier versions do not say which images chose their best epoch.
         if "best" in saved and saved.get("held", self._held()) != self._held():
             raise InputError(
-                "the checkpoint's best epoch was chosen by other held images: resume with the same "
-                "ones (--extras, --extras-images), or start anew"
+                "the checkpoint's best epoch was chosen on other held-out images: resume with the "
+                "same ones (--extras, --extras-images), or start again without --resume"
             )
         self.meta, self.velocity, self.best = self.on_device(
             (saved["meta"], saved["velocity"], saved.get("best"))
@@ -145,7 +145,7 @@ class _MetaTraining(Training):
                 bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
         check_convergence(totals, epoch.number, "a smaller lr or inner_lr")
         entry = _means(totals, recipe.tasks * self.steps, recipe.task_images)
-        # All processes would measure the same, so only the first one does.
+        # All processes would measure the same, so only the first one measures.
         return entry | self._measure_gap(epoch.number + 1) if self.workers.first else entry
 
     def _measure_gap(self, epoch: int) -> dict[str, float]:
@@ -163,7 +163,7 @@ class _MetaTraining(Training):
     ) -> Tensor:
         """Take one meta-step and return the sums over its tasks for the log."""
         recipe, workers = self.recipe, self.workers
-        # Every process draws all tasks, so that the generators agree, and takes its share.
+        # Every process draws all tasks, so that the generators agree, and uses its share of them.
         tasks = draw_tasks(images, labels, recipe.task_images, generator, recipe.inner_steps)
         grads, record = meta_gradient(self.meta, workers.share(tasks), self.backbone, recipe)
         grads, record = workers.add_up(grads, record)
@@ -206,7 +206,7 @@ def train_mt3(
         config: config of the adapter that will use the model; checked before training starts.
         gap: measures the accuracy before and after the adapter's step at the end of every epoch;
             the epoch with the highest accuracy after the step is kept.
-        device: device to train on; ``"cuda"`` is a GPU for each process.
+        device: device to train on; ``"cuda"`` means one GPU for each process.
         resume: whether to resume from the checkpoint, if there is one; the result is the same as
             that of an uninterrupted run.
         progress: whether to show progress bars and print the log.
@@ -216,9 +216,9 @@ def train_mt3(
         ``log["model_args"]`` describe the model, and ``log["chosen"]`` is the epoch that was kept.
 
     Raises:
-        InputError: an unknown architecture, images that are not square or that it does not take,
-            a BatchNorm model without ``init`` (it would have no source statistics), too few
-            images, a config that selects nothing, or a checkpoint of another recipe.
+        InputError: the architecture is unknown, or has BatchNorm and there is no ``init`` (it would
+            have no source statistics), the images are not square, do not suit it or are too few,
+            the config selects no parameters, or the checkpoint is of another recipe.
         DataError: a checkpoint cannot be written.
     """
     check_square(train.images, "MT3")

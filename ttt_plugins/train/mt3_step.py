@@ -1,8 +1,9 @@
 """One meta-step of MT3: the tasks, their outer loss, and its gradient (arXiv 2103.16201).
 
-Each task takes one BYOL step from the meta-parameters, with the same loss that adaptation uses. Its
-outer loss is the cross-entropy at the resulting parameters, differentiated through the step (second
-order), for all tasks at once (``vmap``) or one after the other where that is faster (on a CPU).
+Each task takes BYOL steps from the meta-parameters (one by default), with the same loss that
+adaptation uses. Its outer loss is the cross-entropy at the resulting parameters, differentiated
+through the steps (second order), for all tasks at once (``vmap``) or one after the other where that
+is faster (on a CPU).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ __all__ = ["MT3Recipe", "clip_each", "draw_tasks", "meta_gradient", "task_loss"]
 
 
 def default_model_args(arch: str) -> dict[str, Any]:
-    """Constructor arguments of the paper's network for ``ttt_resnet26``, none for others."""
+    """Constructor arguments of the paper's network for ``ttt_resnet26``; none for others."""
     return dict(MT3_NETWORK) if arch == "ttt_resnet26" else {}
 
 
@@ -56,7 +57,7 @@ class MT3Recipe:
         steps_per_epoch: number of meta-steps in an epoch; 0 for as many as the images fill.
         inner_lr: step size of the inner steps.
         inner_steps: number of inner steps, each on newly drawn views.
-        rate_lr: outer learning rate of a factor on ``inner_lr`` for every tensor (Meta-SGD, arXiv
+        rate_lr: learning rate of one factor on ``inner_lr`` for every tensor (Meta-SGD, arXiv
             1707.09835); 0 learns no factors.
         lr: learning rate of the outer SGD with momentum 0.9, at its peak.
         schedule: schedule of the outer rates: ``"constant"``, ``"cosine"`` (after a warm-up over a
@@ -64,8 +65,8 @@ class MT3Recipe:
             last quarter).
         self_supervised: weight of L_ss(phi) in the outer loss.
         clip: largest norm of each tensor's gradient, inner and outer; 0 for no limit.
-        first_order: treat the inner gradient as a constant.
-        autocast: compute in bfloat16 where the device supports it.
+        first_order: whether the inner gradient is treated as a constant.
+        autocast: whether to compute in bfloat16 where the device supports it.
         together: number of tasks that run at once; 0 for the number that suits the device.
         seed: seed for initialisation, image order and augmentation.
     """
@@ -103,20 +104,20 @@ class MT3Recipe:
 
 
 def clip_each(grads: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
-    """Scale each tensor down to at most ``norm``; differentiable at zero too.
+    """Scale each tensor down to a norm of at most ``norm``; also differentiable at zero.
 
     Args:
         grads: gradients by parameter name.
-        norm: the largest Euclidean norm, at least 0; 0 leaves the gradients as they are.
+        norm: the largest Euclidean norm, at least 0; 0 leaves the gradients unchanged.
     """
     if not norm:
         return dict(grads)
     clipped = {}
     for name, g in grads.items():
         squared = g.square().sum()
-        long = squared > norm**2
-        # The square root's derivative is infinite at zero, so a zero gradient needs care.
-        length = torch.where(long, squared, norm**2).sqrt()
+        exceeds = squared > norm**2
+        # The square root's derivative is infinite at zero, so zero must not reach it.
+        length = torch.where(exceeds, squared, norm**2).sqrt()
         clipped[name] = g * (norm / length)
     return clipped
 
@@ -138,7 +139,7 @@ def task_loss(
         meta: tensors of model and heads, ``"model.<name>"``, ``"projector…"`` and
             ``"predictor…"``, and scalar factors on the inner rate, ``"rate.<name>"``, if they are
             learned.
-        x1: first views (K N, C, S, S) of the task's images, N for each of K inner steps.
+        x1: first views (K * N, C, S, S) of the task's images, N for each of K inner steps.
         x2: second views of the same images, of the same shape.
         images: images to classify (N, C, S, S).
         labels: their classes (N,).
@@ -148,8 +149,8 @@ def task_loss(
             than with autograd.
 
     Returns:
-        the loss, and for the log (inner loss before the first step, cross-entropy, number of
-        correct predictions after the steps, and before them).
+        the loss, and four numbers for the log: the inner loss before the first step, the
+        cross-entropy, and the numbers of correct predictions after the steps and before them.
     """
 
     def inner(params, first, second):
@@ -158,33 +159,33 @@ def task_loss(
 
     start = {n: p for n, p in meta.items() if not n.startswith(RATE)}
     rates = _inner_rates(meta, start, recipe.inner_lr)
-    moved, inner_losses, views = start, [], ()
+    adapted, inner_losses, views = start, [], ()
     for views in zip(x1.chunk(recipe.inner_steps), x2.chunk(recipe.inner_steps), strict=True):
         loss = partial(inner, first=views[0], second=views[1])
         if transforms:
-            grads, value = grad_and_value(loss)(dict(moved))
+            grads, value = grad_and_value(loss)(dict(adapted))
         else:
-            value, grads = loss_and_gradient(loss, dict(moved), not recipe.first_order)
+            value, grads = loss_and_gradient(loss, dict(adapted), not recipe.first_order)
         if recipe.first_order:
             grads = {n: g.detach() for n, g in grads.items()}
-        moved = descend(moved, clip_each(grads, recipe.clip), rates)
+        adapted = descend(adapted, clip_each(grads, recipe.clip), rates)
         inner_losses.append(value.detach())
     with _precision(x1, recipe):
-        logits = single(call(backbone, moved, images))
-        judged = F.cross_entropy(logits, labels)
+        logits = single(call(backbone, adapted, images))
+        cross_entropy = F.cross_entropy(logits, labels)
         with torch.no_grad():  # only for the log: 4 % of the work
             before = call(backbone, start, images)
-    counts = [(each.argmax(1) == labels).sum().to(judged) for each in (logits, before)]
-    record = torch.stack([inner_losses[0], judged.detach(), *counts])
+    counts = [(each.argmax(1) == labels).sum().to(cross_entropy) for each in (logits, before)]
+    record = torch.stack([inner_losses[0], cross_entropy.detach(), *counts])
     if not recipe.self_supervised:
-        return judged, record
-    return judged + recipe.self_supervised * inner(moved, *views), record
+        return cross_entropy, record
+    return cross_entropy + recipe.self_supervised * inner(adapted, *views), record
 
 
 def _inner_rates(
     meta: Mapping[str, Tensor], params: Mapping[str, Tensor], lr: float
 ) -> float | dict[str, Tensor]:
-    """The inner rate of every tensor; the classifier has no factor and no gradient."""
+    """The inner rate of every tensor; the classification layer has no factor and no gradient."""
     if not any(name.startswith(RATE) for name in meta):
         return lr
     return {n: lr * meta.get(RATE + n, p.new_ones(())) for n, p in params.items()}
@@ -223,12 +224,12 @@ def draw_tasks(
     t, x, device = count // n, to_float(images), generator.device
     u = torch.rand(2, count, steps, BYOL_NUMBERS, generator=generator, device=device).to(x.device)
     shared = torch.rand(t, SHARED_NUMBERS, generator=generator, device=device).to(x.device)
-    views = [byol_view(x, each).unflatten(0, (t, n)).transpose(1, 2).flatten(1, 2) for each in u]
-    parts = [*views, random_crop(x, 2, generator).unflatten(0, (t, n))]
-    for i, part in enumerate(parts):
-        noise = torch.randn(part.shape, generator=generator, device=device).to(x.device)
-        parts[i] = shared_augmentation(part, shared, noise)
-    return parts[0], parts[1], parts[2], labels.view(t, n)
+    drawn = [byol_view(x, each).unflatten(0, (t, n)).transpose(1, 2).flatten(1, 2) for each in u]
+    drawn.append(random_crop(x, 2, generator).unflatten(0, (t, n)))
+    for i, batch in enumerate(drawn):
+        noise = torch.randn(batch.shape, generator=generator, device=device).to(x.device)
+        drawn[i] = shared_augmentation(batch, shared, noise)
+    return drawn[0], drawn[1], drawn[2], labels.view(t, n)
 
 
 def meta_gradient(
@@ -237,7 +238,7 @@ def meta_gradient(
     backbone: Backbone,
     recipe: MT3Recipe,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Sums over tasks of the outer loss's gradient, and of the loss and the log's numbers."""
+    """Sums over the tasks of the outer loss's gradients, and of the loss and the log's numbers."""
 
     def loss(params, *task, transforms=True):
         value, record = task_loss(
@@ -255,19 +256,19 @@ def meta_gradient(
     if together > 1:
         backbone.make_ready(tasks[0][0])
     with plain_attention():
-        for part in zip(*(t.split(together) for t in tasks if count), strict=True):
-            if len(part[0]) == 1:
+        for chunk in zip(*(t.split(together) for t in tasks if count), strict=True):
+            if len(chunk[0]) == 1:
                 leaves = {n: p.detach().requires_grad_() for n, p in meta.items()}
-                value, aux = loss(leaves, *(t[0] for t in part), transforms=False)
-                slopes = torch.autograd.grad(
+                value, aux = loss(leaves, *(t[0] for t in chunk), transforms=False)
+                gradients = torch.autograd.grad(
                     value, list(leaves.values()), allow_unused=True, materialize_grads=True
                 )
-                grads = dict(zip(leaves, slopes, strict=True))
+                grads = dict(zip(leaves, gradients, strict=True))
             else:
-                grads, aux = outer(meta, *part)
+                grads, aux = outer(meta, *chunk)
                 grads, aux = {n: g.sum(0) for n, g in grads.items()}, aux.sum(0)
             record = record + aux
             total = grads if total is None else {n: t + grads[n] for n, t in total.items()}
-    if total is None:  # this process got no task, because there are more processes than tasks
+    if total is None:  # this process has no task, because there are more processes than tasks
         total = {n: torch.zeros_like(p) for n, p in meta.items()}
     return total, record

@@ -21,13 +21,13 @@ from .epochs import Epoch, Training, check_convergence
 
 __all__ = ["NetworkRecipe", "NetworkTraining"]
 
-#: Number of test images that are in memory at once.
-_TESTED = 500
+#: Number of test images that are in memory at a time.
+_TEST_BATCH = 500
 
 
 @dataclass(frozen=True)
 class NetworkRecipe:
-    """How a network is trained, whatever the loss.
+    """How a network is trained with any loss.
 
     Attributes:
         arch: name of the timm architecture.
@@ -98,7 +98,7 @@ class NetworkTraining(Training):
             net: the module to train, already on ``device``.
             classifier: the timm model in it, or ``net`` itself.
             optimizers: optimizers of the parameters of ``net``.
-            schedule: name of the schedule, and the fraction of the steps in which it warms up.
+            schedule: name of the schedule, and the fraction of the steps that warms up, in [0, 1].
             train: labelled images to train on.
             test: labelled images to measure accuracy on after every epoch.
             device: device to train on.
@@ -143,21 +143,21 @@ class NetworkTraining(Training):
         """Accuracy in [0, 1] of a model in eval mode that takes normalised images.
 
         Args:
-            model: images (B, C, H, W) -> logits.
+            model: maps normalised images (B, C, H, W) to logits.
             data: labelled images; the test images by default.
         """
         data = self.test if data is None else data
-        right = 0
-        rows = torch.arange(len(data)).split(_TESTED)
-        for part, images in zip(rows, read_batches(data.images, rows), strict=True):
-            shown = LabelledImages(images, data.labels[part])
-            share = accuracy(lambda x: model(self.normalise(x)), shown, device=self.device)
-            right += round(share * len(part))
-        return right / len(data)
+        correct = 0
+        batches = torch.arange(len(data)).split(_TEST_BATCH)
+        for rows, images in zip(batches, read_batches(data.images, batches), strict=True):
+            batch = LabelledImages(images, data.labels[rows])
+            share = accuracy(lambda x: model(self.normalise(x)), batch, device=self.device)
+            correct += round(share * len(rows))
+        return correct / len(data)
 
     @abstractmethod
     def entry(self, means: list[float]) -> dict[str, float]:
-        """The log's entry for an epoch, from means over its steps."""
+        """The log's entry for an epoch, from the means of the loss's numbers over its steps."""
 
     def run(self, epoch: Epoch) -> dict[str, float]:
         """Train for one epoch."""

@@ -27,14 +27,14 @@ from ..wrapping import wrap
 
 __all__ = ["convert_mgg", "convert_mt3", "convert_ttt", "mt3_artifact", "mt3_state", "ttt_state"]
 
-#: The network of MT3's released checkpoint: TensorFlow pads on two sides only at stride 2.
+#: The network of MT3's released checkpoint; at stride 2, TensorFlow pads only two sides.
 _MT3_RELEASED = {**MT3_NETWORK, "pad_end": True}
 _SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 _MGG_PREFIX = "seq_modeling_block."
 #: The model that MGG's optimizer was released for.
 _MGG_MODEL = "vit_base_patch16_224"
 _MGG_FEATURES = 12 * 768
-#: The constructor of numpy scalars under its names in old and new files: TTT's released files
+#: The constructor of numpy scalars, under its names in old and new files: TTT's released files
 #: hold error rates beside their tensors.
 _NUMBER = np.float64(0).__reduce__()[0]
 _SAFE = [
@@ -51,24 +51,24 @@ def _load(file: Path, what: str) -> Any:
     except Exception as error:  # unpickling fails in many ways; none of them runs code
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "weights_only" in str(error):
-            # The rest of PyTorch's message advises a way of loading that may run code in the file.
-            reason = "it is damaged, or holds objects other than tensors, which are not loaded"
+            # PyTorch's own message recommends a way of loading that may run code in the file.
+            reason = "it is damaged or holds objects other than tensors, which are not loaded"
         raise ArtifactError(f"{file} is not {what}: {reason}") from error
 
 
-def _tensors(part: Any, where: str) -> dict[str, Tensor]:
+def _tensors(state: Any, where: str) -> dict[str, Tensor]:
     """Check a state dict and remove the prefix that training on several GPUs adds.
 
     Raises:
         ArtifactError: it is not a dict of tensors.
     """
     if (
-        not isinstance(part, dict)
-        or not part
-        or not all(isinstance(t, Tensor) for t in part.values())
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(t, Tensor) for t in state.values())
     ):
-        raise ArtifactError(f"{where} is no dict of tensors")
-    return {str(n).removeprefix("module."): t for n, t in part.items()}
+        raise ArtifactError(f"{where} must be a dict of tensors")
+    return {str(n).removeprefix("module."): t for n, t in state.items()}
 
 
 # -- TTT -----------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def ttt_state(
 
 
 def _ttt_name(name: str) -> str:
-    """A tensor's name in the released network -> its name in `ttt_resnet26`."""
+    """Convert a tensor's name in the released network to its name in `ttt_resnet26`."""
     name = re.sub(r"^layer(\d)", lambda m: f"stages.{int(m[1]) - 1}", name)
     if name.startswith("stages."):
         return name.replace(".bn", ".norm")
@@ -167,8 +167,8 @@ def _ttt_head(head: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int | str]
         return {f"head.{n}": t.float() for n, t in head.items()}, "end"
     tensors = {}
     for name, tensor in head.items():
-        place, _, rest = name.partition(".")
-        ours = {"0": "rest.stages.2.", "1": "rest.norm.", "5": "head."}.get(place)
+        index, _, rest = name.partition(".")
+        ours = {"0": "rest.stages.2.", "1": "rest.norm.", "5": "head."}.get(index)
         if ours is None:
             raise ArtifactError(f"the released rotation head has an unknown tensor {name!r}")
         if not name.endswith("num_batches_tracked"):
@@ -215,7 +215,7 @@ def convert_mgg(
     }
     if statistics is None:
         if model is not None:
-            raise InputError("a model has no effect without source statistics; leave it out")
+            raise InputError("a model has no effect without source statistics; leave out the model")
         backbone = {"source": "timm", "name": _MGG_MODEL, "pretrained": True, "num_classes": 1000}
         backbone |= {"normalize": True, "mean": [0.5] * 3, "std": [0.5] * 3}
         return save_learned(MGG(), tensors, backbone, out, training=training)
@@ -235,11 +235,11 @@ def _statistics(file: Path) -> dict[str, Tensor]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ArtifactError(f"{file} must hold the pair (std, mean), got {type(pair).__name__}")
     flat = []
-    for part in pair:
-        rows = part if isinstance(part, (tuple, list)) else [part]
-        if not rows or not all(isinstance(t, Tensor) and t.is_floating_point() for t in rows):
+    for statistic in pair:
+        blocks = statistic if isinstance(statistic, (tuple, list)) else [statistic]
+        if not blocks or not all(isinstance(t, Tensor) and t.is_floating_point() for t in blocks):
             raise ArtifactError(f"{file}: the statistics must be floating-point tensors")
-        flat.append(torch.cat([t.reshape(-1) for t in rows]).float())
+        flat.append(torch.cat([t.reshape(-1) for t in blocks]).float())
     std, mean = flat
     if len(std) != _MGG_FEATURES or len(mean) != _MGG_FEATURES:
         raise ArtifactError(
@@ -271,7 +271,7 @@ def convert_mt3(prefix: str | Path, out: str | Path) -> Path:
 
 
 def mt3_artifact(variables: Mapping[str, np.ndarray], out: str | Path) -> Path:
-    """Convert MT3's released variables into an artifact; arguments and errors: see `mt3_state`."""
+    """Convert MT3's released variables into an artifact; arguments and errors as in `mt3_state`."""
     state, heads = mt3_state(variables)
     model = timm.create_model("ttt_resnet26", num_classes=10, **_MT3_RELEASED)
     try:
@@ -307,24 +307,24 @@ def mt3_state(variables: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], d
     """
     plain = {n.removesuffix(_SUFFIX): v for n, v in variables.items()}
     tensors = {}
-    for ours, (theirs, turn) in _mt3_names().items():
+    for ours, (theirs, transpose) in _mt3_names().items():
         if theirs not in plain:
             raise ArtifactError(f"the checkpoint has no variable {theirs!r}")
-        value = np.ascontiguousarray(turn(np.asarray(plain[theirs])))
+        value = np.ascontiguousarray(transpose(np.asarray(plain[theirs])))
         tensors[ours] = torch.from_numpy(value).float()
     heads = {n: t for n, t in tensors.items() if n.startswith(("projector.", "predictor."))}
     return {n: t for n, t in tensors.items() if n not in heads}, heads
 
 
 def _kernel(value: np.ndarray) -> np.ndarray:
-    """(height, width, in, out) -> (out, in, height, width); (in, out) -> (out, in)."""
+    """Transpose (height, width, in, out) to (out, in, height, width), or (in, out) to (out, in)."""
     return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
 
 def _mt3_names() -> dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """This package's name -> the name of the released variable, and how to transpose it."""
+    """Map this package's names to the released variables' names and how to transpose them."""
 
-    def same(value):
+    def unchanged(value):
         return value
 
     names = {"stem.weight": ("model/_init_conv/kernel", _kernel)}
@@ -333,19 +333,19 @@ def _mt3_names() -> dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]:
             theirs = f"model/_block{stage + 1}/layer_with_weights-{unit}"
             for number in (1, 2):
                 ours = f"stages.{stage}.{unit}"
-                names[f"{ours}.norm{number}.weight"] = (f"{theirs}/_bn{number}/gamma", same)
-                names[f"{ours}.norm{number}.bias"] = (f"{theirs}/_bn{number}/beta", same)
+                names[f"{ours}.norm{number}.weight"] = (f"{theirs}/_bn{number}/gamma", unchanged)
+                names[f"{ours}.norm{number}.bias"] = (f"{theirs}/_bn{number}/beta", unchanged)
                 names[f"{ours}.conv{number}.weight"] = (f"{theirs}/_conv{number}/kernel", _kernel)
-                names[f"{ours}.conv{number}.bias"] = (f"{theirs}/_conv{number}/bias", same)
-    names["norm.weight"] = ("model/_last_bn/gamma", same)
-    names["norm.bias"] = ("model/_last_bn/beta", same)
+                names[f"{ours}.conv{number}.bias"] = (f"{theirs}/_conv{number}/bias", unchanged)
+    names["norm.weight"] = ("model/_last_bn/gamma", unchanged)
+    names["norm.bias"] = ("model/_last_bn/beta", unchanged)
     names["pre_logits.weight"] = ("model/_pre_hidden/kernel", _kernel)
     names["head.weight"] = ("model/_mlp_dense_out/kernel", _kernel)
-    names["head.bias"] = ("model/_mlp_dense_out/bias", same)
+    names["head.bias"] = ("model/_mlp_dense_out/bias", unchanged)
     for part in ("projector", "predictor"):
         for ours, theirs in (("in", "dense_in"), ("out", "dense1_out")):
             names[f"{part}.{ours}.weight"] = (f"model/{part}/{theirs}/kernel", _kernel)
-            names[f"{part}.{ours}.bias"] = (f"model/{part}/{theirs}/bias", same)
+            names[f"{part}.{ours}.bias"] = (f"model/{part}/{theirs}/bias", unchanged)
     return names
 
 
@@ -361,7 +361,7 @@ def _read_tensorflow(prefix: str) -> dict[str, np.ndarray]:
         wanted = {theirs for theirs, _ in _mt3_names().values()}
         names = [n for n in reader.get_variable_to_shape_map() if n.removesuffix(_SUFFIX) in wanted]
         return {name: reader.get_tensor(name) for name in names}
-    except Exception as error:  # TensorFlow raises exceptions of many kinds
+    except Exception as error:  # TensorFlow raises many kinds of exceptions
         raise ArtifactError(
             f"{prefix} cannot be read as a TensorFlow checkpoint: {error}"
         ) from error

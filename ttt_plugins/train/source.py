@@ -2,8 +2,9 @@
 
 A short modern recipe for 32x32 images: crop, flip, cutout, CutMix, label smoothing, warm-up,
 cosine schedule, and an exponential moving average of the weights; for transformers also Muon on
-the block matrices and dropped patches in the first part of training. None of the augmentations is
-one of CIFAR-10-C's fifteen corruptions, so the benchmark remains a test of unseen shifts.
+the matrices of the blocks, and dropping of patches in the first part of training. None of the
+augmentations is one of CIFAR-10-C's fifteen corruptions, so the benchmark remains a test of unseen
+shifts.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ class SourceRecipe(NetworkRecipe):
             matrices of the blocks, AdamW at a tenth of the rate on everything else).
         lr: peak learning rate.
         weight_decay: weight decay coefficient of matrices and kernels; norms and biases have none.
-        warmup: fraction of the steps in which the rate rises linearly, in [0, 1]; then it falls
+        warmup: fraction of the steps, in [0, 1], in which the rate rises linearly; then it falls
             along half a cosine.
         label_smoothing: fraction of each target that is spread over all classes, in [0, 1].
         padding: zero padding before the random crop, in pixels.
         cutout: side of the erased square in pixels; 0 erases nothing.
         cutmix: fraction of the batches that are mixed, with Beta(1, 1), in [0, 1].
-        patch_drop: fraction of the patches that is dropped from a vision transformer's input
-            during the first ``patch_drop_until`` of training, in [0, 1).
-        patch_drop_until: fraction of the epochs in which patches are dropped, in [0, 1].
+        patch_drop: fraction of a vision transformer's patches, in [0, 1), that is dropped in the
+            first part of training.
+        patch_drop_until: fraction of the epochs, in [0, 1], in which patches are dropped.
         ema: decay of the weights' moving average per step, in [0, 1]; the average is the result.
             0 disables the average.
-        autocast: compute in bfloat16 where the device supports it.
+        autocast: whether to compute in bfloat16 where the device supports it.
     """
 
     lr: float = 0.2
@@ -77,11 +78,11 @@ class SourceRecipe(NetworkRecipe):
 
 def _optimizers(model: nn.Module, recipe: SourceRecipe) -> list[torch.optim.Optimizer]:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for _, p in named if p.ndim < 2]
+    vectors = [p for _, p in named if p.ndim < 2]
     if recipe.optimizer == "sgd":
         groups = [
             {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+            {"params": vectors, "weight_decay": 0.0},
         ]
         return [torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)]
     muon = recipe.optimizer == "muon"
@@ -91,7 +92,7 @@ def _optimizers(model: nn.Module, recipe: SourceRecipe) -> list[torch.optim.Opti
     adam = torch.optim.AdamW(
         [
             {"params": rest, "weight_decay": recipe.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+            {"params": vectors, "weight_decay": 0.0},
         ],
         lr=recipe.lr / 10 if muon else recipe.lr,
         betas=(0.9, 0.95),
@@ -109,7 +110,7 @@ def _optimizers(model: nn.Module, recipe: SourceRecipe) -> list[torch.optim.Opti
 def _augment(
     images: Tensor, labels: Tensor, classes: int, recipe: SourceRecipe, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """uint8 images and labels -> augmented float images in [0, 1] and target probabilities."""
+    """Turn uint8 images and labels into augmented images in [0, 1] and target probabilities."""
     x = random_flip(random_crop(images, recipe.padding, generator), generator)
     x = to_float(x).contiguous()
     target = F.one_hot(labels, classes).float()
@@ -192,11 +193,11 @@ def train_source(
         progress: whether to show progress bars and print the log.
 
     Returns:
-        the averaged model in eval mode, and the log.
+        the model in eval mode (the average unless ``ema`` is 0), and the log.
 
     Raises:
-        InputError: an unknown architecture, images that it does not accept, too few of them, or a
-            checkpoint made by another recipe.
+        InputError: the architecture is unknown, the images do not suit it or are too few, or the
+            checkpoint is of another recipe.
         DataError: a checkpoint cannot be written.
     """
     checkpoint = checkpoint_file(out)

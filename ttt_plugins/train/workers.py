@@ -15,9 +15,9 @@ __all__ = ["Workers"]
 
 
 class Workers:
-    """The processes that share a meta-batch: a single one unless torchrun started several.
+    """The processes that share a meta-batch; only this one unless torchrun started several.
 
-    A context manager that leaves the process group when it exits.
+    As a context manager it leaves the process group when it exits.
 
     Attributes:
         count: number of processes.
@@ -60,8 +60,8 @@ class Workers:
         dist.all_gather_object(epochs, epoch)
         if len(set(epochs)) > 1:
             raise InputError(
-                f"the processes have checkpoints of epochs {epochs}; all of them must see "
-                f"{checkpoint}"
+                f"the processes have checkpoints of different epochs, {epochs}; all of them must "
+                f"share {checkpoint}"
             )
 
     def share(self, tasks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -74,6 +74,6 @@ class Workers:
             return grads, record
         flat = torch.cat([*(g.reshape(-1) for g in grads.values()), record])
         dist.all_reduce(flat)
-        parts = flat.split([*(g.numel() for g in grads.values()), len(record)])
-        named = zip(grads.items(), parts, strict=False)
-        return {n: part.view_as(g) for (n, g), part in named}, parts[-1]
+        sums = flat.split([*(g.numel() for g in grads.values()), len(record)])
+        named = zip(grads.items(), sums, strict=False)
+        return {n: total.view_as(g) for (n, g), total in named}, sums[-1]
