@@ -427,7 +427,7 @@ def test_too_many_examples_and_unknown_names(robustbench, big_folder, tmp_path):
         open_dataset("cifar10", big_folder, corruptions=["fog"], n_examples=10_001)
     for change, message in (
         ({"corruptions": ["frog"]}, "unknown corruption 'frog'"),
-        ({"severities": [0]}, "severities are 1 to 5"),
+        ({"severities": [0]}, "severities must be from 1 to 5"),
         ({"n_examples": 0}, "n_examples"),
     ):
         with pytest.raises(InputError, match=message):

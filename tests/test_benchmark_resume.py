@@ -160,10 +160,12 @@ def test_every_methods_state_is_stored_whole(method, make_net, make_model, tmp_p
 
 
 def test_what_is_no_adapter_is_refused_at_once(make_model, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"ByobNet|ResNet.* is no adapter: wrap the model first"):
+    with pytest.raises(
+        InputError, match=r"ByobNet|ResNet.* is not an adapter: wrap the model first"
+    ):
         run(tmp_path / "out", make_model("batchnorm"))
     monkeypatch.delattr(FakeAdapter, "load_adaptation_state")
-    with pytest.raises(InputError, match="FakeAdapter is no adapter"):
+    with pytest.raises(InputError, match="FakeAdapter is not an adapter"):
         run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

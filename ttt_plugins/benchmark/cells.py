@@ -20,7 +20,7 @@ __all__ = ["CLEAN", "Cell", "CorruptionData"]
 
 #: (corruption, severity)
 Cell = tuple[str, int]
-#: Memory for the images that are read at once, if they are read by rows.
+#: Largest memory, in bytes, for images that are read at once when a cell is read by row.
 _PIECE_BYTES = 256 << 20
 #: The uncorrupted images as a cell of a stream.
 CLEAN: Cell = ("clean", 0)
@@ -41,11 +41,11 @@ class CorruptionData:
         from_clean: whether row i of every cell is row i of the clean images, corrupted by a
             function of `ttt_plugins.data.corruptions`.
         device: device on which images are corrupted.
-        load_rows: reads some rows (N,) of one cell, in their order, for cells that are not to be in
-            memory as a whole; it also reads `CLEAN` if there is a ``clean_count``.
+        load_rows: reads some rows (N,) of one cell, in their order, for cells that are too large to
+            be in memory as a whole; it also reads `CLEAN` if there is a ``clean_count``.
         clean_count: number of clean images that ``load_rows`` reads; None if they are read by
             ``clean``, or if there are none.
-        piece: largest number of images to read at once by ``load_rows``.
+        piece: largest number of images to read at once with ``load_rows``; None for the default.
     """
 
     dataset: str
@@ -83,7 +83,9 @@ class CorruptionData:
         if self.clean_count is not None:
             return replace(self, counts={**self.counts, CLEAN: self.clean_count})
         if self.clean is None:
-            raise InputError("this protocol needs clean images, and the data has none")
+            raise InputError(
+                "this protocol needs clean images, but the data has none; choose another protocol"
+            )
         clean = functools.cache(self.clean)
 
         def load(cell: Cell) -> LabelledImages:
@@ -117,7 +119,7 @@ class CorruptionData:
         base: Callable[[Cell], Cell] = lambda cell: cell,
         read: Callable[[Cell, Tensor | None], LabelledImages] | None = None,
     ) -> CorruptionData:
-        """Some of the cells, or others that ``read`` makes from the cells that ``base`` names."""
+        """Some of the cells, or others that ``read`` computes from cells that ``base`` names."""
         read = read or self.read
         return replace(
             self,
@@ -130,14 +132,14 @@ class CorruptionData:
         )
 
     def _corrupted(self, cell: Cell, rows: Tensor | None, repeat: int = 0) -> LabelledImages:
-        """A cell, or rows of it, computed from the clean images with the noise of a number."""
+        """A cell, or rows of it, computed from the clean images with a numbered draw of noise."""
         clean = self.read(CLEAN, rows)
         rows = torch.arange(len(clean)) if rows is None else rows
         images = corrupt_rows(clean.images, rows, *cell, repeat=repeat, device=self.device)
         return LabelledImages(images, clean.labels)
 
     def corrupted(self, cells: Iterable[Cell]) -> CorruptionData:
-        """These cells, computed from the cell `CLEAN`, which remains for streams that need it."""
+        """These cells, computed from the cell `CLEAN`, which remains available to streams."""
 
         def read(cell: Cell, rows: Tensor | None = None) -> LabelledImages:
             return self.read(CLEAN, rows) if cell == CLEAN else self._corrupted(cell, rows)
@@ -146,7 +148,7 @@ class CorruptionData:
         return replace(view, from_clean=True, clean_count=self.counts[CLEAN])
 
     def with_all_severities(self) -> CorruptionData | None:
-        """The corruptions at all severities, computed from the clean images if one is stored.
+        """The corruptions at all severities, computed from the clean images if only one is stored.
 
         None if only one severity is stored and others cannot be computed.
         """
@@ -157,17 +159,16 @@ class CorruptionData:
             return None
 
         def read(cell: Cell, rows: Tensor | None = None) -> LabelledImages:
-            own = self.read if cell in self.counts else self._corrupted
-            return own(cell, rows)
+            return self.read(cell, rows) if cell in self.counts else self._corrupted(cell, rows)
 
         cells = [(name, severity) for name, _ in stored for severity in range(1, 6)]
         return self.view(cells, lambda cell: cell if cell in self.counts else CLEAN, read)
 
     def repeated(self, images: int) -> CorruptionData:
-        """The highest severities again and again, until there are so many images.
+        """The cells of highest severity, repeated until there are at least this many images.
 
-        Each passage after the first has fresh noise, or fresh flips and crops of the stored images
-        where the corruption cannot be computed.
+        Each repetition has fresh noise, or fresh flips and crops of the stored images where the
+        corruption cannot be computed.
         """
         passes: dict[Cell, tuple[Cell, int]] = {}
         total = repeat = 0
@@ -175,8 +176,8 @@ class CorruptionData:
         while total < images:
             for name, severity in self.highest:
                 if total < images:
-                    again = f"{name} again {repeat}" if repeat else name
-                    passes[again, severity] = ((name, severity), repeat)
+                    title = f"{name} again {repeat}" if repeat else name
+                    passes[title, severity] = ((name, severity), repeat)
                     total += self.counts[name, severity]
             repeat += 1
 
@@ -190,9 +191,9 @@ class CorruptionData:
             rows = torch.arange(len(stored)) if rows is None else rows
             return LabelledImages(flip_and_crop(stored.images, rows, repeat), stored.labels)
 
-        made = "noise" if computed else "flips and crops"
+        variation = "noise" if computed else "flips and crops"
         view = self.view(passes, lambda cell: passes[cell][0], read)
-        return replace(view, layout=f"{self.layout}, repeated with fresh {made}")
+        return replace(view, layout=f"{self.layout}, repeated with fresh {variation}")
 
     @classmethod
     def from_pictures(
@@ -203,36 +204,36 @@ class CorruptionData:
         device: str = "cpu",
         dataset: str = PICTURES,
     ) -> CorruptionData:
-        """Create cells from labelled pictures, which are read by rows.
+        """Create cells from labelled pictures, which are read by row.
 
         Args:
             pictures: pictures by the name of their cell.
-            corruptions: functions of `ttt_plugins.data.corruptions`, which make the cells from one
-                source of clean pictures instead.
-            severities: severities of these corruptions.
+            corruptions: names among `TENSOR_CORRUPTIONS`; the cells are then computed from one
+                source of clean pictures.
+            severities: severities of these corruptions, from 1 to 5.
             device: device on which they are computed.
-            dataset: name of the data set, if they are no pictures of the user's own.
+            dataset: name of the data set, unless the pictures are the user's own.
 
         Raises:
             InputError: several sources are to be corrupted, or a name is reserved.
         """
-        cells = {(name, 0): own for name, own in pictures.items()}
+        cells = {(name, 0): source for name, source in pictures.items()}
         if corruptions:
             if len(pictures) > 1:
-                raise InputError("several sources cannot be corrupted in one run: give one")
+                raise InputError("only one source of pictures can be corrupted in a run; give one")
             cells = {CLEAN: next(iter(pictures.values()))}
         elif CLEAN in cells:
-            raise InputError("'clean' is the name of the pictures that are to be corrupted")
+            raise InputError("the name 'clean' is reserved for pictures to corrupt; choose another")
 
         def read(cell: Cell, rows: Tensor | None = None) -> LabelledImages:
-            own = cells[cell]
-            return own.read(torch.arange(len(own)) if rows is None else rows)
+            source = cells[cell]
+            return source.read(torch.arange(len(source)) if rows is None else rows)
 
-        largest = max(own.side[0] * own.side[1] * 3 for own in cells.values())
+        largest = max(source.side[0] * source.side[1] * 3 for source in cells.values())
         data = cls(
             dataset=dataset,
             layout="pictures",
-            counts={cell: len(own) for cell, own in cells.items()},
+            counts={cell: len(source) for cell, source in cells.items()},
             load=read,
             load_rows=read,
             read_labels=lambda cell: cells[cell].labels,
@@ -241,8 +242,8 @@ class CorruptionData:
         )
         if not corruptions:
             return data
-        made = data.corrupted((name, level) for name in corruptions for level in severities)
-        return replace(made, layout="pictures, corrupted")
+        computed = data.corrupted((name, level) for name in corruptions for level in severities)
+        return replace(computed, layout="pictures, corrupted")
 
     @classmethod
     def from_arrays(

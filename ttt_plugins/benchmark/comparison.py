@@ -45,7 +45,7 @@ _COMPARED = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One column of a comparison: a method of a run, restricted to the cells of all runs.
+    """One column of a comparison: a method of a run, restricted to the cells that all runs have.
 
     Attributes:
         label: heading of the column.
@@ -59,11 +59,11 @@ class Entry:
 
     @property
     def mce(self) -> float | None:
-        """Mean corruption error, None if it is not defined."""
+        """Mean corruption error; None if it is not defined."""
         return mean_corruption_error(self.method, self.results.settings["dataset"])
 
     def per_cell(self, field: str) -> float:
-        """Mean of ``loss`` or ``ece`` over the cells with equal weights."""
+        """Mean of ``loss`` or ``ece`` over the cells, with equal weights."""
         return fmean(getattr(cell, field) for cell in self.method.cells)
 
 
@@ -82,10 +82,9 @@ def read_entries(folders: Sequence[str | Path]) -> list[Entry]:
     datasets = list(dict.fromkeys(run.settings["dataset"] for run in runs))
     if len(datasets) > 1:
         raise InputError(f"runs on different datasets cannot be compared: {', '.join(datasets)}")
-    everywhere = [set(method.accuracies()) for run in runs for method in run.methods]
-    shared = set.intersection(*everywhere)
+    shared = set.intersection(*(set(m.accuracies()) for run in runs for m in run.methods))
     if not shared:
-        raise InputError("these runs have no cell in common")
+        raise InputError("these runs have no cell in common, so they cannot be compared")
     names = [path.resolve().name for path in paths]
     ambiguous = len(set(names)) < len(names)
     adapted: list[Entry] = []
@@ -93,21 +92,21 @@ def read_entries(folders: Sequence[str | Path]) -> list[Entry]:
     for path, name, run in zip(paths, names, runs, strict=True):
         for position, method in enumerate(run.methods):
             cells = [c for c in method.cells if (c.corruption, c.severity) in shared]
-            cut = replace(method, cells=cells)
+            restricted = replace(method, cells=cells)
             if position == 0:
-                adapted.append(Entry(str(path) if ambiguous else name, run, cut))
+                adapted.append(Entry(str(path) if ambiguous else name, run, restricted))
             else:
                 # One model wrapped by several methods has one unadapted entry.
                 loss = round(fmean(cell.loss for cell in cells), 5)
-                key = (str(loss), *sorted(cut.accuracies().items()))
-                sources.setdefault(key, Entry(method.method, run, cut))
+                key = (str(loss), *sorted(restricted.accuracies().items()))
+                sources.setdefault(key, Entry(method.method, run, restricted))
     unadapted = list(sources.values())
     if len(unadapted) > 1:
         unadapted = [replace(entry, label=entry.method.name) for entry in unadapted]
-    return _labelled_apart([*unadapted, *adapted])
+    return _with_distinct_labels([*unadapted, *adapted])
 
 
-def _labelled_apart(entries: Sequence[Entry]) -> list[Entry]:
+def _with_distinct_labels(entries: Sequence[Entry]) -> list[Entry]:
     """The entries with printable, distinct labels."""
     seen: dict[str, int] = {}
     labelled = []
@@ -197,8 +196,8 @@ def _settings(entry: Entry) -> dict[str, str]:
 def _curve(entry: Entry) -> tuple[str, list[int], list[float]]:
     settings = entry.results.settings
     interleaved = PROTOCOLS[settings["protocol"]].interleaved
-    places, values = plots.accuracy_along(entry.method, settings["batch_size"], interleaved)
-    return entry.label, places, values
+    positions, values = plots.accuracy_along(entry.method, settings["batch_size"], interleaved)
+    return entry.label, positions, values
 
 
 def page(entries: Sequence[Entry]) -> str:
@@ -219,7 +218,7 @@ def page(entries: Sequence[Entry]) -> str:
     return render(
         f"Adaptation on {dataset_title(entries[0].results.settings['dataset'])}",
         rows(entries),
-        ("Not the same in all runs:", differences(entries)),
+        ("Differences between the runs other than the method:", differences(entries)),
         figures,
         [(entry.label, _settings(entry)) for entry in entries],
     )
@@ -237,7 +236,7 @@ def render(
     Args:
         title: heading of the page.
         table: rows of cells, header first.
-        remarks: a sentence and the list below it; nothing is shown for an empty list.
+        remarks: a sentence and the list below it; neither is shown if the list is empty.
         figures: matplotlib figures by heading.
         settings: a label and named settings for each column.
     """
@@ -258,7 +257,7 @@ def render(
 
 
 def _check_page(file: Path, folders: Sequence[str | Path]) -> None:
-    """Raise unless the page would be a new file or replace an earlier page."""
+    """Raise an error unless the page would be a new file or replace an earlier page."""
     try:
         results = [(Path(folder) / "results.json").resolve() for folder in folders]
         is_input = file.resolve() in results
@@ -272,7 +271,7 @@ def _check_page(file: Path, folders: Sequence[str | Path]) -> None:
     if is_folder:
         raise InputError(f"{file} is a folder; name a file for the page")
     if not has_folder:
-        raise DataError(f"{file}: cannot be written ({file.parent} is no folder)")
+        raise DataError(f"{file}: cannot be written ({file.parent} is not a folder)")
     if exists and not is_page:
         raise InputError(f"{file} exists and is not a page of compare; name another file")
 
@@ -282,7 +281,7 @@ def compare(folders: Sequence[str | Path], html: str | Path | None = None) -> st
 
     Args:
         folders: results folders (OUT) of finished benchmarks.
-        html: file for the page, None for none. An existing file is replaced only if it is an
+        html: file for the page; None for no page. An existing file is replaced only if it is an
             earlier page.
 
     Returns:

@@ -30,9 +30,9 @@ __all__ = [
     "reset_peak_memory",
 ]
 
-#: What Linux tells of this process.
+#: Where Linux describes this process.
 _PROCESS = Path("/proc/self")
-#: Cells, and the sorted rows of each that are wanted; None for whole cells.
+#: Cells, and the sorted rows wanted of each, by the cell's index; None for whole cells.
 _Wanted = tuple[tuple[Cell, ...], tuple[tuple[int, tuple[int, ...]], ...] | None]
 
 #: Images are moved to the GPU together if they take at most this fraction of its free memory.
@@ -48,8 +48,8 @@ def gather(parts: Mapping[int, LabelledImages], picks: Tensor, field: str) -> Te
         return like[picks[:, 1].to(like.device)]
     gathered = like.new_empty((len(picks), *like.shape[1:]))
     for part, source in sources.items():
-        places = picks[:, 0] == part
-        gathered[places.to(like.device)] = source[picks[places, 1].to(like.device)]
+        in_part = picks[:, 0] == part
+        gathered[in_part.to(like.device)] = source[picks[in_part, 1].to(like.device)]
     return gathered
 
 
@@ -63,7 +63,7 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
 def batches(
     parts: Mapping[int, LabelledImages], rows: Tensor, batch_size: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """uint8 batches (B, 3, H, W) on the device, of the picked (part, row) pairs (N, 2).
+    """Yield uint8 batches (B, 3, H, W) on the device, of the picked (part, row) pairs (N, 2).
 
     On a GPU all images are moved together if they fit, and batches are picked there; otherwise
     each batch is sent while the previous one is processed.
@@ -81,9 +81,9 @@ def batches(
         table = torch.zeros(max(parts) + 1, dtype=torch.int64)
         for part, start in starts.items():
             table[part] = start
-        places = _send(table[rows[:, 0]] + rows[:, 1], device)
-        for chosen in places.split(batch_size):
-            yield flat[chosen]
+        indices = _send(table[rows[:, 0]] + rows[:, 1], device)
+        for batch in indices.split(batch_size):
+            yield flat[batch]
         return
     ahead: Tensor | None = None
     for pick in picks:
@@ -96,7 +96,7 @@ def batches(
 
 
 class Loader:
-    """Reads cells, keeps the latest ones, and prefetches the next ones in a thread.
+    """Reads cells, keeps those that are in use, and prefetches the next ones in a thread.
 
     Args:
         load: reads one cell.
@@ -121,12 +121,12 @@ class Loader:
         cells, rows = wanted
         if rows is None or self._load_rows is None:
             return {i: self._load(cell) for i, cell in enumerate(cells)}
-        return {i: self._load_rows(cells[i], torch.tensor(own)) for i, own in rows}
+        return {i: self._load_rows(cells[i], torch.tensor(chosen)) for i, chosen in rows}
 
     def __call__(
         self, cells: tuple[Cell, ...], following: tuple[Cell, ...] | None = None
     ) -> dict[int, LabelledImages]:
-        """Return position in ``cells`` -> images, and prefetch the cells in ``following``."""
+        """Return the images by position in ``cells``, and prefetch the cells in ``following``."""
         return self._get((cells, None), None if following is None else (following, None))
 
     def piece(
@@ -134,7 +134,7 @@ class Loader:
     ) -> tuple[dict[int, LabelledImages], Tensor]:
         """Images for some rows (N, 2) of a stretch, and the pairs that pick them from these images.
 
-        Only these rows are read if the data can be read by rows. Those of ``following`` are
+        Only these rows are read if the data can be read by row. Those of ``following`` are
         prefetched.
         """
         ahead = None if following is None else self._wanted(*following)
@@ -143,17 +143,19 @@ class Loader:
         if wanted[1] is None:
             return parts, rows
         picks = rows.clone()
-        for part, own in wanted[1]:
-            places = rows[:, 0] == part
-            picks[places, 1] = torch.searchsorted(torch.tensor(own), rows[places, 1].contiguous())
+        for part, read in wanted[1]:
+            in_part = rows[:, 0] == part
+            picks[in_part, 1] = torch.searchsorted(
+                torch.tensor(read), rows[in_part, 1].contiguous()
+            )
         return parts, picks
 
     def _wanted(self, stretch: Stretch, rows: Tensor) -> _Wanted:
         if self._load_rows is None:
             return stretch.cells, None
-        chosen = rows[:, 0].unique().tolist()
-        own = (tuple(rows[rows[:, 0] == part, 1].unique().tolist()) for part in chosen)
-        return stretch.cells, tuple(zip(chosen, own, strict=True))
+        parts = rows[:, 0].unique().tolist()
+        wanted = (tuple(rows[rows[:, 0] == part, 1].unique().tolist()) for part in parts)
+        return stretch.cells, tuple(zip(parts, wanted, strict=True))
 
     def _get(self, wanted: _Wanted, following: _Wanted | None) -> dict[int, LabelledImages]:
         reading = self._start(wanted)
@@ -179,7 +181,7 @@ class Loader:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run uses the machine; the defaults change nothing, and the results record it.
+    """How a run uses the machine, which its results record; the defaults change nothing.
 
     Attributes:
         channels_last: whether images and convolution weights use the NHWC memory layout. The
@@ -188,7 +190,7 @@ class Execution:
         compile: backend of ``torch.compile`` for the model, such as ``"inductor"``.
 
     Raises:
-        InputError: there is no such type or compile backend.
+        InputError: the type or the compile backend is unknown.
     """
 
     channels_last: bool = False
@@ -197,11 +199,11 @@ class Execution:
 
     def __post_init__(self):
         if self.autocast not in (None, "bfloat16", "float16"):
-            raise InputError(f"autocast is bfloat16 or float16, got {self.autocast!r}")
+            raise InputError(f"autocast must be bfloat16 or float16, got {self.autocast!r}")
         if self.compile is not None:
             known = torch.compiler.list_backends(exclude_tags=())
             if self.compile not in known:
-                raise InputError(f"no compile backend {self.compile!r}; there are {known}")
+                raise InputError(f"no compile backend {self.compile!r}; known backends are {known}")
 
     def prepare(self, net: AdaptiveModel) -> None:
         """Apply these settings to an adapter, in place."""
@@ -217,7 +219,7 @@ class Execution:
         return torch.autocast(device.type, dtype=getattr(torch, self.autocast))
 
     def unit(self, images: Tensor) -> Tensor:
-        """uint8 images on the device -> float32 in [0, 1], in this memory layout."""
+        """Convert uint8 images on the device to float32 in [0, 1], in this memory layout."""
         scaled = to_float(images)
         if self.channels_last:
             return scaled.contiguous(memory_format=torch.channels_last)
@@ -225,7 +227,7 @@ class Execution:
 
 
 def accelerator(device: torch.device) -> dict[str, Any] | None:
-    """What the last bits of a GPU's figures depend on; None for other devices."""
+    """Facts that the last bits of a GPU's figures depend on; None for other devices."""
     if device.type != "cuda":
         return None
     return {
@@ -233,7 +235,7 @@ def accelerator(device: torch.device) -> dict[str, Any] | None:
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        # "highest" is float32 throughout; convolutions use TF32 unless they are told not to.
+        # "highest" means float32; convolutions use TF32 unless that is disabled separately.
         "matmul_precision": torch.get_float32_matmul_precision(),
         "cudnn_tf32": torch.backends.cudnn.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
@@ -242,7 +244,7 @@ def accelerator(device: torch.device) -> dict[str, Any] | None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Restart the measurement of `peak_memory`; on the CPU only Linux can."""
+    """Restart the measurement of `peak_memory`; on the CPU this is possible only under Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -255,13 +257,13 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s*(\d+) kB", _PROCESS.joinpath("status").read_text())
-        if found is not None:
-            return int(found[1]) * 1024
+        peak = re.search(r"VmHWM:\s*(\d+) kB", _PROCESS.joinpath("status").read_text())
+        if peak is not None:
+            return int(peak[1]) * 1024
     try:
         import resource
     except ImportError:  # not available on Windows
         return 0
-    # macOS counts bytes, and since the start of the process.
+    # This peak is since the start of the process; macOS reports bytes, other systems kilobytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -67,8 +67,8 @@ class Evaluation:
         seconds: wall time for adapting and predicting, with images already in memory.
         forwards, backwards: numbers of images passed through the model, in each direction.
         skipped: number of skipped updates.
-        peak_memory: peak memory in bytes while these images were evaluated: of tensors on the GPU,
-            on the CPU of the process (except on Linux: since its start).
+        peak_memory: peak memory in bytes while these images were evaluated: on a GPU that of
+            tensors, on the CPU that of the process (since its start if the system is not Linux).
     """
 
     answers: Answers
@@ -89,12 +89,12 @@ def predict(
     execution: Execution | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> Answers:
-    """Predict images batch by batch; every accuracy in this package is computed here.
+    """Classify images batch by batch; every accuracy in this package is computed here.
 
     Args:
-        model: images (B, 3, H, W) in [0, 1] on the device -> logits (B, classes).
+        model: maps images (B, 3, H, W) in [0, 1] on the device to logits (B, classes).
         parts: labelled uint8 images by number.
-        rows: int64 pairs (N, 2) of a part's number and a row in it, in the order to predict them.
+        rows: int64 pairs (N, 2) of a part's number and a row in it, in the order of prediction.
         batch_size: number of images in a batch, at least 1.
         device: device of the model.
         execution: memory layout and precision.
@@ -104,7 +104,7 @@ def predict(
         one prediction for each row.
 
     Raises:
-        InputError: a label is beyond the classes of the model, or the batch size is below 1.
+        InputError: a label is not one of the model's classes, or the batch size is below 1.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -117,16 +117,16 @@ def predict(
     right = torch.empty_like(predictions, dtype=torch.bool)
     losses = torch.empty_like(predictions, dtype=torch.float32)
     columns = (predictions, right, losses, torch.empty_like(losses))
-    places = zip(*(column.split(batch_size) for column in columns), strict=True)
-    shown = zip(batches(parts, rows, batch_size, device), targets, places, strict=True)
-    for images, target, place in shown:
+    slices = zip(*(column.split(batch_size) for column in columns), strict=True)
+    steps = zip(batches(parts, rows, batch_size, device), targets, slices, strict=True)
+    for images, target, outputs in steps:
         with torch.no_grad(), execution.context(device):
             logits = model(execution.unit(images))
         logits = logits.float()
         if highest >= logits.shape[1]:
             raise InputError(
-                f"label {highest} in the data, but the model has only classes "
-                f"0 to {logits.shape[1] - 1}"
+                f"the data has the label {highest}, but the model only the classes 0 to "
+                f"{logits.shape[1] - 1}"
             )
         # Ties are resolved as in robustbench's clean_accuracy.
         predicted = logits.max(1)[1]
@@ -136,7 +136,7 @@ def predict(
             F.cross_entropy(logits, target, reduction="none"),
             (logits.amax(1) - logits.logsumexp(1)).exp(),
         )
-        for column, value in zip(place, values, strict=True):
+        for column, value in zip(outputs, values, strict=True):
             column.copy_(value)
         advance()
     return Answers(*(column.cpu() for column in columns))
@@ -148,10 +148,10 @@ def accuracy(
     batch_size: int = 500,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Accuracy of a model on all images in their order, in [0, 1].
+    """Accuracy in [0, 1] of a model on all images, in their order.
 
     Args:
-        model: images (B, 3, H, W) in [0, 1] on the device -> logits (B, classes). An adapter
+        model: maps images (B, 3, H, W) in [0, 1] on the device to logits (B, classes). An adapter
             continues from its current state.
         data: uint8 images and their labels.
         batch_size: number of images in a batch, at least 1.
@@ -171,7 +171,7 @@ def _all_rows(count: int) -> Tensor:
 
 @contextlib.contextmanager
 def _trusting_pixels(net: AdaptiveModel) -> Iterator[None]:
-    """Disable the check of pixel ranges, which would synchronise; scaled 8-bit images pass it."""
+    """Disable the check of pixels, which waits for the device; scaled 8-bit images pass it."""
     before = net.checks_pixels
     net.checks_pixels = False
     try:
@@ -188,7 +188,7 @@ def classify(
     advance: Callable[[], object] = lambda: None,
     execution: Execution | None = None,
 ) -> Evaluation:
-    """Predict images with an adapter, without a reset, and measure the cost.
+    """Classify images with an adapter, without resetting it, and measure the cost.
 
     Arguments and errors are those of `predict`.
     """
@@ -244,9 +244,9 @@ def calibration_error(confidences: Tensor, right: Tensor) -> float:
     """
     if confidences.isnan().any():
         return float("nan")
-    places = (confidences * ECE_BINS).ceil().long().sub(1).clamp(0, ECE_BINS - 1)
+    bins = (confidences * ECE_BINS).ceil().long().sub(1).clamp(0, ECE_BINS - 1)
     gaps = right.double() - confidences.double()
-    sums = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, places, gaps)
+    sums = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bins, gaps)
     return sums.abs().sum().item() / len(right)
 
 
@@ -297,7 +297,7 @@ def evaluate_cell(
     severity: int = 0,
     advance: Callable[[], object] = lambda: None,
 ) -> CellRecord:
-    """Evaluate an adapter, without a reset, on uint8 images (N, 3, H, W) in the given order.
+    """Evaluate an adapter, without resetting it, on uint8 images (N, 3, H, W) in their order.
 
     ``corruption`` and ``severity`` are only written into the record; ``advance`` is called after
     every batch.

@@ -1,8 +1,8 @@
-"""The field: methods on a matrix of streams, each an ordinary run with a protocol and a batch size.
+"""Field tests: methods on a matrix of streams, each a run with its own protocol and batch size.
 
-Small batches, images in the order of their classes, shifts that come and go, and a stream that does
-not end: what `run_benchmark` measures for one stream is measured for all of them, and set beside
-the unadapted model's accuracy.
+The streams have small batches, images in the order of their classes, shifts that come and go, or
+very many images. What `run_benchmark` measures for one stream is measured for all of them and
+compared with the unadapted model's accuracy.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class FieldStream:
 
     Attributes:
         protocol: a key of `PROTOCOLS`.
-        batch_size: number of images in a batch; None for that of the whole field.
-        cells: ``"highest"`` for each corruption at the highest severity there is; ``"all"``
-            severities; ``"clean"`` images only; or ``"repeated"``, those at the highest severity
-            again and again, each time with fresh noise, or with fresh flips and crops where the
-            corruption cannot be computed.
+        batch_size: number of images in a batch; None for the field's default.
+        cells: ``"highest"`` for each corruption at its highest severity; ``"all"`` for every
+            severity; ``"clean"`` for only the clean images; or ``"repeated"`` for the highest
+            severities again and again, each time with fresh noise, or with fresh flips and crops
+            where the corruption cannot be computed.
         concentration: concentration of the Dirichlet distribution for ``correlated``.
     """
 
@@ -98,10 +98,10 @@ def _cells_of(stream: FieldStream, data: CorruptionData, long: int) -> Corruptio
 def field_views(
     streams: Mapping[str, FieldStream], data: CorruptionData, long: int
 ) -> tuple[dict[str, CorruptionData], list[str]]:
-    """The cells of each stream that the data allows, and a remark on each other one.
+    """The cells of each stream for which the data has them, and a remark on each other stream.
 
     Raises:
-        InputError: there are none.
+        InputError: the data allows none of the streams.
     """
     if data.clean or data.clean_count:
         data = data.with_clean()
@@ -146,18 +146,18 @@ def run_field(
 
     Args:
         methods: adapters by label, or functions that create them, each called once when it is
-            needed. Differences are to the one labelled ``source``.
-        data: cells from `open_dataset`, or arrays by (corruption, severity). Streams take each
-            corruption at its highest severity, ``gradual`` all of them.
+            needed. Differences are relative to the method labelled ``source``.
+        data: cells from `open_dataset`, or arrays by (corruption, severity). Streams use each
+            corruption at its highest severity, ``gradual`` at all of them.
         streams: names of streams in `FIELD`, by default all; or other streams by name.
-        long: number of images of the stream ``long``, to the next whole cell.
-        batch_size: number of images in a batch, except for the streams that are about it.
-        seed: seed for the order of the images, or several, whose figures are averaged.
+        long: smallest number of images of the stream ``long``, which consists of whole cells.
+        batch_size: number of images in a batch, except in streams that set their own.
+        seed: seed for the order of the images, or several, over which figures are averaged.
         out: folder for ``field.json``, ``field.md``, ``field.html`` and the results of each run,
             in ``runs/<stream>/<method>``; None writes nothing.
         overwrite: whether to replace the results in ``out``.
-        resume: whether to keep the finished and resume the unfinished runs in ``out``; streams and
-            methods may be added to them.
+        resume: whether to keep the finished runs in ``out`` and resume the unfinished ones;
+            streams and methods may be added.
         worker: this process, if several share the runs and ``out``.
         progress: whether to show progress bars and to print each finished figure.
         **options: ``execution``, ``model_name`` and ``command`` of `run_benchmark`.
@@ -166,7 +166,8 @@ def run_field(
         the results; each of several processes returns the results of all.
 
     Raises:
-        InputError, DataError: as for `run_benchmark`; an unknown stream, or no method.
+        InputError: a stream is unknown, there is no method, or as for `run_benchmark`.
+        DataError: as for `run_benchmark`.
     """
     if not isinstance(data, CorruptionData):
         data = CorruptionData.from_arrays(data, dataset=PICTURES)
@@ -182,9 +183,9 @@ def run_field(
         "progress": progress and leads,
     }
     runs = [_Run(m, name, chosen[name], views[name], batch_size) for m in methods for name in views]
-    found = _measured(runs, methods, folder, worker, options)
+    measured = _measured(runs, methods, folder, worker, options)
     settings = {"batch_size": batch_size, "seed": seed, "long": long, **options}
-    results = _assemble(data, settings, chosen, found, missing)
+    results = _assemble(data, settings, chosen, measured, missing)
     if out is not None and leads:
         write_files(Path(out), results.files())
     return results
@@ -195,9 +196,9 @@ def _chosen(
     streams: Sequence[str] | Mapping[str, FieldStream] | None,
     long: int,
 ) -> Mapping[str, FieldStream]:
-    """The streams by name; checks what was asked for."""
+    """Check the arguments of `run_field` and return the chosen streams by name."""
     if not methods:
-        raise InputError("no methods to evaluate")
+        raise InputError("there are no methods to evaluate; name at least one")
     if long < 1:
         raise InputError(f"the long stream must have at least 1 image, got {long}")
     if streams is None or isinstance(streams, Mapping):
@@ -217,7 +218,7 @@ def _notes(data: CorruptionData) -> list[str]:
     if names <= set(extra):
         notes.append(
             f"measured on extra corruptions ({', '.join(sorted(names))}), on which settings may be "
-            "chosen; these are no benchmark figures"
+            "chosen; these are not benchmark figures"
         )
     elif known is not None and names & set(known.corruptions):
         notes.append(
@@ -238,8 +239,8 @@ def _prepare(out: Path, resume: bool, overwrite: bool, worker: Worker | None) ->
             if folder.exists() and not resume:
                 if not overwrite:
                     raise InputError(
-                        f"{out} holds a field already; resume or extend it (--resume) or start "
-                        "over (--overwrite)"
+                        f"{out} already holds the runs of a field; resume or extend them "
+                        "(--resume) or start over (--overwrite)"
                     )
                 shutil.rmtree(folder)
             try:
@@ -264,11 +265,11 @@ class _Run:
 
     @property
     def length(self) -> float:
-        """About how long it takes, in images: a batch costs as much as a few more images."""
+        """Estimated duration, in images: a batch takes as long as four further images."""
         return self.data.total * (1 + 4 / (self.stream.batch_size or self.batch_size))
 
     def out(self, folder: Path) -> Path:
-        """The folder of its results; labels of methods are made names of folders."""
+        """The folder of its results; the method's label is converted to a valid folder name."""
         safe = re.sub(r"[^\w.=-]+", "_", self.label)
         if safe != self.label:
             safe += f"-{sha256(self.label.encode()).hexdigest()[:8]}"
@@ -294,7 +295,7 @@ def _each(
     worker: Worker | None,
     options: Mapping[str, Any],
 ) -> Iterator[tuple[_Run, Results]]:
-    """(run, its results) as they finish.
+    """Yield each run and its results as it finishes.
 
     Several processes share the runs: each takes those that no other has claimed, and reads the
     results of those that others have finished.
@@ -312,8 +313,8 @@ def _each(
                     if not lock.take():
                         continue
                 if run.label not in nets:
-                    given = methods[run.label]
-                    nets[run.label] = given if isinstance(given, AdaptiveModel) else given()
+                    method = methods[run.label]
+                    nets[run.label] = method if isinstance(method, AdaptiveModel) else method()
                 yield run, run(nets[run.label], out, options)
             waiting.remove(run)
             if all(other.label != run.label for other in waiting):
@@ -330,17 +331,17 @@ def _measured(
     options: Mapping[str, Any],
 ) -> dict[str, dict[str, Results]]:
     """The results by stream and method, in the order of ``runs``."""
-    # The longest first, so that no process waits long for another's last one.
+    # The longest runs come first, so that no process waits long for another's last run.
     order = sorted(runs, key=lambda run: (list(methods).index(run.label), -run.length))
-    found: dict[tuple[str, str], Results] = {}
+    finished: dict[tuple[str, str], Results] = {}
     for run, results in _each(order, methods, folder, worker, options):
-        found[run.name, run.label] = results
+        finished[run.name, run.label] = results
         if options["progress"]:
             share = 100 * field_cell(results, False).accuracy
             tqdm.write(f"{run.label}, {run.name}: {share:.2f} %")
     table: dict[str, dict[str, Results]] = {}
     for run in runs:
-        table.setdefault(run.name, {})[run.label] = found[run.name, run.label]
+        table.setdefault(run.name, {})[run.label] = finished[run.name, run.label]
     return table
 
 
@@ -348,11 +349,11 @@ def _assemble(
     data: CorruptionData,
     options: dict[str, Any],
     streams: Mapping[str, FieldStream],
-    found: Mapping[str, Mapping[str, Results]],
+    measured: Mapping[str, Mapping[str, Results]],
     missing: Sequence[str],
 ) -> FieldResults:
     """The results of a field from those of its runs."""
-    first = next(iter(found.values()))
+    first = next(iter(measured.values()))
     facts = next(iter(first.values()))
     configs = {}
     for label, results in first.items():
@@ -363,13 +364,13 @@ def _assemble(
         "dataset": data.dataset,
         "layout": data.layout,
         "cells": {f"{name} {severity}": n for (name, severity), n in data.counts.items()},
-        "streams": {name: vars(streams[name]) for name in found},
+        "streams": {name: vars(streams[name]) for name in measured},
         **{name: options[name] for name in ("batch_size", "seed", "long")},
         **{name: facts.circumstances[name] for name in ("command", "versions", "machine")},
         "methods": configs,
     }
     cells = {
         name: {label: field_cell(r, streams[name].cells == "repeated") for label, r in row.items()}
-        for name, row in found.items()
+        for name, row in measured.items()
     }
     return FieldResults(settings, [*_notes(data), *missing], cells)

@@ -1,4 +1,4 @@
-"""The report on a field: accuracies by stream and method, and their differences to the source."""
+"""The report on a field: accuracies by stream and method, and differences from the source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .results import CellRecord, Results, finite
 
 __all__ = ["FieldCell", "FieldResults", "field_cell"]
 
-#: The source may be better than an adapter by this many points before a cell is marked.
+#: A cell is marked if the adapter is more than this many percentage points below the source.
 _TOLERANCE = 0.5
 
 
@@ -29,9 +29,9 @@ class FieldCell:
     Attributes:
         accuracy: share of all images of the stream that are predicted correctly, in [0, 1]; the
             mean over the seeds.
-        error: its standard error over the seeds, None for a single one.
-        parts: accuracy by part of the stream: the tenths of a repeated one, and the images before,
-            in and after the corruption of ``clean-corrupt-clean``.
+        error: standard error of the accuracy over the seeds; None for a single seed.
+        parts: accuracy by part of the stream: the tenths of a repeated stream, and the images
+            before, in and after the corruption of ``clean-corrupt-clean``.
         memory: peak memory in bytes in each of these parts, for tenths only.
         images: number of images for one seed.
         seconds: wall time for adapting and predicting.
@@ -47,22 +47,22 @@ class FieldCell:
     skipped_updates: int
 
 
-def _right(cells: Sequence[CellRecord]) -> float:
+def _accuracy(cells: Sequence[CellRecord]) -> float:
     return sum(sum(c.correct_per_batch) for c in cells) / sum(c.n for c in cells)
 
 
 def _tenths(cells: Sequence[CellRecord], batch_size: int) -> tuple[list[float], list[int]]:
     """Accuracy and peak memory in every tenth of a stream, to the nearest batch."""
-    total, shown = sum(cell.n for cell in cells), 0
-    right, images, memory = [0] * 10, [0] * 10, [0] * 10
+    total, position = sum(cell.n for cell in cells), 0
+    correct, images, memory = [0] * 10, [0] * 10, [0] * 10
     for cell in cells:
-        for correct, count in plots.batch_counts([cell], batch_size, interleaved=False):
-            tenth = 10 * shown // total
-            right[tenth] += correct
+        for hits, count in plots.batch_counts([cell], batch_size, interleaved=False):
+            tenth = 10 * position // total
+            correct[tenth] += hits
             images[tenth] += count
             memory[tenth] = max(memory[tenth], cell.peak_memory)
-            shown += count
-    shares = [r / n if n else math.nan for r, n in zip(right, images, strict=True)]
+            position += count
+    shares = [c / n if n else math.nan for c, n in zip(correct, images, strict=True)]
     return shares, memory
 
 
@@ -72,19 +72,19 @@ def field_cell(results: Results, tenths: bool) -> FieldCell:
     by_seed: dict[int | None, list[CellRecord]] = {}
     for cell in method.cells:
         by_seed.setdefault(cell.seed, []).append(cell)
-    shares = [_right(cells) for cells in by_seed.values()]
+    shares = [_accuracy(cells) for cells in by_seed.values()]
     parts, memory = {}, []
     if tenths:
         measured = [_tenths(c, results.settings["batch_size"]) for c in by_seed.values()]
         columns = enumerate(zip(*(shares for shares, _ in measured), strict=True), 1)
-        parts = {f"tenth {place}": fmean(column) for place, column in columns}
+        parts = {f"tenth {number}": fmean(column) for number, column in columns}
         memory = [max(column) for column in zip(*(m for _, m in measured), strict=True)]
     elif results.settings["protocol"] in WITH_CLEAN:
         clean = [c for c in method.cells if c.corruption == CLEAN[0]]
         parts = {
-            "clean before": _right([c for c in clean if not c.visit]),
-            "corrupted": _right([c for c in method.cells if c.corruption != CLEAN[0]]),
-            "clean after": _right([c for c in clean if c.visit]),
+            "clean before": _accuracy([c for c in clean if not c.visit]),
+            "corrupted": _accuracy([c for c in method.cells if c.corruption != CLEAN[0]]),
+            "clean after": _accuracy([c for c in clean if c.visit]),
         }
     return FieldCell(
         accuracy=fmean(shares),
@@ -104,7 +104,7 @@ class FieldResults:
     Attributes:
         settings: settings of the field, and each method's config and description.
         notes: remarks that must accompany the figures.
-        cells: by stream and then by method.
+        cells: the figures by stream and then by method.
     """
 
     settings: dict[str, Any]
@@ -130,7 +130,7 @@ class FieldResults:
         }
 
     def rows(self) -> list[list[str]]:
-        """The table, header first: accuracy in %, and for adapters points above the source."""
+        """The table, header first: accuracy in %, and for adapters the points above the source."""
         differences = self.differences()
         rows = [["accuracy in %", "images", *self.methods]]
         for stream, row in self.cells.items():
@@ -161,7 +161,7 @@ class FieldResults:
         return f"{table}\n\n{remarks}\n"
 
     def _remarks(self) -> list[str]:
-        """The parts of streams in words, the number of cells below the source, and the notes."""
+        """Sentences on the streams below the source and on parts of streams, and the notes."""
         remarks = []
         differences = self.differences()
         for method in self.methods:

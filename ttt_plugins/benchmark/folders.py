@@ -1,4 +1,4 @@
-"""Opens a data folder of either layout and checks its cells.
+"""Opening of data folders of either layout, with checks of their cells.
 
 A folder is checked completely when it is opened, before the adapter sees the first image. Data on
 disk is used; missing data is downloaded only on request.
@@ -46,10 +46,10 @@ def open_dataset(
     Args:
         dataset: a key of `DATASETS`, such as ``"cifar10"``.
         data_dir: the folder ``CIFAR-10-C`` (or that of another data set) or its parent, or a folder
-            of ``<corruption>.npz`` files or the parent of such a folder ``cifar10c``.
+            of ``<corruption>.npz`` files, or the parent of such a folder named ``cifar10c``.
         corruptions: names of the corruptions; by default the benchmark's own.
         severities: integers from 1 to 5; by default all that the folder has.
-        n_examples: number of images to use of each cell, from its first; by default all.
+        n_examples: number of images to use from the start of each cell, at least 1; by default all.
         labels: parquet file of the uncorrupted test images and their labels, if it is not
             ``test.parquet`` in ``data_dir``, beside it, or in a folder ``cifar10`` there.
         download: whether to download CIFAR-10-C or CIFAR-100-C (about 2.9 GB) with RobustBench's
@@ -57,21 +57,21 @@ def open_dataset(
             RobustBench cannot download the ImageNet data sets.
 
     Returns:
-        the cells, in the order of ``corruptions`` and ``severities``. In the compact layout the
-        clean images of a choice of extra corruptions only are the training images that these are
-        made from, otherwise the test images.
+        the cells, in the order of ``corruptions`` and ``severities``. The clean images are the test
+        images; if all corruptions are extra ones of the compact layout, they are the training
+        images from which these are made.
 
     Raises:
-        InputError: an unknown dataset, corruption or severity.
+        InputError: an argument is unknown, out of range, or not for this data set.
         DataError: a file is missing or damaged, has another shape or type, or too few rows.
     """
     spec, names = _chosen(dataset, corruptions)
     if spec.layout == "folders":
-        raise InputError(f"{dataset} is opened by open_class_folders, for a model")
+        raise InputError(f"{dataset} consists of class folders; open it with open_class_folders")
     levels = list(dict.fromkeys(severities)) if severities else None
     if levels and not set(levels) <= set(spec.severities):
         lowest, highest = spec.severities[0], spec.severities[-1]
-        raise InputError(f"severities are {lowest} to {highest}, got {levels}")
+        raise InputError(f"severities must be from {lowest} to {highest}, got {levels}")
     if n_examples is not None and n_examples < 1:
         raise InputError(f"n_examples must be at least 1, got {n_examples}")
     if labels is not None and spec.compact is None:
@@ -112,24 +112,24 @@ def open_class_folders(
     size: int | None = None,
     **options: Any,
 ) -> CorruptionData:
-    """Find and check a data set of class folders, such as ImageNet-R; pictures are read by rows.
+    """Find and check a data set of class folders, such as ImageNet-R; pictures are read by row.
 
     Args:
         dataset: a key of `DATASETS` with the layout ``"folders"``.
         data_dir: the data set's folder or the one that contains it.
-        net: an adapter on the model with the data set's classes; it says how pictures are resized.
+        net: an adapter on a model with the data set's classes, which resizes the pictures.
         corruptions: names of the cells; by default all.
         n_examples: number of images of each cell, drawn with a fixed seed; by default all.
         size: side of the images in pixels; by default the model's own.
         **options: ``workers`` and ``skip_damaged`` of `LabelledPictures`.
 
     Raises:
-        InputError: an unknown dataset or name of a cell, or a model with other classes.
+        InputError: the dataset or a cell's name is unknown, or the model has other classes.
         DataError: a folder is missing, is not complete, or cannot be read.
     """
     spec, names = _chosen(dataset, corruptions)
     if spec.layout != "folders":
-        raise InputError(f"{dataset} is opened by open_dataset")
+        raise InputError(f"{dataset} does not consist of class folders; open it with open_dataset")
     if n_examples is not None and n_examples < 1:
         raise InputError(f"n_examples must be at least 1, got {n_examples}")
     if net.num_classes not in (None, spec.classes):
@@ -138,13 +138,13 @@ def open_class_folders(
     published = dict(zip(spec.corruptions, spec.folders, strict=True))
     pictures = {}
     for name in names:
-        places = (Path(data_dir) / published[name], Path(data_dir))
-        found = next((p for p in places if p.is_dir() and p.name == published[name]), None)
-        if found is None:
+        candidates = (Path(data_dir) / published[name], Path(data_dir))
+        folder = next((p for p in candidates if p.is_dir() and p.name == published[name]), None)
+        if folder is None:
             raise DataError(f"{data_dir}: holds no folder {published[name]}")
-        opened = FolderSource(found, class_folders(spec))
+        source = FolderSource(folder, class_folders(spec))
         counted = {"count": n_examples, **options}
-        pictures[name] = LabelledPictures(opened, transform, spec.classes, **counted)
+        pictures[name] = LabelledPictures(source, transform, spec.classes, **counted)
     return CorruptionData.from_pictures(pictures, dataset=dataset)
 
 
@@ -166,11 +166,11 @@ def load_stream(
 def has_extra_corruptions(dataset: str, data_dir: str | Path) -> bool:
     """Whether a data folder, in either layout, has all extra corruptions of the data set."""
     spec, folder = DATASETS[dataset], Path(data_dir)
-    places = [folder, folder / spec.title]
-    places += [] if spec.compact is None else [folder / spec.compact.folder]
+    candidates = [folder, folder / spec.title]
+    candidates += [] if spec.compact is None else [folder / spec.compact.folder]
     files = [
         [p / f"{n}.{'npy' if p.name == spec.title else 'npz'}" for n in spec.extra_corruptions]
-        for p in places
+        for p in candidates
     ]
     return bool(spec.extra_corruptions) and any(all(f.is_file() for f in row) for row in files)
 
@@ -211,8 +211,8 @@ def _find_test_parquet(
     if labels is not None:
         return Path(labels)
     name = compact.clean_folder
-    places = (folder, folder.parent, folder / name, folder.parent / name)
-    return next((p / "test.parquet" for p in places if (p / "test.parquet").is_file()), None)
+    folders = (folder, folder.parent, folder / name, folder.parent / name)
+    return next((f / "test.parquet" for f in folders if (f / "test.parquet").is_file()), None)
 
 
 def _read_clean(file: Path, n_examples: int | None) -> LabelledImages:
@@ -270,13 +270,13 @@ def _open_compact(
                 )
             _check_labels(source, known.numpy(), spec.classes)
             used = _enough(path, len(images), n_examples, f"severity_{severity}")
-            # The extra ones are made from the last rows of the training file, in its order.
+            # Extra corruptions are made from the last rows of the training file, in its order.
             first = len(known) - len(images) if extra else 0
             known = known[first:]
             from_rows.add(first)
             pixels = torch.from_numpy(images[:used]).permute(0, 3, 1, 2).contiguous()
             cells[name, severity] = LabelledImages(pixels, known[:used])
-    # Test images have no part in a choice that is made on the extra corruptions.
+    # Test images must not influence a choice that is made on the extra corruptions.
     only_extra = set(names) <= set(spec.extra_corruptions) and len(from_rows) == 1
     if only_extra:
         train, start = test.with_name("train.parquet"), from_rows.pop()
@@ -310,7 +310,7 @@ def _check_arrays(folder: Path, names: list[str], spec: Dataset) -> Tensor:
     # The published file repeats the labels for each severity.
     if labels.shape not in ((spec.rows,), (levels * spec.rows,)):
         raise DataError(
-            f"{file}: must hold {spec.rows} labels (or {levels} times as many), has shape "
+            f"{file}: must hold {spec.rows} labels (or {levels} times as many), got the shape "
             f"{labels.shape}"
         )
     _check_labels(file, labels, spec.classes)
@@ -319,7 +319,7 @@ def _check_arrays(folder: Path, names: list[str], spec: Dataset) -> Tensor:
         array = map_array(path)
         if array.shape != shape or array.dtype != np.uint8:
             raise DataError(
-                f"{path}: must be uint8 {shape}, {spec.rows} images for each severity; is "
+                f"{path}: must be uint8 {shape}, {spec.rows} images for each severity, got "
                 f"{array.dtype} {array.shape}"
             )
     return torch.from_numpy(labels[: spec.rows].astype(np.int64))
@@ -328,8 +328,8 @@ def _check_arrays(folder: Path, names: list[str], spec: Dataset) -> Tensor:
 def _picture_labels() -> Tensor:
     """Labels of the images in RobustBench's order: indices in the sorted list of classes."""
     names = [file.split("/")[0] for file in bridge.imagenet_test_files()]
-    places = {name: i for i, name in enumerate(sorted(set(names)))}
-    return torch.tensor([places[name] for name in names])
+    indices = {name: i for i, name in enumerate(sorted(set(names)))}
+    return torch.tensor([indices[name] for name in names])
 
 
 def _check_pictures(folder: Path, n_examples: int) -> None:
@@ -339,11 +339,11 @@ def _check_pictures(folder: Path, n_examples: int) -> None:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     present = {entry.name for entry in folder.iterdir() if entry.is_dir()}
-    # Labels are indices in the sorted list of folders: an extra or missing one shifts the others.
+    # Labels are indices in the sorted list of folders: an extra or missing folder shifts them.
     if present != classes:
-        odd = min(present ^ classes)
-        state = "is missing" if odd in classes else "is not one of ImageNet's classes"
-        raise DataError(f"{folder}: must hold the {len(classes)} class folders; {odd} {state}")
+        name = min(present ^ classes)
+        state = "is missing" if name in classes else "is not one of ImageNet's classes"
+        raise DataError(f"{folder}: must hold the {len(classes)} class folders; {name} {state}")
     for file in files[:n_examples]:
         if not (folder / file).is_file():
             raise DataError(f"{folder / file}: no such file, one of the first {n_examples} images")
@@ -376,7 +376,7 @@ def _open_robustbench(
     def read(loader: Callable, *what: Any) -> LabelledImages:
         try:
             return _to_bytes(*loader(spec.robustbench, *what, used, root))
-        except Exception as error:  # decoders raise anything for damaged pictures
+        except Exception as error:  # decoders raise any error for damaged pictures
             raise DataError(
                 f"{root}: RobustBench's loader failed on {what or 'the clean images'} ({error})"
             ) from error

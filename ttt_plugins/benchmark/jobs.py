@@ -20,7 +20,7 @@ from .resume import Progress
 
 __all__ = ["Job", "claim", "job_records", "planned", "run_job"]
 
-#: A stretch and rows of it.
+#: A stretch, and some of its rows.
 Piece = tuple[Stretch, Tensor]
 
 #: Largest number of images in a piece; longer stretches are stored in several. It exceeds the
@@ -33,12 +33,12 @@ class Job:
     """One method on the images between two resets.
 
     Attributes:
-        name: unique in a run, and the same in every process of it.
+        name: name that is unique in a run and the same in all its processes.
         method: index of the method in the run.
         seed: seed for the order of the images.
         stream: index of the stream in the protocol's plan.
         stretches: stretches of the stream; empty for the clean images, which are not in a plan.
-        piece: largest number of images in a piece, None for `PIECE`.
+        piece: largest number of images in a piece; None for `PIECE`.
     """
 
     name: str
@@ -62,12 +62,12 @@ class Job:
         return sum(-(-len(stretch) // batch_size) for stretch in self.stretches)
 
     def pieces(self, batch_size: int) -> list[Piece]:
-        """The pieces as (stretch, rows in it), split between batches."""
+        """The pieces as (stretch, rows in it); no batch is divided between two pieces."""
         size = max(1, (self.piece or PIECE) // batch_size) * batch_size
         return [(stretch, rows) for stretch in self.stretches for rows in stretch.rows.split(size)]
 
     def first_piece(self, batch_size: int) -> Piece | None:
-        """The first of the `pieces`, None if there are none."""
+        """The first of the `pieces`; None if there are none."""
         return next(iter(self.pieces(batch_size)), None)
 
 
@@ -94,13 +94,13 @@ def planned(settings: dict[str, Any], data: CorruptionData, methods: int) -> lis
 
 
 def _restore(job: Job, net: AdaptiveModel, progress: Progress, count: int) -> int:
-    """Restore a reset adapter to the end of the finished pieces; return how many are usable."""
+    """Restore a reset adapter's state after the finished pieces; return how many are usable."""
     done = len(progress.evaluations(job.name, count))
     if not 0 < done < count:
         return done
     stored = progress.state(job.name)
     if stored is None or stored[0] >= done:
-        return 0  # there is no state, or it was taken after a piece that is lost
+        return 0  # there is no state, or it belongs to a piece that has been lost
     net.load_adaptation_state(stored[1])
     return stored[0] + 1
 
@@ -117,7 +117,7 @@ def run_job(
 ) -> None:
     """Evaluate an adapter on a stream, and store each piece before the next begins.
 
-    The job resumes after the last stored piece, with the adapter's state stored with it.
+    The job resumes after the last stored piece, from the adapter's state that was stored with it.
 
     Args:
         job: the job.
@@ -158,13 +158,13 @@ def job_records(job: Job, progress: Progress, batch_size: int) -> tuple[list[Cel
         )
     records: list[CellRecord] = []
     for stretch in job.stretches:
-        own = [e for e, (s, _) in zip(evaluations, pieces, strict=True) if s is stretch]
-        records += cell_records(stretch, join(own), batch_size, seed=job.seed, stream=job.stream)
+        joined = join([e for e, (s, _) in zip(evaluations, pieces, strict=True) if s is stretch])
+        records += cell_records(stretch, joined, batch_size, seed=job.seed, stream=job.stream)
     return records, sum(evaluation.skipped for evaluation in evaluations)
 
 
 def claim(progress: Progress, name: str, do: Callable[..., object], *args: Any) -> bool:
-    """Call ``do`` unless another process is doing so; return whether the work is done.
+    """Call ``do`` unless another process is calling it; return whether the work is done.
 
     The claim is a lock on a file, which the system releases whenever the process ends.
     """
@@ -177,5 +177,5 @@ def claim(progress: Progress, name: str, do: Callable[..., object], *args: Any) 
     except (DataError, FileNotFoundError):
         if progress.header.exists():
             raise
-        # Another process has assembled the results meanwhile.
+        # Otherwise another process has assembled the results in the meantime.
     return True

@@ -1,8 +1,8 @@
 """RobustBench's two result files: ``unaggregated_results.csv`` and ``<Name>.json``.
 
 The schema is that of RobustBench 1.1.1 (``utils.ModelInfo``, ``eval.corruptions_evaluation``).
-RobustBench's rules exclude models with an optimization loop, so the files of an adapter are meant
-for comparison and are marked accordingly.
+RobustBench's rules exclude models with an optimization loop, so an adapter's files are meant for
+comparison only and are marked as ineligible.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def mean_corruption_error(method: MethodRecord, dataset: str) -> float | None:
         dataset: a key of `DATASETS`, or `PICTURES`.
 
     Returns:
-        the mCE; None if a cell is missing, or no errors of AlexNet are published.
+        the mCE; None if a cell is missing, or if AlexNet's errors are not published.
     """
     spec, accuracy = robustbench_dataset(dataset), method.accuracies()
     if spec is None or spec.reference_errors is None or not accuracy.keys() >= set(spec.cells):

@@ -30,7 +30,7 @@ __all__ = [
 #: Colours of the source model and of the adapters after it (Okabe & Ito, distinguishable for
 #: colour-blind readers).
 COLOURS = ["#999999", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442"]
-#: Largest number of points in a curve; more would only show noise.
+#: Largest number of points in a curve; more points would only show noise.
 _POINTS = 50
 #: Differences beyond this many percentage points have the same colour in a heat map.
 _MOST_POINTS = 20.0
@@ -70,9 +70,9 @@ def to_svg(drawn: Any) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    silent = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    omitted = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        drawn.savefig(buffer, format="svg", metadata=silent)
+        drawn.savefig(buffer, format="svg", metadata=omitted)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -81,7 +81,7 @@ def to_svg(drawn: Any) -> str:
 
 
 def bars(columns: Mapping[str, Mapping[str, float]], colours: Sequence[str], width: float) -> Any:
-    """Bar chart of accuracy in % by corruption and its mean, for each label in ``columns``."""
+    """Bar chart of the accuracy in % on each corruption and of the mean, for each label."""
     drawn = figure(width, 4.2)
     axes = drawn.add_subplot()
     thickness = 0.8 / len(columns)
@@ -89,9 +89,9 @@ def bars(columns: Mapping[str, Mapping[str, float]], colours: Sequence[str], wid
     for position, ((label, column), colour) in enumerate(
         zip(columns.items(), colours, strict=True)
     ):
-        places = [i + position * thickness for i in range(len(names))]
+        lefts = [i + position * thickness for i in range(len(names))]
         heights = [column[name] for name in names]
-        axes.bar(places, heights, thickness, color=colour, label=_name(label))
+        axes.bar(lefts, heights, thickness, color=colour, label=_name(label))
     middle = (len(columns) - 1) * thickness / 2
     ticks = [i + middle for i in range(len(names))]
     axes.set_xticks(ticks, list(map(_name, names)), rotation=40, ha="right")
@@ -107,17 +107,17 @@ def bars(columns: Mapping[str, Mapping[str, float]], colours: Sequence[str], wid
 def curves(
     lines: Sequence[tuple[str, Sequence[int], Sequence[float]]],
     colours: Sequence[str],
-    across: str = "images since the last reset",
-    up: str = "accuracy so far in %",
+    x_label: str = "images since the last reset",
+    y_label: str = "accuracy so far in %",
 ) -> Any:
-    """Curves of (label, places, accuracy in [0, 1]) per method, with the labels of the axes."""
+    """One curve per method, given as label, positions along the stream, and accuracy in [0, 1]."""
     drawn = figure(8, 4)
     axes = drawn.add_subplot()
-    for (label, places, values), colour in zip(lines, colours, strict=True):
+    for (label, positions, values), colour in zip(lines, colours, strict=True):
         shares = [100 * value for value in values]
-        axes.plot(places, shares, color=colour, label=_name(label), marker=".")
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
+        axes.plot(positions, shares, color=colour, label=_name(label), marker=".")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return drawn
@@ -129,7 +129,7 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], points: Sequence[Seque
     Args:
         rows: labels of the rows.
         columns: labels of the columns.
-        points: one sequence of differences for each row; NaN where there is none.
+        points: one sequence of differences for each row; NaN for a missing difference.
     """
     drawn = figure(2.6 + 0.9 * len(columns), 1.2 + 0.32 * len(rows))
     axes = drawn.add_subplot()
@@ -203,12 +203,12 @@ def batch_counts(
     """[number correct, number of images] for each batch of one stream, from its cells' records."""
     if interleaved:
         total = sum(cell.n for cell in cells)
-        right = [sum(column) for column in zip(*(c.correct_per_batch for c in cells), strict=True)]
-        return [[r, min(batch_size, total - i * batch_size)] for i, r in enumerate(right)]
+        counts = [sum(batch) for batch in zip(*(c.correct_per_batch for c in cells), strict=True)]
+        return [[n, min(batch_size, total - i * batch_size)] for i, n in enumerate(counts)]
     return [
-        [right, min(batch_size, cell.n - i * batch_size)]
+        [correct, min(batch_size, cell.n - i * batch_size)]
         for cell in cells
-        for i, right in enumerate(cell.correct_per_batch)
+        for i, correct in enumerate(cell.correct_per_batch)
     ]
 
 
@@ -223,9 +223,9 @@ def accuracy_along(
         interleaved: whether a batch holds images of several cells.
 
     Returns:
-        numbers of images since the last reset, and the accuracy in [0, 1] on the images so far,
-        over all streams with the same batches as the longest one, so that every point covers the
-        same streams.
+        numbers of images since the last reset, and the accuracy in [0, 1] on the images so far.
+        Only streams with the same batches as the longest one are included, so that every point
+        covers the same streams.
     """
     grouped: dict[tuple[int | None, int], list[CellRecord]] = {}
     for cell in method.cells:
@@ -234,13 +234,13 @@ def accuracy_along(
     sizes = [[images for _, images in stream] for stream in streams]
     longest = max(sizes, key=sum)
     chosen = [s for s, size in zip(streams, sizes, strict=True) if size == longest]
-    places, values, right, shown = [], [], 0, 0
-    for column in zip(*chosen, strict=True):
-        right += sum(batch[0] for batch in column)
-        shown += sum(batch[1] for batch in column)
-        places.append(shown // len(chosen))
-        values.append(right / shown)
+    positions, values, correct, images = [], [], 0, 0
+    for batches in zip(*chosen, strict=True):
+        correct += sum(batch[0] for batch in batches)
+        images += sum(batch[1] for batch in batches)
+        positions.append(images // len(chosen))
+        values.append(correct / images)
     # Thinned from the end, so that the last point is the accuracy on the whole stream.
-    step = -(-len(places) // _POINTS)
-    thinned = slice((len(places) - 1) % step, None, step)
-    return places[thinned], values[thinned]
+    step = -(-len(positions) // _POINTS)
+    thinned = slice((len(positions) - 1) % step, None, step)
+    return positions[thinned], values[thinned]

@@ -65,7 +65,7 @@ def shuffled(count: int, seed: int | None) -> Tensor:
 
 
 def correlated(labels: Tensor, concentration: float, seed: int | None) -> Tensor:
-    """Rows in an order in which neighbouring images tend to be of one class.
+    """Rows in an order in which neighbouring images tend to be of the same class.
 
     There are as many time slots as classes. The images of each class are distributed over the slots
     in proportions drawn from a symmetric Dirichlet distribution; within a slot the classes follow
@@ -77,7 +77,7 @@ def correlated(labels: Tensor, concentration: float, seed: int | None) -> Tensor
         concentration: concentration of the Dirichlet distribution, above 0: 0.1 gives slots of one
             or two classes (the papers' setting), 100 nearly equal shares of all classes per slot.
         seed: seed of ``numpy.random.RandomState``, which is stable across numpy versions; None
-            is 0.
+            means 0.
 
     Returns:
         every row once, int64 (N,).
@@ -97,8 +97,8 @@ def correlated(labels: Tensor, concentration: float, seed: int | None) -> Tensor
         if not np.isfinite(shares).all():
             shares = np.eye(len(classes))[random.randint(len(classes))]
         cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(int)
-        for slot, part in zip(slots, np.split(rows, cuts), strict=True):
-            slot.append(part)
+        for slot, share in zip(slots, np.split(rows, cuts), strict=True):
+            slot.append(share)
     ordered = [slot[i] for slot in slots for i in random.permutation(len(slot))]
     return torch.from_numpy(np.concatenate(ordered))
 
@@ -116,12 +116,12 @@ def _one_by_one(
     """One stretch per cell, in this order, reset where ``resets(previous, cell)`` is true."""
     stretches: list[Stretch] = []
     previous: Cell | None = None
-    met: dict[Cell, int] = {}
+    visits: dict[Cell, int] = {}
     for cell in cells:
         rows = order(cell, data.counts[cell])
         pairs = torch.stack([torch.zeros_like(rows), rows], 1)
-        stretches.append(Stretch(resets(previous, cell), (cell,), pairs, met.get(cell, 0)))
-        met[cell] = met.get(cell, 0) + 1
+        stretches.append(Stretch(resets(previous, cell), (cell,), pairs, visits.get(cell, 0)))
+        visits[cell] = visits.get(cell, 0) + 1
         previous = cell
     return stretches
 
@@ -145,22 +145,22 @@ def _cells_in_order(resets: Resets) -> Planner:
 def _gradual(data: CorruptionData, _: int | None, order: Order) -> list[Stretch]:
     cells: list[Cell] = []
     for name in dict.fromkeys(name for name, _ in data.counts):
-        up = sorted(severity for n, severity in data.counts if n == name)
-        cells += [(name, severity) for severity in [*up, *up[-2::-1]]]
+        rising = sorted(severity for n, severity in data.counts if n == name)
+        cells += [(name, severity) for severity in [*rising, *rising[-2::-1]]]
     return _one_by_one(cells, data, order, _at_the_start)
 
 
 def _clean_around(data: CorruptionData, _: int | None, order: Order) -> list[Stretch]:
-    """For each cell one half of the clean images, the cell, and the other half."""
+    """For each cell, one half of the clean images, the cell, and the other half."""
     clean = order(CLEAN, data.counts[CLEAN]).tensor_split(2)
     stretches = []
     for cell in data.counts:
         if cell == CLEAN:
             continue
         parts = [(CLEAN, clean[0]), (cell, order(cell, data.counts[cell])), (CLEAN, clean[1])]
-        for place, (shown, rows) in enumerate(parts):
+        for position, (source, rows) in enumerate(parts):
             pairs = torch.stack([torch.zeros_like(rows), rows], 1)
-            stretches.append(Stretch(place == 0, (shown,), pairs, visit=place // 2))
+            stretches.append(Stretch(position == 0, (source,), pairs, visit=position // 2))
     return stretches
 
 
@@ -176,13 +176,13 @@ def _mixed(data: CorruptionData, seed: int | None, _: Order) -> list[Stretch]:
 
 @dataclass(frozen=True)
 class StreamProtocol:
-    """A protocol.
+    """The order of a protocol's images and its resets.
 
     Attributes:
         stretches: creates the plan from the cells, the seed and the order of a cell's rows.
-        resets: description of where the adapter is reset.
+        resets: where the adapter is reset, in words.
         interleaved: whether a batch may hold images of several cells.
-        by_class: whether images come by class, in the order of `correlated`.
+        by_class: whether the images of a cell are in the order of `correlated`.
         sorted: whether the images of a cell are sorted by class.
         with_clean: whether the clean images are a cell of the stream.
     """
@@ -200,9 +200,9 @@ class StreamProtocol:
 #: ``gradual``: like ``continual``, but the severities of each corruption rise and fall again (1, 2,
 #: .., 5, .., 2, 1; CoTTA, arXiv 2203.13591), so that all but the highest occur twice. ``mixed``:
 #: the images of all cells shuffled together, with a single reset before them. ``correlated``: a
-#: reset before each cell, whose images come by class. ``sorted``: likewise, but all images of a
-#: class come together. ``clean-corrupt-clean``: for each cell a reset, one half of the clean
-#: images, the cell, and the other half.
+#: reset before each cell, in which neighbouring images tend to be of the same class. ``sorted``:
+#: the same, but all images of a class come together. ``clean-corrupt-clean``: for each cell a
+#: reset, one half of the clean images, the cell, and the other half.
 PROTOCOLS = {
     "reset-per-cell": StreamProtocol(_cells_in_order(_each_cell), "before each cell"),
     "reset-per-corruption": StreamProtocol(
@@ -234,21 +234,22 @@ def plan(
     Args:
         protocol: a key of `PROTOCOLS`.
         data: the cells.
-        seed: seed for the order of the images in each cell (the same order for cells of equal size
-            and labels); None keeps the stored order, but ``mixed`` and ``correlated`` use seed 0.
+        seed: seed for the order of the images in each cell (cells of equal size and labels have the
+            same order); None keeps the stored order, except that ``mixed`` and ``correlated`` use
+            seed 0.
         concentration: concentration of the Dirichlet distribution for ``correlated``, above 0.
 
     Returns:
         stretches that together cover every cell.
 
     Raises:
-        InputError: there is no such protocol, there are no cells or no clean images that it needs,
-            or the concentration is not positive.
+        InputError: there is no such protocol, there are no cells, the protocol needs clean images
+            and there are none, or the concentration is not positive.
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"unknown protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
     if not data.counts:
-        raise InputError("no cells to evaluate on")
+        raise InputError("there are no cells to evaluate on; name at least one corruption")
     chosen = PROTOCOLS[protocol]
     if chosen.with_clean:
         data = data.with_clean()

@@ -30,7 +30,7 @@ __all__ = [
 
 FORMAT_VERSION = 2
 Record = TypeVar("Record")
-#: Largest size in bytes; 75 cells of 10,000 images at batch size 1 take about 5 MB per method.
+#: Largest file in bytes; 75 cells of 10,000 images at batch size 1 take about 5 MB per method.
 _MAX_FILE = 1 << 30
 
 
@@ -42,7 +42,7 @@ class CellRecord:
     """One method on one cell.
 
     Attributes:
-        corruption, severity: the cell; the severity is from 1 to 5.
+        corruption, severity: the cell; the severity is from 1 to 5, or 0 without a corruption.
         n: number of images.
         accuracy: fraction of correct predictions, in [0, 1].
         loss: mean cross-entropy in nats.
@@ -50,8 +50,8 @@ class CellRecord:
         seconds: wall time for adapting and predicting, with data already in memory.
         forwards, backwards: numbers of images passed through the model, in each direction. If
             cells are mixed in one stream, each gets its images' share of time and passes.
-        peak_memory: peak memory in bytes while these images were evaluated: of tensors on the GPU,
-            on the CPU of the process (except on Linux: since its start).
+        peak_memory: peak memory in bytes while these images were evaluated: on a GPU that of
+            tensors, on the CPU that of the process (since its start if the system is not Linux).
         correct_per_batch: numbers of correct predictions among this cell's images, per batch.
         seed: seed for the order of the images.
         stream: number of the stream of this method and seed, from 0; there is a reset between one
@@ -84,7 +84,7 @@ class MethodRecord:
         method: the method's name.
         config: fields of the method's config.
         description: description of what adapts, in words.
-        clean_accuracy: accuracy on the uncorrupted images, in [0, 1]; None if not measured.
+        clean_accuracy: accuracy on the uncorrupted images, in [0, 1]; None if it was not measured.
         skipped_updates: number of updates skipped because a loss or gradient was not finite.
         cells: records of the cells in the order of evaluation.
     """
@@ -98,23 +98,23 @@ class MethodRecord:
     cells: list[CellRecord]
 
     def accuracies(self) -> dict[Cell, float]:
-        """Accuracy on each cell, the mean over its visits and seeds."""
+        """Accuracy on each cell in [0, 1], as the mean over its visits and seeds."""
         by_cell: dict[Cell, list[float]] = {}
         for cell in self.cells:
             by_cell.setdefault((cell.corruption, cell.severity), []).append(cell.accuracy)
         return {cell: fmean(values) for cell, values in by_cell.items()}
 
     def mean(self, corruptions: Sequence[str] | None = None) -> float | None:
-        """Mean accuracy over the cells (of these corruptions) with equal weights."""
+        """Mean accuracy over all cells, or those of some corruptions, with equal weights."""
         chosen = [
             a for c, a in self.accuracies().items() if corruptions is None or c[0] in corruptions
         ]
         return fmean(chosen) if chosen else None
 
     def standard_error(self, corruptions: Sequence[str] | None = None) -> float | None:
-        """Standard error of `mean`: the sample deviation over seeds by the root of their number.
+        """Standard error of `mean`; None for a single seed.
 
-        None for a single seed.
+        It is the sample standard deviation over seeds, divided by the square root of their number.
         """
         seeds = list(dict.fromkeys(cell.seed for cell in self.cells))
         if len(seeds) < 2:
@@ -125,10 +125,10 @@ class MethodRecord:
 
     def by(self, field: str) -> dict[Any, float]:
         """Mean accuracy by ``corruption`` or ``severity``, in the order of evaluation."""
-        place = ("corruption", "severity").index(field)
+        index = ("corruption", "severity").index(field)
         cells = self.accuracies()
-        keys = dict.fromkeys(cell[place] for cell in cells)
-        return {k: fmean(a for cell, a in cells.items() if cell[place] == k) for k in keys}
+        keys = dict.fromkeys(cell[index] for cell in cells)
+        return {k: fmean(a for cell, a in cells.items() if cell[index] == k) for k in keys}
 
     def per_image(self, field: str) -> float:
         """Mean ``forwards``, ``backwards`` or ``seconds`` per image."""
@@ -196,12 +196,12 @@ class Results:
         except RecursionError as error:
             raise ValueError("it is nested too deeply") from error
         if not isinstance(stored, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         if (version := stored.pop("format_version", None)) != FORMAT_VERSION:
-            raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
+            raise ValueError(f"format version {version}, but this program reads {FORMAT_VERSION}")
         methods = stored.pop("methods", None)
         if not isinstance(methods, list) or not methods:
-            raise ValueError("methods must be a list of at least one")
+            raise ValueError("methods must be a list of at least one method")
         records = [_read_method(method, f"methods[{i}]") for i, method in enumerate(methods)]
         settings = stored.pop("settings", None)
         _check_types(settings, _SETTINGS, "settings")
@@ -279,7 +279,7 @@ _CIRCUMSTANCES: dict[str, Any] = {
 }
 #: Figures of a cell that may be unknown: written as null, read as NaN.
 _MAY_BE_NAN = ("loss", "ece")
-#: Upper limit of numbers: no result of a run is as large, and sums of smaller ones do not overflow.
+#: Limit of numbers: no result of a run is as large, and sums of smaller numbers do not overflow.
 _LARGEST = 1e100
 
 
@@ -305,7 +305,7 @@ def read_results(file: Path) -> Results:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of a type, given as in an annotation."""
+    """Whether a JSON value has a type, which is given as in an annotation."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in inner)
@@ -333,9 +333,9 @@ def _read_record(cls: type[Record], stored: Any, where: str, **read: Any) -> Rec
     _check_types(stored, typing.get_type_hints(cls), where)
     stored = stored | read
     needed = {f.name for f in fields(cls)}  # pyright: ignore[reportArgumentType]
-    if odd := sorted(needed ^ stored.keys()):
-        state = "is missing" if odd[0] in needed else "is unknown"
-        raise ValueError(f"{where}: {odd[0][:40]!r} {state}")
+    if mismatched := sorted(needed ^ stored.keys()):
+        state = "is missing" if mismatched[0] in needed else "is unknown"
+        raise ValueError(f"{where}: {mismatched[0][:40]!r} {state}")
     return cls(**stored)
 
 
@@ -384,6 +384,6 @@ def _check_complete(results: Results) -> None:
             key = (cell.seed, cell.stream)
             streams[key] = streams.get(key, 0) + cell.n
         for cell in method.cells:
-            shown = streams[cell.seed, cell.stream] if interleaved else cell.n
-            if len(cell.correct_per_batch) != -(-shown // batch_size):
-                raise ValueError(f"{cell.corruption[:40]!r} has another number of batches")
+            images = streams[cell.seed, cell.stream] if interleaved else cell.n
+            if len(cell.correct_per_batch) != -(-images // batch_size):
+                raise ValueError(f"{cell.corruption[:40]!r} has a wrong number of batches")

@@ -3,8 +3,8 @@
 ``OUT/unfinished`` holds ``run.json`` (the settings), and for each job a folder with one file per
 finished piece and ``state.safetensors``, the adapter's state after the last of them. Every file is
 written atomically, so a process may be killed at any time; several processes may write
-concurrently, because pieces are named by job and number. Every file records its run and a checksum:
-a file of another run and a damaged file count as missing.
+concurrently, because pieces are named by job and number. Every file records its run and a checksum,
+so that files of another run and damaged files count as missing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def check_out(out: str | Path) -> Path:
     """Check that a run may write into this folder, which need not exist yet.
 
     Raises:
-        InputError: it is not a folder, or it is an artifact, whose ``results.json`` has another
+        InputError: it cannot be a folder, or it is an artifact, whose ``results.json`` has another
             form.
     """
     out = Path(out)
@@ -64,11 +64,11 @@ def check_out(out: str | Path) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{str(out)[:200]!r}: cannot create this folder ({reason})") from error
     if not usable:
-        raise InputError(f"{out}: cannot create this folder ({nearest} is no folder)")
+        raise InputError(f"{out}: cannot create this folder ({nearest} is not a folder)")
     if is_artifact:
         raise InputError(
             f"{out} holds a {CONFIG}: it is an artifact or a model, which a benchmark's files "
-            "would spoil; choose another folder"
+            "would damage; choose another folder"
         )
     return out
 
@@ -89,7 +89,7 @@ def write_files(out: Path, files: Mapping[str, bytes]) -> None:
 
 @functools.cache
 def versions() -> dict[str, str | None]:
-    """Versions of the packages that the figures depend on; None if not installed."""
+    """Versions of the packages that the figures depend on; None for those not installed."""
     names = ("torch", "torchvision", "timm", "robustbench", "numpy")
     installed = {name: version(name) for name in names}
     return {"ttt_plugins": __version__, "python": platform.python_version(), **installed}
@@ -115,10 +115,10 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds results of other settings.
+    """Refuse a folder that holds the results of other settings.
 
     Args:
-        file: a JSON file with the existing ``settings``; if it is missing, the folder is free.
+        file: a JSON file with the existing ``settings``; if it is missing, the folder may be used.
         settings: settings of this run.
 
     Raises:
@@ -167,15 +167,15 @@ def begin_run(out: Path, settings: dict[str, Any], resume: bool, overwrite: bool
 def _check_versions(out: Path, header: Path) -> None:
     stored, now = _read_object(header).get("versions"), versions()
     stored = stored if isinstance(stored, dict) else {}
-    if odd := [f"{n} {stored.get(n)}, now {now[n]}" for n in now if stored.get(n) != now[n]]:
+    if changes := [f"{n} {stored.get(n)}, now {now[n]}" for n in now if stored.get(n) != now[n]]:
         raise InputError(
-            f"{out} was started with other versions ({'; '.join(odd)}), whose figures may differ; "
-            "start over (--overwrite)"
+            f"{out} was started with other versions ({'; '.join(changes)}), whose figures may "
+            "differ; start over (--overwrite)"
         )
 
 
 def join_run(out: Path, settings: dict[str, Any]) -> Results | None:
-    """The result of `begin_run` in the process that started the run; errors are the same."""
+    """What `begin_run` returned in the process that started the run; errors are the same."""
     header = Progress(out / UNFINISHED).header
     if header.exists():
         _check_settings(header, settings)
@@ -188,7 +188,7 @@ def join_run(out: Path, settings: dict[str, Any]) -> Results | None:
 def begun(
     out: Path, settings: dict[str, Any], resume: bool, overwrite: bool, worker: Worker | None
 ) -> Iterator[Results | None]:
-    """Lock the results folder against other runs and prepare it; yields finished results."""
+    """Lock the results folder against other runs and prepare it; yield finished results."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -218,8 +218,8 @@ def _checksum(tensors: State, about: dict[str, Any]) -> str:
 def _write(path: Path, tensors: State, about: dict[str, Any]) -> None:
     content = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps({**about, "sha256": _checksum(content, about)})
-    # Stored as a tensor: safetensors gives access to a file's metadata only when it is opened by
-    # name, which must then be valid Unicode.
+    # The description is stored as a tensor: safetensors gives access to a file's metadata only if
+    # it is opened by name, and the name must then be valid Unicode.
     content["about"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -264,7 +264,7 @@ class Progress:
 
     @property
     def _run(self) -> str:
-        """Identity of the run of the pieces: a hash of its settings, versions and start.
+        """Identity of the run that the pieces belong to: a hash of settings, versions and start.
 
         Raises:
             DataError: the header no longer exists.
@@ -280,7 +280,7 @@ class Progress:
         Raises:
             DataError: the header cannot be written.
         """
-        self.discard()  # leftovers of a process that was killed in `discard`
+        self.discard()  # what a process left behind that was killed in `discard`
         # Pieces that could not be deleted do not match the new identity.
         header = {"settings": finite(settings), "versions": versions(), "id": uuid.uuid4().hex}
         try:
@@ -308,10 +308,10 @@ class Progress:
             return
         # Kernels may depend on the memory layout, so it is part of the state.
         layout = torch.channels_last
-        moved = [n for n, t in state.items() if t.ndim == 4 and not t.is_contiguous()]
-        moved = [n for n in moved if state[n].is_contiguous(memory_format=layout)]
+        strided = [n for n, t in state.items() if t.ndim == 4 and not t.is_contiguous()]
+        channels_last = [n for n in strided if state[n].is_contiguous(memory_format=layout)]
         # Written after the piece: a piece without its state is evaluated again.
-        about = {"after": piece, "channels_last": moved, "run": run}
+        about = {"after": piece, "channels_last": channels_last, "run": run}
         _write(file.with_name("state.safetensors"), state, about)
 
     def evaluations(self, name: str, pieces: int) -> list[Evaluation]:
@@ -336,7 +336,7 @@ class Progress:
         return finished
 
     def state(self, name: str) -> tuple[int, State] | None:
-        """(number of the last piece, adapter's state after it) of a job, None if not stored."""
+        """A job's last piece and the adapter's state after it; None if none is stored."""
         if self.folder is None:
             return None
         stored = _read(self._file(name, "state.safetensors"), self._run)
@@ -355,7 +355,7 @@ class Progress:
             _write(self._file(f"{name}.safetensors"), tensors, {"run": self._run})
 
     def value(self, name: str) -> float | None:
-        """The number that `save_value` stored, None if there is none."""
+        """The number that `save_value` stored; None if there is none."""
         if self.folder is None:
             return self._values.get(name)
         stored = _read(self._file(f"{name}.safetensors"), self._run)

@@ -78,16 +78,17 @@ def run_benchmark(
         out: folder for ``results.json``, RobustBench's two files and ``plot.png``, written together
             at the end; until then its subfolder ``unfinished`` has the pieces. None writes nothing.
         protocol: a key of `PROTOCOLS`: the order of the images, and where ``net`` is reset.
-        concentration: of the Dirichlet distribution of the protocol ``correlated``, above 0.
+        concentration: concentration of the Dirichlet distribution for ``correlated``, above 0.
         batch_size: number of images in a batch, at least 1.
         seed: seed for the order of the images; None keeps the stored order. With several seeds the
-            run is repeated for each, which then also seeds the adapter, and figures are means.
+            run is repeated with each, which then also seeds the adapter, and figures are means.
         execution: memory layout, precision, compilation.
         model_name: name of the model in the files.
         command: the command line that started the run, for the record.
         overwrite: whether to replace other results or an unfinished run in ``out``.
-        resume: whether to resume an unfinished run of the same settings, which gives the figures of
-            an uninterrupted one, or return those of a finished one; otherwise a run starts.
+        resume: whether to resume an unfinished run of the same settings, with the figures of an
+            uninterrupted one, or to return the results of a finished one. If there is neither, a
+            new run starts.
         worker: this process, if several share the run and ``out``.
         progress: whether to show a progress bar.
         only_results: whether ``results.json`` is the only file to write.
@@ -96,7 +97,7 @@ def run_benchmark(
         the results; each of several processes returns the results of all.
 
     Raises:
-        InputError: the settings do not fit each other, the model or what is in ``out``.
+        InputError: the settings contradict each other, the model or the contents of ``out``.
         DataError: the data cannot be read, or ``out`` cannot be written.
         DistributedError: the processes lost their connection.
     """
@@ -128,7 +129,7 @@ def _check_arguments(
     for net in nets:
         if not isinstance(net, AdaptiveModel):
             raise InputError(
-                f"{type(net).__name__} is no adapter: wrap the model first, as in "
+                f"{type(net).__name__} is not an adapter: wrap the model first, as in "
                 'ttt_plugins.wrap(model, "tent")'
             )
     classes = None if data.dataset == PICTURES else DATASETS[data.dataset].classes
@@ -137,7 +138,7 @@ def _check_arguments(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if batch_size >= 1 << 31:
-        raise InputError(f"batch_size must have 31 bits at most, got {batch_size}")
+        raise InputError(f"batch_size must be less than {1 << 31}, got {batch_size}")
     for seed in seeds:
         if seed is not None:
             check_seed(seed)
@@ -156,10 +157,10 @@ def _settings(
     protocol = PROTOCOLS.get(order["protocol"])
     if protocol is None or not protocol.by_class:
         order = order | {"concentration": None}
-    card = accelerator(device)
+    gpu = accelerator(device)
     return {
         "model": model_name,
-        # Fingerprints of the wrapped model and of the tensors that the method learned beforehand.
+        # Fingerprint of the wrapped model and of the tensors that the method learned beforehand.
         "weights": fingerprint(net.backbone.source_state_dict() | net.learned_tensors()),
         "method": net.method,
         "config": dataclasses.asdict(net.config),
@@ -174,8 +175,8 @@ def _settings(
         # The number of threads affects the order of summation, and so the last bits.
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "execution": dataclasses.asdict(execution),
-        # Only there, so that runs on a CPU from before it was recorded can be resumed.
-        **({} if card is None else {"accelerator": card}),
+        # Present only for a GPU: older CPU runs without this setting can then still be resumed.
+        **({} if gpu is None else {"accelerator": gpu}),
     }
 
 
@@ -228,7 +229,7 @@ class _Run:
         return self._assemble(progress)
 
     def into(self, out: Path, worker: Worker | None) -> Results:
-        """Execute all jobs, or a share of them if there are several processes; write results."""
+        """Execute all jobs, or a share of them among several processes; write the results."""
         progress = Progress(out / UNFINISHED)
         if worker is None:
             self._do_all(progress)
@@ -306,7 +307,7 @@ class _Run:
     def _clean_accuracy(
         self, net: AdaptiveModel, clean: LabelledImages, advance: Callable[[int], object]
     ) -> float:
-        """Accuracy on clean images, measured with a reset adapter that is reset again after."""
+        """Accuracy on clean images of the reset adapter, which is reset again afterwards."""
         device = device_of(net)
 
         def model(images: Tensor) -> Tensor:
