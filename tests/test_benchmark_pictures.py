@@ -206,9 +206,9 @@ def test_the_command(folder, tmp_path, capsys):
     assert "tent:lr=0.01: " in capsys.readouterr().out
     assert (tmp_path / "b" / "field.md").read_text().startswith("| accuracy in % |")
     for more, message in (
-        ([*small, "--corruption", "fog"], "--images takes --corrupt"),
+        ([*small, "--corruption", "fog"], "with --images use --corrupt"),
         ([*small, "--field"], "--field takes --methods"),
-        ([*field, "--protocol", "mixed"], "leave --protocol out"),
+        ([*field, "--protocol", "mixed"], "leave out --protocol"),
         ([*field, "--methods", "tent:lr"], "--methods tent:lr: expected KEY=VALUE"),
         ([*field, "--methods", "source,tent:rate=1"], "no field 'rate'"),
         ([*field, "--methods", "tend"], "tend"),

@@ -20,7 +20,7 @@ __all__ = ["add_artifacts", "add_convert", "add_list"]
 
 def add_artifacts(commands) -> None:
     """Add the commands ``publish``, ``info`` and ``card``."""
-    add = commands.add_parser("publish", help="put an artifact on the Hugging Face Hub")
+    add = commands.add_parser("publish", help="publish an artifact on the Hugging Face Hub")
     add.set_defaults(run=_publish)
     add.add_argument("folder", type=Path, metavar="FOLDER")
     add.add_argument("repository", metavar="ORG/NAME", help="created if it does not exist")
@@ -37,7 +37,7 @@ def add_artifacts(commands) -> None:
     add.add_argument("--results", type=Path, metavar="FILE", help="a benchmark's results.json")
     add.add_argument("--license", help="license identifier of the Hub, such as apache-2.0")
     add.add_argument("--datasets", nargs="+", metavar="NAME", help="data set identifiers")
-    add.add_argument("--note", help="a sentence for the section on limits")
+    add.add_argument("--note", help="a sentence for the card's section on limits")
 
 
 def _publish(args: argparse.Namespace) -> None:
@@ -71,10 +71,12 @@ def add_convert(commands) -> None:
         "--statistics", type=Path, help="MGG: the file of a classifier's source statistics"
     )
     add.add_argument(
-        "--model", help="with --statistics: the classifier they were measured on, as for wrap"
+        "--model", help="with --statistics: the classifier that they were measured on, as for wrap"
     )
-    add.add_argument("--pretrained", action="store_true", help="with --model: timm's weights")
-    add.add_argument("--groups", type=int, help="TTT: groups of the group norms (default: 8)")
+    add.add_argument("--pretrained", action="store_true", help="with --model: load timm's weights")
+    add.add_argument(
+        "--groups", type=int, help="TTT: number of groups of the group norms (default: 8)"
+    )
     add.add_argument("--out", type=Path, required=True, help="folder for the artifact")
 
 
@@ -86,7 +88,7 @@ def _convert(args: argparse.Namespace) -> None:
     if args.statistics and not args.model:
         raise InputError(
             "--statistics needs --model, the classifier that they were measured on, because they "
-            "fit only its weights (for the released ones: --model vit_base_patch16_224 "
+            "fit only its weights (for the released statistics: --model vit_base_patch16_224 "
             "--pretrained)"
         )
     if args.kind == "mt3":

@@ -48,10 +48,10 @@ from .pictures import (
 
 __all__ = ["add_benchmark", "add_compare"]
 
-#: The largest number of threads; with far too many the system kills the process during the run.
+#: Largest number of threads; with far more, the system would kill the process during the run.
 _THREADS = 1024
 _PROTOCOL = "reset-per-cell"
-#: Number of images of each corruption in the field, unless another is given.
+#: Default number of images of each corruption in the field.
 _FIELD_IMAGES = 256
 
 
@@ -76,8 +76,8 @@ def add_benchmark(commands) -> None:
         "--seed",
         type=int,
         nargs="+",
-        help="seed for the order of the images in a cell and for the adapter's random draws "
-        "(default: stored order, and 0; with --images or --field both 0); several seeds give means "
+        help="seeds for the order of the images in a cell and for the adapter's random draws "
+        "(default: stored order, and 0; with --images or --field 0 for both); several give means "
         "and standard errors",
     )
     add.add_argument("--overwrite", action="store_true", help="replace existing results in OUT")
@@ -92,7 +92,7 @@ def _add_data_flags(add: argparse.ArgumentParser) -> None:
         choices=DATASETS,
         metavar="NAME",
         default="cifar10",
-        help="a data set of `list` (default: %(default)s)",
+        help="one of the data sets that `list` names (default: %(default)s)",
     )
     data = add.add_mutually_exclusive_group(required=True)
     data.add_argument("--data-dir", type=Path, help="folder with the images of a data set")
@@ -100,7 +100,7 @@ def _add_data_flags(add: argparse.ArgumentParser) -> None:
         "--images",
         nargs="+",
         metavar="[NAME=]SOURCE",
-        help="labelled pictures instead, each source a cell: class folders, parquet, npz, "
+        help="labelled pictures instead, with one cell per source: class folders, parquet, npz, "
         "hf://datasets/ORG/NAME; they are shuffled with the seed",
     )
     levels = range(1, 6)
@@ -110,18 +110,18 @@ def _add_data_flags(add: argparse.ArgumentParser) -> None:
     add.add_argument("--corruption", nargs="+", help="corruptions (default: the benchmark's own)")
     add.add_argument("--n-examples", type=int, metavar="N", help="images per cell (default: all)")
     add.add_argument("--labels", type=Path, help="parquet file with the labelled clean test images")
-    add.add_argument("--no-download", action="store_true", help="fail if data is missing")
+    add.add_argument("--no-download", action="store_true", help="do not download missing data")
     add.add_argument(
         "--corrupt",
         nargs="+",
         choices=TENSOR_CORRUPTIONS,
-        help="with --images: make the cells by corrupting the pictures of one source, at the "
+        help="with --images: create the cells by corrupting the pictures of one source, at the "
         "levels of --severity",
     )
     add.add_argument(
         "--classes",
         choices=("folder",),
-        help="with --images: restrict the model to the classes that the source has folders of",
+        help="with --images: restrict the model to the classes for which the source has folders",
     )
     add_source_flags(add)
 
@@ -135,8 +135,8 @@ def _add_field_flags(add: argparse.ArgumentParser) -> None:
         nargs="*",
         choices=FIELD,
         metavar="STREAM",
-        help=f"measure these streams, by default all: {', '.join(FIELD)}; corruptions are by "
-        f"default the extra ones if there are any, with {_FIELD_IMAGES} images each",
+        help=f"measure these streams, by default all: {', '.join(FIELD)}; the corruptions are by "
+        f"default the extra ones if the data has them, with {_FIELD_IMAGES} images each",
     )
     field.add_argument(
         "--methods",
@@ -150,25 +150,27 @@ def _add_field_flags(add: argparse.ArgumentParser) -> None:
         type=int,
         default=10_000,
         metavar="N",
-        help="images of the stream 'long', which repeats the others with fresh noise or fresh "
-        "flips and crops (default: %(default)s)",
+        help="smallest number of images of the stream 'long', which repeats the images with fresh "
+        "noise, or with fresh flips and crops (default: %(default)s)",
     )
 
 
 def _add_execution_flags(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--channels-last", action="store_true", help="NHWC memory layout")
-    add.add_argument("--autocast", choices=("bfloat16", "float16"), help="reduced precision")
+    add.add_argument("--channels-last", action="store_true", help="use the NHWC memory layout")
+    add.add_argument(
+        "--autocast", choices=("bfloat16", "float16"), help="run the model in reduced precision"
+    )
     add.add_argument(
         "--compile",
         nargs="?",
         const="inductor",
         metavar="BACKEND",
-        help="compile the model with torch.compile (BACKEND: inductor)",
+        help="compile the model with torch.compile (default BACKEND: inductor)",
     )
     add.add_argument(
-        "--threads", type=int, help="CPU threads (default: torch's default; 1 under torchrun)"
+        "--threads", type=int, help="number of CPU threads (default: torch's; 1 under torchrun)"
     )
-    # Accepted without effect: locks of the system show which processes are alive.
+    # Accepted for older scripts, without effect: the system's locks show which processes are alive.
     add.add_argument("--lease", type=float, help=argparse.SUPPRESS)
 
 
@@ -177,11 +179,11 @@ def _benchmark(args: argparse.Namespace) -> None:
     if args.field is not None and (args.method or args.set or args.lr is not None):
         raise InputError("--field takes --methods METHOD:FIELD=VALUE, not --method, --set or --lr")
     if args.field is not None and args.protocol != _PROTOCOL:
-        raise InputError("--field has a protocol for each stream: leave --protocol out")
+        raise InputError("--field has a protocol for each stream: leave out --protocol")
     if args.images is None and (args.corrupt or args.classes):
-        raise InputError("--corrupt and --classes are for pictures given by --images")
+        raise InputError("--corrupt and --classes can only be used with --images")
     if args.images is not None and (args.corruption or args.labels):
-        raise InputError("--corruption and --labels are for --data-dir; --images takes --corrupt")
+        raise InputError("--corruption and --labels need --data-dir; with --images use --corrupt")
     for seed in args.seed or ():
         check_seed(seed, "--seed")
     if args.threads is not None:
@@ -197,7 +199,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     place = place_from_environment()
     if args.device == "cuda":
         args.device = str(device_of_process(args.device, shared=True))
-    # torchrun restarts all processes when one has died; finished work is on disk.
+    # torchrun restarts all processes when one has died; finished work is on the disk.
     args.resume |= place.restarts > 0
     try:
         _run(args, worker)
@@ -206,7 +208,7 @@ def _benchmark(args: argparse.Namespace) -> None:
 
 
 def _first(worker: Worker | None) -> contextlib.AbstractContextManager[bool]:
-    """A block that process 0 runs before the others, who then find what it has downloaded."""
+    """A block that process 0 runs before the others, which then find what it has downloaded."""
     return worker.main_process_first() if worker else contextlib.nullcontext(True)
 
 
@@ -231,7 +233,7 @@ def _open(args: argparse.Namespace, worker: Worker | None) -> CorruptionData:
 
 
 def _adapter(args: argparse.Namespace, sources: Mapping[str, Any] | None) -> Adapter:
-    """The adapter, restricted to the data set's classes, or to those of pictures on request.
+    """The adapter, restricted to the data set's classes, or on request to those of the pictures.
 
     A timm name without --pretrained means random weights, which must be the same for all methods.
     """
@@ -269,8 +271,8 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
         torch.manual_seed(first or 0)
         baseline = None if net.method == "source" else _unadapted(net, args.model_dir)
     data = data or cells_by_rows(args, sources, net, args.n_examples)
-    speaks = worker is None or worker.rank == 0
-    if speaks:
+    prints = worker is None or worker.rank == 0
+    if prints:
         print(net.describe(), flush=True)
     results = run_benchmark(
         net,
@@ -280,7 +282,7 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
         concentration=args.concentration,
         **_common(args, seeds, execution, worker),
     )
-    if not speaks:
+    if not prints:
         return
     print(f"\naccuracy in %, {args.protocol}, batch size {args.batch_size}\n{results.table()}")
     for name, mce in results.circumstances["corruptions_mce"].items():
@@ -297,7 +299,7 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
 def _common(
     args: argparse.Namespace, seeds: Any, execution: Execution, worker: Worker | None
 ) -> dict[str, Any]:
-    """What `run_benchmark` and `run_field` are told alike."""
+    """The arguments that `run_benchmark` and `run_field` have in common."""
     return {
         "batch_size": args.batch_size,
         "seed": seeds,
@@ -326,11 +328,11 @@ def _run_field(
             pairs = [key_value(pair) for pair in fields]
         except argparse.ArgumentTypeError as error:
             raise InputError(f"--methods {label}: {error}") from error
-        # An unknown method or field is reported before the first is measured.
+        # An unknown method or field is reported before anything is measured.
         fields_from_pairs(pairs, get_method(name).config)
-        own = {"method": name, "set": pairs, "seed": seeds[0]}
-        method = argparse.Namespace(**{**vars(args), **own})
-        methods[label] = functools.partial(_adapter, method, sources)
+        changed = {"method": name, "set": pairs, "seed": seeds[0]}
+        method_args = argparse.Namespace(**{**vars(args), **changed})
+        methods[label] = functools.partial(_adapter, method_args, sources)
     first = next(iter(methods))
     with _first(worker):
         net = methods[first] = methods[first]()
@@ -350,14 +352,14 @@ def _run_field(
 
 def _unadapted(net: Adapter, model_dir: Path) -> Adapter:
     """The model of an adapter, loaded again with the same preprocessing."""
-    normal = net.backbone.normalize
+    normalize = net.backbone.normalize
     return wrap(
         net.origin["name"],
         "source",
         pretrained=net.origin.get("pretrained", False),
-        mean=net.backbone.mean.flatten().tolist() if normal else None,
-        std=net.backbone.std.flatten().tolist() if normal else None,
-        normalize=normal,
+        mean=net.backbone.mean.flatten().tolist() if normalize else None,
+        std=net.backbone.std.flatten().tolist() if normalize else None,
+        normalize=normalize,
         classes=net.backbone.classes,
         model_dir=model_dir,
         device=net.backbone.device,

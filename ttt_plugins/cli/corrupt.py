@@ -20,7 +20,7 @@ from .pictures import add_source_flags, open_source
 __all__ = ["add_corrupt"]
 
 _LEVELS = (1, 2, 3, 4, 5)
-#: The data sets whose copies can be made: those of the fifteen corruptions.
+#: The data sets whose layout can be written: those with the fifteen corruptions.
 _LAYOUTS = ("imagenet", "cifar10", "cifar100")
 
 
@@ -29,7 +29,7 @@ def add_corrupt(commands) -> None:
     add = commands.add_parser(
         "corrupt",
         help="write corrupted copies of pictures, as a data set for benchmark",
-        epilog="Run the same command again to resume: files that exist are kept.",
+        epilog="To resume, run the same command again: files that exist are kept.",
     )
     add.set_defaults(run=_corrupt)
     add.add_argument(
@@ -37,7 +37,11 @@ def add_corrupt(commands) -> None:
     )
     add_source_flags(add)
     add.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="gets a folder ImageNet-C or so"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder in which ImageNet-C, CIFAR-10-C or CIFAR-100-C is created",
     )
     add.add_argument(
         "--corruption",
@@ -45,18 +49,23 @@ def add_corrupt(commands) -> None:
         choices=PUBLISHED_CORRUPTIONS,
         default=CORRUPTIONS,
         metavar="NAME",
-        help="corruptions, also the four extra ones (default: the benchmark's fifteen)",
+        help="corruptions, including the extra ones if named (default: the benchmark's fifteen)",
     )
     add.add_argument(
-        "--severity", type=int, nargs="+", choices=_LEVELS, default=_LEVELS, help="(default: all)"
+        "--severity",
+        type=int,
+        nargs="+",
+        choices=_LEVELS,
+        default=_LEVELS,
+        help="severity levels (default: all)",
     )
     add.add_argument(
         "--dataset",
         choices=_LAYOUTS,
-        help="data set whose layout and parameters are used (default: imagenet, and for pictures "
-        "of 32x32 pixels cifar10)",
+        help="data set whose layout and parameters are used (default: for pictures of 32x32 "
+        "pixels cifar10, or cifar100 if there are 100 classes; otherwise imagenet)",
     )
-    add.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
+    add.add_argument("--limit", type=int, metavar="N", help="use only the first N pictures")
     add.add_argument("--seed", type=int, default=0, help="seed for the noise (default: 0)")
 
 
@@ -66,11 +75,11 @@ def _corrupt(args: argparse.Namespace) -> None:
         raise InputError(f"--limit must be at least 1, got {args.limit}")
     source = open_source(args, args.images)
     if not isinstance(source, ImageSource):
-        raise InputError(f"{source.location} is a stream: leave --stream out")
+        raise InputError(f"{source.location} is a stream: leave out --stream")
     spec = DATASETS[args.dataset or layout_of(source)]
     transform = None
     if spec.layout == "pictures":
-        # As for ImageNet-C: the short side is resized to 8/7, bilinearly, and the centre cropped.
+        # As for ImageNet-C: the short side is resized bilinearly to 8/7, and the centre is cropped.
         transform = evaluation_transform(ImageClassification(crop_size=224), args.image_size)
     copies = CorruptedCopies(
         source,

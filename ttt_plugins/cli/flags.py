@@ -1,4 +1,4 @@
-"""Command line flags: created from dataclasses, and parsing of their values."""
+"""Command line flags: their creation from dataclasses, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 PROGRAM = "ttt-plugins"
 
-#: Values that users copy from Python -> the same in JSON.
+#: Python's spelling of values, which users copy, and the spelling in JSON.
 PYTHON_SPELLINGS = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """Field -> its text in the Attributes section of a dataclass's docstring, or of a base's."""
+    """Texts by field from the Attributes sections in the docstrings of a class and its bases."""
     texts: dict[str, str] = {}
     for base in cls.__bases__:
         texts |= _documented(base)
@@ -83,9 +83,9 @@ def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type, prefix: str 
     """
     help_of = _documented(cls)
     types = typing.get_type_hints(cls)
-    taken = {action.dest for action in parser._actions}
+    existing = {action.dest for action in parser._actions}
     for field in dataclasses.fields(cls):
-        if field.name in taken:
+        if field.name in existing:
             continue
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
@@ -102,7 +102,7 @@ def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type, prefix: str 
 
 
 def _value_options(kind: Any) -> dict[str, Any]:
-    """Options with which argparse reads values of a field's type."""
+    """Options that make argparse read values of a field's type."""
     kinds = [t for t in typing.get_args(kind) if t is not type(None)]
     origin = typing.get_origin(kind)
     if origin in (tuple, list):
@@ -137,9 +137,9 @@ def add_field_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def key_value(text: str) -> tuple[str, Any]:
-    """``KEY=VALUE`` -> its parts; the value is read as JSON, or else as a string.
+    """Split ``KEY=VALUE``; the value is read as JSON if possible, otherwise as a string.
 
-    ``True``, ``False`` and ``None`` are read as Python spells them, too.
+    Python's spellings ``True``, ``False`` and ``None`` are accepted too.
 
     Raises:
         argparse.ArgumentTypeError: there is no key or no equals sign.
@@ -150,7 +150,7 @@ def key_value(text: str) -> tuple[str, Any]:
     try:
         return key, json.loads(PYTHON_SPELLINGS.get(value, value))
     except ValueError:
-        return key, value  # a string
+        return key, value
 
 
 def fields_from_pairs(pairs: Iterable[tuple[str, Any]], config: type) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line. A user's mistake is reported in one line with exit code 2."""
+"""The command line; a user's mistake is reported in one line, with exit code 2."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         except TTTError as error:
             _say("error", error)
             return 2
-        except OSError as error:  # of a file or the network, not handled anywhere else
+        except OSError as error:  # an error of a file or the network that nothing else has handled
             _say("error", str(error).strip() or type(error).__name__)
             return 2
         except KeyboardInterrupt:
@@ -82,17 +82,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_demo(commands) -> None:
-    add = commands.add_parser("demo", help="compare methods on real images: a table and a figure")
+    add = commands.add_parser(
+        "demo", help="compare methods on real images, in a table and a figure"
+    )
     add.set_defaults(run=_demo)
-    add.add_argument("--out", type=Path, default=Path("ttt-plugins-demo"), help="folder")
+    add.add_argument(
+        "--out", type=Path, default=Path("ttt-plugins-demo"), help="folder for the figure"
+    )
     add.add_argument("--images", type=int, metavar="N", help="images per corruption (default: all)")
 
 
 def _demo(args: argparse.Namespace) -> None:
     print(
-        "A small network, trained on clean CIFAR-10 images, classifies corrupted ones: without\n"
-        "adaptation (source), and adapting to them batch by batch, without labels (tent, sar,\n"
-        "mgg). Then two methods that adapt to each image separately (ttt, mt3), each compared\n"
+        "A small network, trained on clean CIFAR-10 images, classifies corrupted images: without\n"
+        "adaptation (source), and adapting to them batch by batch without labels (tent, sar,\n"
+        "mgg). Two further methods adapt to each image separately (ttt, mt3); each is compared\n"
         "with its own network without adaptation.\n",
         flush=True,
     )

@@ -19,13 +19,15 @@ __all__ = ["adapter_from_args", "add_model_flags"]
 
 def add_model_flags(add: argparse.ArgumentParser) -> None:
     """Add MODEL and the flags for loading and adapting it; each command adds its own ``--seed``."""
-    add.add_argument("model", metavar="MODEL", help="as for wrap or from_pretrained")
+    add.add_argument(
+        "model", metavar="MODEL", help="model or artifact, as for wrap or from_pretrained"
+    )
     add.add_argument("--method", help="name of a method (default: the artifact's own)")
     add.add_argument("--device", help="torch device, such as cuda (default: cpu)")
     add.add_argument("--lr", type=float, help="short for --set lr=LR")
     add_field_flags(add)
     add.add_argument(
-        "--model-dir", type=Path, default=Path("models"), help="RobustBench's model folder"
+        "--model-dir", type=Path, default=Path("models"), help="folder with RobustBench's models"
     )
     add.add_argument("--pretrained", action="store_true", help="download timm's weights")
 
@@ -44,7 +46,7 @@ def adapter_from_args(args: argparse.Namespace, classes: Sequence[int] | None = 
     artifact = hub.find(args.model)
     stored = None if artifact is None else read_config(artifact.folder, artifact.name)["method"]
     method = stored if args.method is None else args.method
-    # Only fields of the config: all other arguments of wrap have their own flags.
+    # --set accepts only fields of the config; all other arguments of wrap have their own flags.
     fields = {} if method is None else fields_from_pairs(pairs, get_method(method).config)
     if method == stored and classes is None:
         return from_pretrained(args.model, **common, **fields)

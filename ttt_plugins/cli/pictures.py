@@ -62,15 +62,21 @@ def add_source_flags(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--image-size", type=int, metavar="S", help="side in pixels (default: the model's own)"
     )
-    add.add_argument("--image-column", help="in parquet or npz (default: found by name)")
-    add.add_argument("--label-column", help="likewise")
-    add.add_argument("--stream", action="store_true", help="do not download hf:// data sets first")
+    add.add_argument(
+        "--image-column", help="column or array of images in parquet or npz (default: by its name)"
+    )
+    add.add_argument(
+        "--label-column", help="column or array of labels in parquet or npz (default: by its name)"
+    )
+    add.add_argument(
+        "--stream", action="store_true", help="stream hf:// data sets, do not download them first"
+    )
     add.add_argument("--workers", type=int, metavar="N", help="number of decoding processes")
     add.add_argument("--skip-damaged", action="store_true", help="skip damaged pictures")
 
 
 def open_source(args: argparse.Namespace, source: str) -> Any:
-    """Open a source with the options that the flags give."""
+    """Open a source with the options that the flags set."""
     return open_images(
         source,
         image_column=args.image_column,
@@ -87,15 +93,15 @@ def gather_pictures(
     limit: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None, tuple[str, ...] | None]:
-    """Read the pictures of a source as uint8 pixels (N, 3, S, S), all of them into memory.
+    """Read all pictures of a source into memory, as uint8 pixels (N, 3, S, S).
 
     Args:
         args: the flags of `add_source_flags`.
         source: a source of images, in any form that `open_images` accepts.
         transform: resizes and crops each picture.
-        limit: largest number of pictures, None for all; drawn with the seed, except that a stream
-            gives its first ones.
-        seed: seed for that draw.
+        limit: largest number of pictures; None for all. They are drawn with the seed, except that
+            a stream yields its first pictures.
+        seed: seed for this draw.
 
     Returns:
         The pixels, labels (N,) if there are any, and the names of the classes if there are any.
@@ -149,7 +155,7 @@ def pictures_on_demand(
 ) -> tuple[Tensor | ImagesOnDemand, Tensor | None]:
     """Pictures of a source that are decoded when they are used, as for `gather_pictures`.
 
-    A stream can be read once only, so its pictures are kept in memory.
+    A stream can be read only once, so its pictures are kept in memory.
 
     Returns:
         The images, and labels (N,) if there are any.
@@ -174,44 +180,43 @@ def corrupted_pictures(
 
     Args:
         args: the flags of `add_source_flags`, and ``images``.
-        net: the adapter to train; the pictures get its model's input size.
-        limit: largest number of pictures; by default as many as the benchmark's four extra files
-            hold. They are kept in memory.
+        net: the adapter to train, whose model's input size the pictures get.
+        limit: largest number of pictures, which are kept in memory; by default as many as each of
+            the benchmark's four extra files holds.
         seed: seed for the choice of pictures and for the noise.
 
     Returns:
-        Images by corruption, in the same order, and a phrase that says where their labels come
-        from.
+        Images by corruption, all in the same order, and a phrase that says whose labels they have.
     """
     transform = picture_transform(net.backbone, args.image_size)
     limit = EXTRA_ROWS if limit is None else limit
     clean, labels, classes = gather_pictures(args, args.images, transform, limit=limit, seed=seed)
-    places = label_positions(net.num_classes, classes)
+    positions = label_positions(net.num_classes, classes)
     origin = "the source's"
-    if labels is not None and places is not None and int(labels.max()) < len(places):
-        labels = torch.tensor(places)[labels]
+    if labels is not None and positions is not None and int(labels.max()) < len(positions):
+        labels = torch.tensor(positions)[labels]
     else:
         labels, origin = _predictions(net, clean), "the unadapted model's on the clean pictures"
     generator = torch.Generator().manual_seed(seed)
     data = {}
     for name in TENSOR_CORRUPTIONS:
-        moved = (part.to(net.backbone.device) for part in clean.split(64))
-        parts = [corrupt(part, name, _SEVERITY, generator=generator).cpu() for part in moved]
-        data[name] = LabelledImages(torch.cat(parts), labels)
+        batches = (batch.to(net.backbone.device) for batch in clean.split(64))
+        images = [corrupt(batch, name, _SEVERITY, generator=generator).cpu() for batch in batches]
+        data[name] = LabelledImages(torch.cat(images), labels)
     return data, origin
 
 
 @torch.inference_mode()
 def _predictions(net: Adapter, images: Tensor) -> Tensor:
-    parts = (to_float(part.to(net.backbone.device)) for part in images.split(64))
-    return torch.cat([net.backbone(part).argmax(1).cpu() for part in parts])
+    batches = (to_float(batch.to(net.backbone.device)) for batch in images.split(64))
+    return torch.cat([net.backbone(batch).argmax(1).cpu() for batch in batches])
 
 
 # -- pictures for a benchmark --------------------------------------------------------------------
 
 
 def named_sources(args: argparse.Namespace) -> dict[str, Any]:
-    """The sources of --images by name: NAME in NAME=SOURCE, or the last part of the address.
+    """The sources of --images by name: NAME in NAME=SOURCE, otherwise the last part of the address.
 
     Raises:
         InputError: two sources have the same name.
@@ -222,31 +227,31 @@ def named_sources(args: argparse.Namespace) -> dict[str, Any]:
         if not equals or not name or re.search(r"[/\\:]", name) or Path(text).exists():
             name, source = re.split(r"[/\\]", text.rstrip("/\\"))[-1], text
         if name in sources:
-            raise InputError(f"two sources are called {name}; give names, as in NAME={source}")
+            raise InputError(f"two sources are named {name}; give each a name, as in NAME={source}")
         sources[name] = open_source(args, source)
     return sources
 
 
 def folder_classes(sources: Mapping[str, Any], net: Adapter) -> list[int] | None:
-    """Positions of the folders' classes among a model's; None if the folders are all of them.
+    """Positions of the folders' classes among a model's; None if each of its classes has a folder.
 
     Raises:
         InputError: the sources' classes differ, have no names, or are not among the model's.
     """
-    own = {source.classes for source in sources.values()}
-    if len(own) > 1 or None in own:
-        raise InputError("--classes folder needs sources with the same named classes")
-    names = own.pop()
+    classes = {source.classes for source in sources.values()}
+    if len(classes) > 1 or None in classes:
+        raise InputError("--classes folder needs sources whose named classes are the same")
+    names = classes.pop()
     if len(names) == net.num_classes:
         return None
-    places = label_positions(net.num_classes, names)
-    if places is None:
+    positions = label_positions(net.num_classes, names)
+    if positions is None:
         raise InputError(
-            f"--classes folder: the model's {net.num_classes} classes include no "
-            f"{', '.join(names[:3])}, …; folders are named by ImageNet's WordNet identifiers or "
+            f"--classes folder: {', '.join(names[:3])}, … are not all among the model's "
+            f"{net.num_classes} classes; name the folders by ImageNet's WordNet identifiers or "
             "words"
         )
-    return places
+    return positions
 
 
 def picture_cells(
@@ -257,7 +262,7 @@ def picture_cells(
     Args:
         args: the flags of `add_source_flags`, ``corrupt``, ``severity`` and ``device``.
         sources: from `named_sources`.
-        net: an adapter on the model, which gives the input size and the classes.
+        net: an adapter on the model, which defines the input size and the classes.
         count: largest number of pictures of each source.
 
     Raises:
@@ -275,9 +280,9 @@ def picture_cells(
         )
         for name, source in sources.items()
     }
-    for name, own in pictures.items():
-        if own.skipped:
-            print(f"{printable(name)}: left out {own.skipped} damaged pictures", flush=True)
+    for name, source in pictures.items():
+        if source.skipped:
+            print(f"{printable(name)}: left out {source.skipped} damaged pictures", flush=True)
     return CorruptionData.from_pictures(
         pictures, args.corrupt or (), args.severity or range(1, 6), args.device or "cpu"
     )
@@ -291,7 +296,7 @@ def in_class_folders(args: argparse.Namespace) -> bool:
 def cells_by_rows(
     args: argparse.Namespace, sources: Mapping[str, Any] | None, net: Adapter, count: int | None
 ) -> CorruptionData:
-    """The cells of a data set of class folders, or of sources, as the model takes them."""
+    """The cells of a data set of class folders, or of sources, at the model's input size."""
     if sources is not None:
         return picture_cells(args, sources, net, count)
     return open_class_folders(
@@ -310,7 +315,7 @@ def cells_by_rows(
 
 
 def training_images(args: argparse.Namespace, recipe: Any) -> LabelledImages:
-    """The images of --images, or of ``train.parquet`` without the rows for MGG's meta-training.
+    """The images of --images, or those of ``train.parquet`` without MGG's meta-training rows.
 
     MGG is compared with models trained on that file, which must not have seen those rows.
     """
@@ -327,11 +332,11 @@ def _labelled_pictures(
     args: argparse.Namespace, recipe: Any, source: str, limit: int | None
 ) -> LabelledImages:
     """Labelled pictures at the input size of the recipe's architecture."""
-    described = SimpleNamespace(pretrained_cfg=None)
+    model = SimpleNamespace(pretrained_cfg=None)
     settings = get_pretrained_cfg(recipe.arch) if is_model(recipe.arch) else None
     if settings is not None:
-        described.pretrained_cfg = settings.to_dict()
-    transform = evaluation_transform(described, args.image_size)
+        model.pretrained_cfg = settings.to_dict()
+    transform = evaluation_transform(model, args.image_size)
     images, labels = pictures_on_demand(args, source, transform, limit=limit, seed=recipe.seed)
     if labels is None:
         raise InputError(f"{source}: pictures without labels; give a folder of class folders")
@@ -339,7 +344,7 @@ def _labelled_pictures(
 
 
 def test_images(args: argparse.Namespace, recipe: Any) -> LabelledImages:
-    """The images of --val-images, or of ``test.parquet``."""
+    """The images of --val-images, or those of ``test.parquet``."""
     if args.images is not None:
         if args.val_images is None:
             raise InputError("--images needs --val-images, labelled pictures to test on")

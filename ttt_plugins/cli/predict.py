@@ -31,7 +31,7 @@ from .pictures import add_source_flags, open_source
 __all__ = ["add_predict"]
 
 _COLUMNS = ("file", "class", "name", "score")
-#: Seconds between two checkpoints; an interrupted run repeats at most this much work.
+#: Seconds between two checkpoints; a run that is resumed repeats at most about this much work.
 _CHECKPOINT_SECONDS = 30.0
 
 
@@ -47,7 +47,7 @@ def add_predict(commands) -> None:
     add.add_argument("--out", type=Path, required=True, metavar="FILE", help="the CSV file")
     add.add_argument("--batch-size", type=int, default=64, metavar="B")
     add.add_argument("--seed", type=int, help="seed for the adapter's random draws (default: 0)")
-    add.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
+    add.add_argument("--limit", type=int, metavar="N", help="use only the first N pictures")
     add.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
     add.add_argument("--resume", action="store_true", help="resume an interrupted run")
 
@@ -73,12 +73,12 @@ def _predict(args: argparse.Namespace) -> None:
         skip_damaged=args.skip_damaged,
     )
     with raising_on_sigterm(f"resume with --resume; rows so far are in {run.rows}"):
-        right, labelled = _write(net, loader, run)
+        correct, labelled = _write(net, loader, run)
     run.end()
     if loader.skipped:
         print(f"skipped {len(loader.skipped)} damaged pictures, the first: {loader.skipped[0]}")
     if labelled:
-        print(f"accuracy on the {labelled} pictures of this run: {100 * right / labelled:.2f} %")
+        print(f"accuracy on the {labelled} pictures of this run: {100 * correct / labelled:.2f} %")
     print(f"the predictions are in {printable(str(args.out))}")
 
 
@@ -90,8 +90,8 @@ def _settings(args: argparse.Namespace) -> str:
 
 
 def _write(net: Adapter, loader: ImageLoader, run: _Run) -> tuple[int, int]:
-    """Predict and write every batch; return the numbers of correct and of labelled pictures."""
-    right = labelled = 0
+    """Predict and write every batch; return how many pictures are correct and how many labelled."""
+    correct = labelled = 0
     source = loader.source
     try:
         total = len(loader)
@@ -108,11 +108,11 @@ def _write(net: Adapter, loader: ImageLoader, run: _Run) -> tuple[int, int]:
             _write_rows(file, batch, classes, scores.tolist(), source.classes, logits.shape[1])
             truth = label_positions(logits.shape[1], source.classes)
             if batch.labels is not None and truth is not None:
-                right += int((torch.tensor(truth)[batch.labels] == classes).sum())
+                correct += int((torch.tensor(truth)[batch.labels] == classes).sum())
                 labelled += len(classes)
             run.checkpoint(net, file, batch.end)
             bar.update(len(batch.names))
-    return right, labelled
+    return correct, labelled
 
 
 def _write_rows(
@@ -156,7 +156,7 @@ class _Run:
             return False
         if resume and not self.rows.exists():
             return True
-        raise InputError(f"{self._out} already exists: give --overwrite, or another name")
+        raise InputError(f"{self._out} already exists; give --overwrite or another name")
 
     def begin(self, net: Adapter, resume: bool) -> int:
         """Prepare the rows and the adapter; return the number of pictures already done.
@@ -186,12 +186,12 @@ class _Run:
         if facts.get("settings") != self._settings:
             raise InputError(
                 f"{self._state} belongs to a run with other settings: {facts.get('settings')}; "
-                f"leave --resume out to start over, or give the same settings"
+                "give the same settings, or leave out --resume to start over"
             )
         return facts, state
 
     def checkpoint(self, net: Adapter, rows: TextIO, pictures: int) -> None:
-        """Write the adapter's state if enough time has passed since the last time."""
+        """Write the adapter's state if enough time has passed since it was last written."""
         if time.monotonic() - self._saved < _CHECKPOINT_SECONDS:
             return
         rows.flush()

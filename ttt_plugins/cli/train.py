@@ -67,12 +67,12 @@ def _add_common(add: argparse.ArgumentParser, folder: str, *recipes: type) -> No
         "--max-images",
         type=int,
         metavar="N",
-        help="with --images: how many, drawn with the seed (default: all; for mgg, which keeps "
-        f"them in memory, {EXTRA_ROWS})",
+        help="with --images: largest number of images, drawn with the seed (default: all; for mgg, "
+        f"which keeps them in memory, {EXTRA_ROWS})",
     )
     add_source_flags(add)
     add.add_argument("--out", type=Path, required=True, help="folder for the artifact")
-    add.add_argument("--device", default="cpu")
+    add.add_argument("--device", default="cpu", help="torch device, such as cuda (default: cpu)")
     add.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     add.add_argument("--note", default="", help="a sentence for the artifact's card")
     for recipe in recipes:
@@ -84,7 +84,7 @@ def _add_val_images(add: argparse.ArgumentParser) -> None:
 
 
 def _work_folder(args: argparse.Namespace) -> Path:
-    """The folder for checkpoints, beside the artifact, which is written all at once.
+    """The folder for checkpoints, beside the artifact's, which appears only when it is complete.
 
     Both folders are checked before anything is read or trained.
     """
@@ -95,7 +95,7 @@ def _work_folder(args: argparse.Namespace) -> Path:
 
 
 def _recipe(args: argparse.Namespace, cls: type, other: type, reason: str) -> Any:
-    """The recipe that the flags describe; a given flag that only ``other`` has is an error."""
+    """The recipe that the flags describe; a flag that only ``other`` has is an error."""
     known = {f.name for f in dataclasses.fields(cls)}
     for name in sorted({f.name for f in dataclasses.fields(other)} - known):
         if hasattr(args, name):
@@ -168,10 +168,10 @@ def _add_ttt(kinds) -> None:
         help="train only a rotation head, on the classifier that --model names (by default "
         "10 epochs of Adam at 1e-3)",
     )
-    add.add_argument("--pretrained", action="store_true", help="with --model: timm's weights")
+    add.add_argument("--pretrained", action="store_true", help="with --model: load timm's weights")
     add.add_argument("--model", help="with --freeze-trunk: the classifier, as for wrap")
     add.add_argument(
-        "--model-dir", type=Path, default=Path("models"), help="RobustBench's model folder"
+        "--model-dir", type=Path, default=Path("models"), help="folder with RobustBench's models"
     )
     add_field_flags(add)
     _add_common(add, "folder with train.parquet and test.parquet", JointRecipe)
@@ -182,7 +182,7 @@ def _train_ttt(args: argparse.Namespace) -> None:
     check_target(args.out)
     check_device(args.device)
     if "split" in dict(args.set):
-        raise InputError("the split is set in training: give --split instead of --set split=")
+        raise InputError("the split is part of the training: give --split instead of --set split=")
     config = configure(TTT(), fields_from_pairs(args.set, TTT))
     if args.freeze_trunk:
         _train_head(args, config)
@@ -233,14 +233,15 @@ def _add_mt3(kinds) -> None:
         "--joint",
         action="store_true",
         help="train classifier, projector and predictor jointly with BYOL's loss and no inner "
-        "step (by default 200 epochs of SGD at 0.1); meta-training can start from it with --init",
+        "step (by default 200 epochs of SGD at 0.1); meta-training can start from the result with "
+        "--init",
     )
     add.add_argument(
         "--extras",
         type=Path,
         metavar="DIR",
-        help="folder of the four extra corruptions, <corruption>.npz: after every epoch accuracy "
-        "is measured on some of their images, and the best meta-model is kept",
+        help="folder of the four extra corruptions, <corruption>.npz: after every epoch the "
+        "accuracy is measured on some of their images, and the best meta-model is kept",
     )
     add.add_argument(
         "--extras-images",
@@ -266,7 +267,7 @@ def _train_mt3(args: argparse.Namespace) -> None:
         device = str(device_of_process(device))
     check_device(device)
     if recipe.init and (hasattr(args, "arch") or hasattr(args, "model_args")):
-        raise InputError("--init has its own architecture; leave --arch and --model-args out")
+        raise InputError("--init has its own architecture; leave out --arch and --model-args")
     resume = args.resume or place.restarts > 0
     fields = fields_from_pairs(args.set, MT3)
     config = configure(MT3(lr=recipe.inner_lr, steps=recipe.inner_steps), fields)
@@ -295,7 +296,7 @@ def _train_byol(args: argparse.Namespace, work: Path) -> None:
     )
     _save(args, recipe, model, train, log, config, head)
     print(f"model, projector and predictor are in {args.out}, their checkpoint in {work}")
-    print(f"start the meta-training with: train mt3 --init {args.out}")
+    print(f"start the meta-training with: ttt-plugins train mt3 --init {args.out}")
 
 
 def _gap(args: argparse.Namespace, config: MT3) -> StepGap | None:
@@ -305,7 +306,7 @@ def _gap(args: argparse.Namespace, config: MT3) -> StepGap | None:
     if args.extras_images < 1:
         raise InputError(f"--extras-images must be at least 1, got {args.extras_images}")
     extras = {name: load_stream(args.extras, name) for name in EXTRA_CORRUPTIONS}
-    return StepGap({name: part[: args.extras_images] for name, part in extras.items()}, config)
+    return StepGap({name: images[: args.extras_images] for name, images in extras.items()}, config)
 
 
 # -- mgg ---------------------------------------------------------------------------------------
@@ -318,10 +319,10 @@ def _add_mgg(kinds) -> None:
         "--model",
         required=True,
         nargs="+",
-        help="the classifier, as for wrap; several give one optimizer that fits any classifier",
+        help="the classifier, as for wrap; with several, the optimizer fits any classifier",
     )
     add.add_argument(
-        "--model-dir", type=Path, default=Path("models"), help="RobustBench's model folder"
+        "--model-dir", type=Path, default=Path("models"), help="folder with RobustBench's models"
     )
     add.add_argument(
         "--entropy-alone",
@@ -364,7 +365,7 @@ def _train_mgg(args: argparse.Namespace) -> None:
         args,
         recipe,
         corruptions=list(data),
-        images=min(len(part) for part in data.values()),
+        images=min(map(len, data.values())),
         labels="used by the outer loss and to choose the checkpoint and the step size"
         if recipe.labelled
         else "used only to choose the checkpoint and the step size",
@@ -375,7 +376,7 @@ def _train_mgg(args: argparse.Namespace) -> None:
     if len(args.model) == 1:
         trained.save_pretrained(args.out, training=record)
     else:
-        # Only the optimizer is saved, without a classifier, because it fits any.
+        # Only the optimizer is saved, without a classifier, because it fits any classifier.
         slow = {n: t for n, t in trained.learned_tensors().items() if n.startswith("memory.")}
         record["classifiers"] = [str(model) for model in args.model]
         save_learned(trained.config, slow, {"source": "module"}, args.out, training=record)
@@ -383,16 +384,16 @@ def _train_mgg(args: argparse.Namespace) -> None:
 
 
 def _untrained_adapters(args: argparse.Namespace, fields: dict[str, Any]) -> tuple[list, int]:
-    """Adapters to train an optimizer on, and the number of images behind their statistics."""
+    """Adapters to train an optimizer on, and how many images their statistics are measured on."""
     nets, measured = [], 0
     for model in args.model:
         net = untrained(model, device=args.device, model_dir=args.model_dir, **fields)
         if not net.backbone.has_batch_norm:
-            # BatchNorm models carry their source statistics; others are measured on clean images.
+            # BatchNorm models carry source statistics; others are measured on clean images.
             if args.entropy_alone:
                 nets.append(net.with_tensors(net.config))
             images = statistics_images(args, net)
             measured = len(images)
-            net.fit_source_statistics(to_float(part) for part in images.split(500))
+            net.fit_source_statistics(to_float(batch) for batch in images.split(500))
         nets.append(net)
     return nets, measured
