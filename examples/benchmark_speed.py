@@ -1,14 +1,14 @@
-"""What the benchmark costs around the model, what a second process brings, and a GPU's share.
+"""What the benchmark costs beyond the model, what a second process gains, and how busy a GPU is.
 
     python examples/benchmark_speed.py overhead --data-dir DIR
     python examples/benchmark_speed.py processes --data-dir DIR
     python examples/benchmark_speed.py full --device cuda [--autocast bfloat16] [--trace FILE]
 
-``overhead``: the whole benchmark (reading, counting, writing) against a bare loop over the same
-images in memory, and against the adapter's own share of its time. ``processes``: the command in one
-process on one core against torchrun with two processes. ``full``: 75 cells of 10,000 images (the
-package's sample, repeated) against the plain model on the same images, and a profile of how much
-of the time the GPU works.
+``overhead``: the whole benchmark (reading, counting, writing) compared with a bare loop over the
+same images in memory, and with the adapter's own share of its time. ``processes``: the command in
+one process on one core compared with torchrun with two processes. ``full``: 75 cells of 10,000
+images (the package's sample, repeated) compared with the plain model on the same images, and a
+profile of how much of the time the GPU is busy.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def synthetic(cells: int, rows: int) -> CorruptionData:
 
 
 def bare_loop(net: nn.Module, parts: Sequence[LabelledImages], batch_size: int) -> float:
-    """Seconds of nothing but adapting to the images of some cells, a reset before each."""
+    """Seconds for only adapting to the images of some cells, with a reset before each."""
     start = time.perf_counter()
     for part in parts:
         net.reset()
@@ -69,7 +69,7 @@ def bare_loop(net: nn.Module, parts: Sequence[LabelledImages], batch_size: int) 
 
 @contextlib.contextmanager
 def timed_calls(net: nn.Module) -> Iterator[list[float]]:
-    """The seconds of every call of ``net`` inside the block."""
+    """Collect the seconds of every call of ``net`` inside the block."""
     taken: list[float] = []
     device = net.backbone.device
 
@@ -92,18 +92,18 @@ def timed_calls(net: nn.Module) -> Iterator[list[float]]:
 def overhead(
     net: nn.Module, data_dir: Path, batch_size: int = 64, rounds: int = 3, **cells
 ) -> dict[str, float]:
-    """Seconds of the bare loop and of the benchmark, alternately, and the share on top.
+    """Seconds of the bare loop and of the benchmark, in turns, and the benchmark's extra share.
 
-    Each is the median over the rounds: ``overhead`` of the benchmark against the loop run next to
-    it, which is unreliable on a machine whose speed varies; ``outside`` of the benchmark against
-    the calls of the adapter within the same run, which is not. ``cells`` are options of
+    Each is the median over the rounds. ``overhead`` compares the benchmark with the loop that ran
+    next to it, which is unreliable on a machine whose speed varies; ``outside`` compares it with
+    the calls of the adapter within the same run, which is reliable. ``cells`` are options of
     `open_dataset`. The benchmark opens the folder, reads it, evaluates, and writes all its files,
-    those for resuming included.
+    including those for resuming.
     """
     data = open_dataset("cifar10", data_dir, **cells)
     parts = [data.load(cell) for cell in data.counts]
     first = parts[0][torch.arange(min(batch_size, len(parts[0])))]
-    bare_loop(net, [first], batch_size)  # warm, and what is imported is imported
+    bare_loop(net, [first], batch_size)  # warms up, and completes all imports
     with tempfile.TemporaryDirectory() as folder:
         warm = CorruptionData.from_arrays({("fog", 5): first})
         run_benchmark(net, warm, out=Path(folder) / "out", batch_size=batch_size, progress=False)
@@ -153,9 +153,9 @@ def _seconds(command: list[str], cores: set[int] | None) -> float:
 
 
 def processes(arguments: Sequence[str], count: int = 2) -> dict[str, float]:
-    """Seconds of ``ttt-plugins benchmark`` with these arguments, alone on one core and shared.
+    """Seconds of ``ttt-plugins benchmark`` with these arguments, in one process and in two.
 
-    Both include the start of Python, which a longer run makes matter less.
+    Both include the start of Python, which matters less in a longer run.
     """
     core = min(os.sched_getaffinity(0))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
@@ -183,16 +183,17 @@ def full(
     batch_size: int = 64,
     execution: Execution | None = None,
 ) -> dict[str, float]:
-    """Images a second of the whole benchmark, of its loop alone, and of the plain model.
+    """Images per second of the whole benchmark, of its loop alone, and of the plain model.
 
-    The loop alone is what the cells' seconds say; the plain model runs under the same benchmark
-    and options. A short run before, in which kernels are compiled and chosen, is not counted.
+    The loop's time is the sum of the cells' seconds; the plain model runs in the same benchmark
+    with the same options. A short run beforehand, in which kernels are compiled and chosen, is not
+    counted.
     """
     data, speeds = synthetic(cells, rows), {}
     for name, each in (("plain", plain), ("adapting", net)):
         options = {"batch_size": batch_size, "execution": execution, "progress": False}
         run_benchmark(each, synthetic(1, 4 * batch_size), **options)
-        # The same form again would compile anew.
+        # Setting these options again would compile the model again.
         options["execution"] = None if execution is None else _keep(execution)
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
@@ -207,7 +208,7 @@ def full(
 
 
 def _keep(execution: Execution) -> Execution:
-    """What of the options is not already in a prepared adapter."""
+    """The options that a prepared adapter does not already have."""
     return dataclasses.replace(execution, compile=None)
 
 
@@ -218,10 +219,10 @@ def profile(
     execution: Execution | None = None,
     trace: Path | None = None,
 ) -> dict[str, float]:
-    """Share of the time in which the device (the CPU, without a GPU) runs a kernel, in [0, 1].
+    """Share of the time in which the device (without a GPU, the CPU) runs a kernel, in [0, 1].
 
-    From torch.profiler's events over ``batches`` batches of the benchmark's loop. ``trace`` gets
-    a Chrome trace; profiling itself slows the host's side, so the share is a lower bound.
+    It is computed from torch.profiler's events over ``batches`` batches of the benchmark's loop. A
+    Chrome trace is written to ``trace``. Profiling slows the host, so the share is a lower bound.
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
@@ -269,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--autocast")
     parser.add_argument("--compile", nargs="?", const="inductor")
-    parser.add_argument("--trace", type=Path, help="Chrome trace of the profile")
+    parser.add_argument("--trace", type=Path, help="file for a Chrome trace of the profile")
     args = parser.parse_args(argv)
     if args.what == "full":
         execution = Execution(args.channels_last, args.autocast, args.compile)

@@ -1,12 +1,13 @@
-"""Every timm module and every RobustBench corruption model, with every method: what works.
+"""What works: every method on every timm module and every RobustBench corruption model.
 
     python examples/coverage.py --out examples/results/coverage.json --report examples/COVERAGE.md
 
-For each timm module its smallest entrypoint, for each architecture of RobustBench's corruptions
-zoo its own constructor, both with random weights: whether it wraps, one step moves what it says
-and nothing else, logits are finite, a step size of zero is the plain model and reset is exact.
-``--resume`` goes on where a run stopped; ``--models``, ``--modules``, ``--methods`` and ``--limit``
-choose. Of a newer timm than RobustBench's, COVERAGE-NEWEST-TIMM.md has the modules it adds.
+For each timm module the smallest entrypoint is built, for each architecture of RobustBench's
+corruptions zoo its own constructor is called, both with random weights. Checked is whether the
+model can be wrapped, one step moves what the adapter names and nothing else, logits are finite, a
+step size of zero gives the plain model, and a reset is exact. ``--resume`` continues where a run
+stopped; ``--models``, ``--modules``, ``--methods`` and ``--limit`` select what is checked.
+COVERAGE-NEWEST-TIMM.md has the modules that a newer timm than RobustBench's adds.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ from ttt_plugins.utils.robustbench import import_robustbench, version
 CLASSES = 10
 SIZES = (64, 96, 128, 160, 192, 224, 256)
 _EVERY_BATCH = {"window": 1, "statistics": "batch", "guard": False}
-#: SAR without its filter, few views an image, small steps where all weights of a random network
-#: move at once.
+#: SAR without its filter, few views per image, and small steps where all weights of a random
+#: network adapt.
 FIELDS = {
     "tent": _EVERY_BATCH,
     "sar": {"lr": 1e-1, "margin": 1.0, "recovery": 0.0} | _EVERY_BATCH,
@@ -54,12 +55,12 @@ FIELDS = {
     "ttt": {"lr": 1e-6, "steps": 1, "copies": 1, "chunk_size": 2},
     "mt3": {"lr": 1e-6, "copies": 1, "chunk_size": 2},
 }
-#: Copies of the weights that exist at once at the worst moment of a row.
+#: Largest number of copies of the weights that exist at the same time in a row.
 _COPIES = 8
 
 
 class _HostSchedules(TorchFunctionMode):
-    """Keeps ``torch.linspace`` on the CPU: constructors read drop-path rates from it."""
+    """Keeps ``torch.linspace`` on the CPU, because constructors read drop-path rates from it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -69,7 +70,7 @@ class _HostSchedules(TorchFunctionMode):
 
 
 def _without_memory(build) -> nn.Module:
-    """A model on the meta device, or on the CPU where its constructor computes with values."""
+    """A model on the meta device, or on the CPU if its constructor computes with values."""
     try:
         with torch.device("meta"), _HostSchedules():
             return build()
@@ -81,9 +82,9 @@ def _without_memory(build) -> nn.Module:
 
 
 def smallest_entrypoints(modules: list[str] | None = None) -> dict[str, str]:
-    """Timm module -> its entrypoint with the fewest parameters, the smallest first.
+    """The entrypoint with the fewest parameters by timm module, the smallest first.
 
-    They are counted without building them in memory. All modules, or those named.
+    Parameters are counted without allocating memory for them. All modules, or those named.
     """
     found, least = {}, {}
     for module in tqdm(modules or timm.list_modules(), "smallest entrypoints"):
@@ -99,7 +100,7 @@ def smallest_entrypoints(modules: list[str] | None = None) -> dict[str, str]:
 
 
 def _zoo() -> dict[str, dict]:
-    """``robustbench:<dataset>/<name>`` -> RobustBench's entry."""
+    """RobustBench's entries by ``robustbench:<dataset>/<name>``."""
     zoo = import_robustbench().model_zoo
     enums = zoo.enums
     return {
@@ -113,7 +114,7 @@ def _zoo() -> dict[str, dict]:
 
 @contextlib.contextmanager
 def _no_downloads() -> Iterator[None]:
-    """A few zoo constructors ask for pretrained weights; here they get random ones."""
+    """Give random weights to the few zoo constructors that ask for pretrained ones."""
     from torchvision import models
 
     create, resnet50 = timm.create_model, models.resnet50
@@ -129,21 +130,21 @@ def _no_downloads() -> Iterator[None]:
 def _zoo_model(name: str) -> nn.Module:
     entry = _zoo()[name]
     dataset, _, plain = name.removeprefix("robustbench:").partition("/")
-    # What RobustBench's own load_model looks for first.
+    # RobustBench's own load_model looks for this name first.
     registered = f"{plain.lower().replace('-', '_')}_{dataset}_corruptions"
     with _no_downloads():
         return timm.create_model(registered) if timm.is_model(registered) else entry["model"]()
 
 
 def architectures() -> dict[str, str]:
-    """RobustBench entry -> the first entry of the same architecture (but the classes)."""
+    """For each RobustBench entry, the first with the same architecture apart from the classes."""
     first: dict[str, str] = {}
     found = {}
     for name in tqdm(_zoo(), "RobustBench architectures"):
         try:
             model = _without_memory(lambda name=name: _zoo_model(name))
             heads = tuple(f"{n}." for n in classifier_names(model))
-        except Exception:  # its row will say why
+        except Exception:  # the entry's row will say why
             found[name] = name
             continue
         shapes = [
@@ -160,7 +161,7 @@ def architectures() -> dict[str, str]:
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """A random model by name; timm's with ten classes."""
+    """A model with random weights by name; timm's have ten classes."""
     torch.manual_seed(seed)
     if name.startswith("robustbench:"):
         return _zoo_model(name)
@@ -168,9 +169,9 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 
 def prepare(model: nn.Module, name: str = "", seed: int = 0) -> Tensor:
-    """Give a random model weights that hide nothing; two images of the smallest size it takes.
+    """Give a random model weights that hide no errors; return two images of a size it accepts.
 
-    Nothing is left at a trivial value: constant parameters get noise, running statistics are those
+    No weight keeps a trivial value: constant parameters get noise, running statistics are those
     of a few images, and the classifier is scaled to logits of order one.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -198,7 +199,7 @@ def prepare(model: nn.Module, name: str = "", seed: int = 0) -> Tensor:
 
 
 def _shown(images: Tensor) -> Tensor:
-    """Images as TTT's and MT3's tasks show them: also turned, and with a black border."""
+    """Images as TTT's and MT3's tasks use them: also rotated, and with a black border."""
     cropped = images.rot90(1, (2, 3)).clone()
     cropped[0::2, :, : images.shape[2] // 8] = 0
     cropped[1::2, ..., : images.shape[3] // 8] = 0
@@ -206,9 +207,9 @@ def _shown(images: Tensor) -> Tensor:
 
 
 def _backbone(model: nn.Module, name: str) -> Backbone:
-    """What `wrap` puts around it, zoo models normalise by themselves."""
+    """The backbone that `wrap` creates; zoo models normalise images themselves."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a bare class has no normalisation to tell of
+        warnings.simplefilter("ignore")  # a bare class does not say how its input is normalised
         return Backbone(model, normalize=not name.startswith("robustbench:"))
 
 
@@ -222,7 +223,7 @@ def _images(n: int, channels: int, size: int, generator: torch.Generator) -> Ten
 
 
 def _fitting_images(model: nn.Module, name: str, generator: torch.Generator) -> Tensor:
-    """Four images of the smallest size the model takes, its own where it takes no other."""
+    """Four images of the smallest size that the model accepts."""
     if name.startswith("robustbench:cifar"):
         own = (3, 32, 32)
     elif name.startswith("robustbench:"):
@@ -249,10 +250,10 @@ def _fitting_images(model: nn.Module, name: str, generator: torch.Generator) -> 
 
 
 def _heads(method: str, model: nn.Module, own: bool, images: Tensor) -> dict[str, Tensor] | None:
-    """Untrained heads for the methods that need one, on features brought to order one.
+    """Untrained heads for the methods that need one, on features that are scaled to order one.
 
-    Deep random networks blow up what differs from the images their statistics are of, and a task
-    that is solved or lost beyond all doubt has no gradient.
+    Deep random networks amplify whatever differs from the images behind their statistics, and a
+    task that is solved or failed with certainty has no gradient.
     """
     if method not in ("ttt", "mt3"):
         return None
@@ -276,13 +277,13 @@ def _some_parameters(model: nn.Module) -> str | list[str]:
 
 
 def _moved(net: tp.Adapter, fresh: dict[str, Tensor], images: Tensor) -> dict:
-    """How many of the tensors that adapt have moved since ``fresh``, of how many, and who not.
+    """How many of the tensors that adapt have changed since ``fresh``, of how many, and which not.
 
     Raises:
-        AssertionError: something else has moved, or nothing has.
+        AssertionError: another tensor has changed, or none has.
     """
     algorithm = net.algorithm()
-    if hasattr(algorithm, "task"):  # each image forgets; what moves is what has a gradient
+    if hasattr(algorithm, "task"):  # adaptation ends with each image, so gradients show what moves
         views = algorithm.task.draw(images, image_keys(images, net.seed), 0)
         changed = dict.fromkeys(algorithm.source, False)
         for i in range(len(images)):
@@ -307,10 +308,10 @@ def _moved(net: tp.Adapter, fresh: dict[str, Tensor], images: Tensor) -> dict:
 
 
 def check(model: nn.Module, own: bool, images: Tensor, method: str) -> dict:
-    """One row: everything promised of ``method`` on ``model``, which may normalise on its own.
+    """Check everything that is promised of ``method`` on ``model``, for one row of the report.
 
     Raises:
-        Exception: whatever fails; an AssertionError names a promise that was not kept.
+        Exception: any error; an AssertionError names a promise that was not kept.
     """
     options = {"normalize": not own, "seed": 0, "tensors": _heads(method, model, own, images)}
     options |= FIELDS.get(method, {})
@@ -368,7 +369,7 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def own_bytes(net: tp.Adapter, model: nn.Module) -> int:
-    """Bytes of tensors that an adapter holds and that are not the model's own storage."""
+    """Bytes of an adapter's tensors that are not in the model's own storage."""
     shared = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
     shared |= {t.untyped_storage().data_ptr() for t in model.buffers()}
     held = {}
@@ -401,7 +402,7 @@ def run_model(name: str, methods: list[str]) -> dict:
             raise MemoryError(f"needs about {needed / 1e9:.0f} GB, more than is free")
         model = build(name)
         images = prepare(model, name)
-    except Exception as error:  # a model that cannot be made is a row with a reason
+    except Exception as error:  # a model that cannot be built gets a row with the reason
         return record | {"error": _reason(error)}
     record["parameters"] = sum(p.numel() for p in model.parameters())
     record["input"] = list(images.shape[1:])
@@ -411,7 +412,7 @@ def run_model(name: str, methods: list[str]) -> dict:
         start = time.perf_counter()
         try:
             row = check(model, name.startswith("robustbench:"), images, method)
-        except Exception as error:  # the reason stands in the table
+        except Exception as error:  # the table shows the reason
             row = {"error": _reason(error)}
         record["rows"][method] = row | {"seconds": time.perf_counter() - start}
         gc.collect()
@@ -419,7 +420,7 @@ def run_model(name: str, methods: list[str]) -> dict:
 
 
 def _alone(name: str, methods: list[str]) -> dict:
-    """`run_model` in another process, which may be killed for its memory without harm to us."""
+    """Call `run_model` in another process, which the system may kill for its memory use."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(run_model, name, methods).result()
@@ -440,9 +441,9 @@ def run(
     isolated: bool = False,
     modules: list[str] | None = None,
 ) -> dict:
-    """Fill ``out`` with the results of all models, or of those or the timm modules named.
+    """Fill ``out`` with the results of all models, or of the named models or timm modules.
 
-    ``isolated`` gives every model a process of its own, whose memory the next one gets back.
+    ``isolated`` gives every model its own process, so that its memory is freed.
     """
     results = json.loads(out.read_text()) if resume and out.is_file() else {}
     versions = {p: version(p) for p in ("torch", "timm", "robustbench", "ttt-plugins")}
@@ -546,7 +547,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("coverage.json"))
     parser.add_argument("--report", type=Path, help="write the results as Markdown")
     parser.add_argument("--models", nargs="+", help="timm names or robustbench:<dataset>/<name>")
-    parser.add_argument("--modules", nargs="+", help="timm modules, none of RobustBench's zoo")
+    parser.add_argument("--modules", nargs="+", help="timm modules, without RobustBench's zoo")
     parser.add_argument("--methods", nargs="+", choices=tp.list_methods())
     parser.add_argument("--limit", type=int, help="stop after this many models")
     parser.add_argument("--resume", action="store_true")

@@ -1,10 +1,10 @@
-"""What a device computes beside the CPU: the same streams through every method.
+"""Compare what a device and the CPU compute: the same streams with every method.
 
     python examples/device_check.py [--device cuda]
 
-Logits of a first batch have to agree up to rounding (`CLOSE`, of the largest logit). After that
-the streams go apart, because optimizers divide by gradients that are close to zero; predictions
-have to agree on `AGREEING` of all images. TF32 is switched off. The exit status is 1 if something
+Logits of the first batch must agree up to rounding (`CLOSE`, relative to the largest logit). After
+that the streams diverge, because optimizers divide by gradients that are close to zero; predictions
+must agree on a share `AGREEING` of all images. TF32 is disabled. The exit status is 1 if anything
 differs more.
 """
 
@@ -19,7 +19,7 @@ import ttt_plugins as tp
 from ttt_plugins.data.images import to_float
 from ttt_plugins.demo import load_sample
 
-#: Largest difference of a first batch's logits, by whether they come from after gradient steps.
+#: Largest difference of a first batch's logits, by whether they are computed after gradient steps.
 CLOSE = {False: 1e-4, True: 1e-2}
 AGREEING = 0.97
 NETWORKS = ("resnet26-cifar10", "resnet26bn-cifar10", "vit-tiny-cifar10")
@@ -32,7 +32,7 @@ PER_IMAGE = {
 
 
 def adapter(name: str, device: str) -> tp.Adapter:
-    """By a method's name and, for the online ones, the network's after a slash."""
+    """An adapter by its method's name and, for online methods, the network's name after a slash."""
     if name in PER_IMAGE:
         model, fields = PER_IMAGE[name]
         return tp.from_pretrained(model, device=device, copies=8, **fields)
@@ -44,13 +44,13 @@ def adapter(name: str, device: str) -> tp.Adapter:
 
 
 def names() -> list[str]:
-    """Everything that is compared."""
+    """Names of everything that is compared."""
     online = [f"{m}/{n}" for m in ("source", "tent", "sar", "mgg") for n in NETWORKS]
     return [*online, *PER_IMAGE]
 
 
 def compare(name: str, device: str, batches: int, size: int) -> tuple[bool, str]:
-    """Whether an adapter on the device does as on the CPU, and a line that says how closely."""
+    """Whether an adapter agrees with the same one on the CPU, and a line that says how closely."""
     sample = load_sample().images["gaussian_noise"][: batches * size]
     here, there = adapter(name, "cpu"), adapter(name, device)
     logits = [

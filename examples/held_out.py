@@ -1,12 +1,12 @@
-"""Classifiers that no optimizer of ours was meta-trained on, to measure ``mgg-universal`` with.
+"""Train classifiers that no optimizer was meta-trained on, to measure ``mgg-universal`` on.
 
     python examples/held_out.py --data DIR --out runs/held-out
     python examples/results.py --data DIR --backbone runs/held-out/*
 
-Three small networks of timm, of three norm kinds, none with a block of those in meta-training:
-a BatchNorm ResNet with a deep stem, a GroupNorm bottleneck ResNet V2, a LayerNorm ConvNeXt. They
-are trained on the CIFAR-10 files as every source is. The same command resumes training that was
-stopped.
+These are three small timm networks with three kinds of norm, none of which has the blocks of the
+networks in meta-training: a BatchNorm ResNet with a deep stem, a GroupNorm bottleneck ResNet V2 and
+a LayerNorm ConvNeXt. They are trained on the CIFAR-10 files like every source. The same command
+resumes interrupted training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from ttt_plugins.cli.main import main as command_line
 
 EPOCHS = 25
-#: Name -> flags of ``ttt-plugins train source``.
+#: Flags of ``ttt-plugins train source`` by name.
 HELD_OUT = {
     "resnet10t": [
         "--arch",
@@ -51,7 +51,9 @@ HELD_OUT = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("names", nargs="*", default=list(HELD_OUT), help=f"of {list(HELD_OUT)}")
+    parser.add_argument(
+        "names", nargs="*", default=list(HELD_OUT), help=f"names among {list(HELD_OUT)}"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder that holds cifar10")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=EPOCHS)

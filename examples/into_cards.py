@@ -1,9 +1,10 @@
-"""Put the measurements of ``examples/results`` into the bundled artifacts they were made with.
+"""Put the measurements of ``examples/results`` into the artifacts that they were made with.
 
     python examples/into_cards.py
 
-Each artifact's ``results.json`` and card are made anew. Online methods: the rows that were run on
-whole streams in three orders. Methods that adapt to every image: all finished measurements.
+Each artifact's ``results.json`` and card are rewritten. For online methods they have the rows that
+were run on whole streams in three orders, for methods that adapt to every image all finished
+measurements.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ttt_plugins.artifacts.folder import bundled_folder, list_bundled
 from ttt_plugins.benchmark import CORRUPTIONS
 
 COMMON = {
-    "dataset": "CIFAR-10-C made from JPEG images",  # so these are no official figures
+    "dataset": "CIFAR-10-C made from JPEG images",  # so these are not official figures
     "severities": [5],
     "protocol": "reset-per-corruption",
 }

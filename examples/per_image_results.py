@@ -2,11 +2,11 @@
 
     python examples/per_image_results.py ttt-standard mt3 --data DIR --n-examples 150
 
-Severity 5, the fifteen corruptions, the first N images of each in a shuffled order that the seed
-draws, one image at a time for TTT online. ``--corruption`` takes the four extra ones instead, for
-choices, which belong in a folder of their own (``--out``). The standard error is that of the paired
-difference, clustered by image. Results are written after every corruption, and the same
-command resumes there. `report.py` prints the tables.
+The images are the first N of each of the fifteen corruptions at severity 5, in a shuffled order
+that the seed draws; TTT online gets one image at a time. ``--corruption`` may name the four extra
+ones instead, to choose settings on; results on them belong in a separate folder (``--out``). The
+standard error is that of the paired difference, clustered by image. Results are written after every
+corruption, and the same command resumes there. `report.py` prints the tables.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ttt_plugins.utils.files import write_text
 
 TTT, MT3 = "bundled:ttt-resnet26-cifar10", "bundled:mt3-resnet26-cifar10"
 
-#: Name of a measurement -> artifact and the fields it changes.
+#: The artifact, and the fields that are changed, by the name of the measurement.
 MEASUREMENTS = {
     "ttt-standard": (TTT, {}),
     "ttt-standard-0.003": (TTT, {"lr": 0.003}),
@@ -50,7 +50,7 @@ MEASUREMENTS = {
 
 
 def predict(net, images: torch.Tensor, batch_size: int) -> tuple[list[int], float]:
-    """Predicted classes, and the seconds they took, from a reset."""
+    """Predicted classes and the seconds for predicting them, from a reset."""
     net.reset()
     classes, start = [], time.perf_counter()
     for batch in images.split(batch_size):
@@ -61,7 +61,7 @@ def predict(net, images: torch.Tensor, batch_size: int) -> tuple[list[int], floa
 def measure(
     name: str, data: Path, n: int, seed: int, path: Path, corruptions=CORRUPTIONS, device="cpu"
 ) -> dict:
-    """One measurement over the corruptions; ``path`` is written after each of them."""
+    """Make one measurement over the corruptions; ``path`` is written after each of them."""
     artifact, fields = MEASUREMENTS[name]
     settings = {
         "measurement": name,

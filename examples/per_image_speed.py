@@ -1,12 +1,12 @@
-"""How fast images adapt on their own, beside plain loops with ``loss.backward()``.
+"""Compare the speed of adapting to each image with plain loops that call ``loss.backward()``.
 
     python examples/per_image_speed.py [--device cuda] [--images 64]
 
-TTT and MT3: our batched adapter against a loop over images that copies the weights back, steps a
-``torch.optim.SGD`` and predicts; the same network, views and steps. Meta-training: a meta-step of
-ours against a loop over tasks with ``torch.autograd.grad(create_graph=True)``. The two take turns;
-figures are medians of the pairwise ratios. On a GPU the share of plain training's images a second
-(counted by augmented copy) and the peak memory stand beside them.
+For TTT and MT3, our batched adapter is compared with a loop over images that restores the weights,
+steps a ``torch.optim.SGD`` and predicts, with the same network, views and steps. For meta-training,
+our meta-step is compared with a loop over tasks with ``torch.autograd.grad(create_graph=True)``.
+The two run in turns, and figures are medians of the pairwise ratios. On a GPU the images per second
+as a share of plain training's (counted by augmented copy) and the peak memory are printed too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def compare(ours, plain, rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of both and the median of plain / ours, taking turns."""
+    """Median seconds of both, which run in turns, and the median of plain / ours."""
     ours(), plain()
     pairs = []
     for i in range(rounds):
@@ -71,7 +71,7 @@ def _normalised(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def ttt(images: int, steps: int, copies: int, rounds: int, device: str, **model_args) -> dict:
-    """Standard TTT: batched against the loop."""
+    """Compare standard TTT, batched, with the loop."""
     model = _model(device, **model_args)
     joint = JointModel(copy.deepcopy(model), -1).to(device).eval()
     tensors = joint.head_tensors()
@@ -101,7 +101,7 @@ def ttt(images: int, steps: int, copies: int, rounds: int, device: str, **model_
 
 
 def _training(model: nn.Module, device: str, batch_size: int = 256) -> float:
-    """Images a second of plain training steps of the same network."""
+    """Images per second of plain training steps of the same network."""
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     x = torch.rand(batch_size, 3, 32, 32, device=device)
@@ -117,7 +117,7 @@ def _training(model: nn.Module, device: str, batch_size: int = 256) -> float:
 
 
 def mt3(images: int, copies: int, rounds: int, device: str, **model_args) -> dict:
-    """MT3's one step: batched against a loop over single images."""
+    """Compare MT3's one step, batched, with a loop over single images."""
     model = _model(device, **model_args)
     head = heads.init_byol(model, torch.Generator().manual_seed(0))
     head = {n: t.to(device) for n, t in head.items()}
@@ -145,7 +145,7 @@ def mt3(images: int, copies: int, rounds: int, device: str, **model_args) -> dic
 
 
 def meta_training(rounds: int, device: str, **recipe_fields) -> dict:
-    """One meta-step's gradient: ours against a loop over tasks."""
+    """Compare one meta-step's gradient with a loop over tasks."""
     recipe = MT3Recipe(**({"model_args": {}} | recipe_fields))
     model = _model(device, **recipe.model_args)
     backbone = Backbone(model)
@@ -171,7 +171,7 @@ def meta_training(rounds: int, device: str, **recipe_fields) -> dict:
             grads = clip_each(dict(zip(leaves, grads, strict=True)), recipe.clip)
             moved = {n: p - recipe.inner_lr * grads[n] for n, p in leaves.items()}
             loss = F.cross_entropy(call(backbone, moved, x), y)
-            with torch.no_grad():  # for the log, as ours does: the accuracy before the step
+            with torch.no_grad():  # the accuracy before the step, which our log has too
                 call(backbone, leaves, x)
             loss = loss + recipe.self_supervised * byol_loss(backbone, moved, moved, x1, x2)
             loss.backward()
@@ -192,7 +192,7 @@ def meta_training(rounds: int, device: str, **recipe_fields) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--images", type=int, default=4, help="images in a batch")
+    parser.add_argument("--images", type=int, default=4, help="number of images in a batch")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
     for name, found in (

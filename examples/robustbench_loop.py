@@ -1,12 +1,12 @@
-"""An adapter in RobustBench's own hands: ``robustbench.utils.clean_accuracy(net, x, y)``.
+"""An adapter in RobustBench's own evaluation: ``robustbench.utils.clean_accuracy(net, x, y)``.
 
     python examples/robustbench_loop.py [--data-dir DIR]
 
-RobustBench's functions call a model batch by batch under ``torch.no_grad()``, and an adapter
-takes that as it is. The one thing to add is ``net.reset()`` where a stream ends. RobustBench's own
-``benchmark(net, dataset="cifar10", threat_model="corruptions")`` is no alternative: in release
-1.1.1 it ends in a TypeError on CIFAR, whatever the model. Without ``--data-dir`` (a folder that
-holds ``CIFAR-10-C``) the images of the demo are used.
+RobustBench's functions call a model batch by batch under ``torch.no_grad()``, where an adapter
+works unchanged. Only ``net.reset()`` has to be added between streams. RobustBench's own
+``benchmark(net, dataset="cifar10", threat_model="corruptions")`` is not an alternative: in release
+1.1.1 it raises a TypeError on CIFAR with any model. Without ``--data-dir`` (a folder that holds
+``CIFAR-10-C``) the images of the demo are used.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import ttt_plugins as tp
 from ttt_plugins.data.images import to_float
 from ttt_plugins.demo import load_sample
 
-import ttt_plugins.hosts.robustbench  # isort: skip  # before the next import, which it makes work
+import ttt_plugins.hosts.robustbench  # isort: skip  # must come before the next import, which needs it
 import robustbench  # isort: skip
 
 Stream = tuple[str, Tensor, Tensor]
 
 
 def from_folder(data_dir: Path, n_examples: int, severity: int) -> Iterable[Stream]:
-    """(corruption, images in [0, 1], labels) by RobustBench's own loader."""
+    """Corruption, images in [0, 1] and labels of each stream, from RobustBench's own loader."""
     for corruption in robustbench.data.CORRUPTIONS:
         x, y = robustbench.data.load_cifar10c(
             n_examples, severity, str(data_dir), corruptions=[corruption]
@@ -38,14 +38,14 @@ def from_folder(data_dir: Path, n_examples: int, severity: int) -> Iterable[Stre
 
 
 def from_sample(n_examples: int | None = None) -> Iterable[Stream]:
-    """The same from the images that the package ships."""
+    """The same from the images that the package contains."""
     sample = load_sample()
     for name, images in sample.images.items():
         yield name, to_float(images[:n_examples]), sample.labels[:n_examples]
 
 
 def evaluate(net: nn.Module, streams: Iterable[Stream], batch_size: int = 64) -> dict[str, float]:
-    """Accuracy of each stream, each from a fresh adapter."""
+    """Accuracy on each stream, each with the adapter reset."""
     accuracies = {}
     for name, x, y in streams:
         net.reset()

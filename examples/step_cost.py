@@ -1,9 +1,10 @@
-"""What a step of MGG costs beside a step of Tent: time, state, and reset.
+"""Compare a step of MGG with a step of Tent: time, size of the state, and reset.
 
     python examples/step_cost.py [--device cuda]
 
-ResNet-26 at batch 64 and ViT-B/16 at batch 8 (64 on a GPU), random weights, because time does not
-depend on them. The two methods take turns; the figure is the median of the pairwise ratios.
+The networks are ResNet-26 at batch size 64 and ViT-B/16 at batch size 8 (64 on a GPU), with random
+weights, because the time does not depend on them. The two methods run in turns; the figure is the
+median of the pairwise ratios.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def compare(name: str, batch_size: int, rounds: int, device: str = "cpu", **kwar
     size = timm.data.resolve_model_data_config(model)["input_size"]
     images = torch.rand(batch_size, *size, generator=torch.Generator().manual_seed(0))
     images = images.to(device)
-    # Every batch is one update, whatever its size, and nothing watches it.
+    # Every batch is one update, whatever its size, and there is no guard.
     fields = {"window": 1, "statistics": "batch", "guard": False}
     tent, mgg = (tp.wrap(model, method, device=device, **fields) for method in ("tent", "mgg"))
     if not mgg.backbone.has_batch_norm:

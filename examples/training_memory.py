@@ -1,10 +1,10 @@
-"""The memory that a training takes, by the number of pictures in its folder.
+"""Measure the memory that training takes, by the number of pictures in its folder.
 
     python examples/training_memory.py --pictures 2000 20000
 
 For each number it writes a folder of small JPEG files, trains a classifier and then a rotation head
-on it for one epoch, in a process of its own, and prints the peaks of the process's memory and of
-its largest worker process.
+on it for one epoch, in a separate process, and prints the peak memory of this process and of its
+largest worker process.
 """
 
 from __future__ import annotations

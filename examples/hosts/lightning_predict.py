@@ -1,7 +1,7 @@
 """An adapter in a Lightning module, for ``Trainer.predict`` and ``Trainer.test``.
 
-Lightning runs prediction without gradients and in eval mode; an adapter takes the gradients it
-needs regardless. ``reset`` at the start keeps one run's stream out of the next.
+Lightning runs prediction without gradients and in eval mode; an adapter computes the gradients that
+it needs nevertheless. ``reset`` at the start keeps one run's stream out of the next.
 """
 
 import lightning
@@ -13,7 +13,7 @@ import ttt_plugins as tp
 
 
 class Adapting(lightning.LightningModule):
-    """Predicts with an adapter, whose stream begins anew with every run."""
+    """Predicts with an adapter, whose stream restarts with every run."""
 
     def __init__(self, net):
         super().__init__()
@@ -42,7 +42,7 @@ class Adapting(lightning.LightningModule):
 def main():
     net = tp.from_pretrained("bundled:mgg-resnet26-cifar10")
     data = TensorDataset(torch.rand(8, 3, 32, 32), torch.randint(10, (8,)))
-    loader = DataLoader(data, batch_size=4)  # yours
+    loader = DataLoader(data, batch_size=4)  # replace it with your own
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )

@@ -1,10 +1,10 @@
-"""MGG, MT3 and TTT in a checkout of mariodoebler/test-time-adaptation that stays as it is.
+"""MGG, MT3 and TTT in an unchanged checkout of mariodoebler/test-time-adaptation.
 
     python examples/hosts/online_tta.py CHECKOUT/classification --cfg CFG [KEY VALUE]...
 
-runs its ``test_time.py`` with our methods registered. CFG is one of its own files or of
-``ttt_plugins/hosts/cfgs``; what our section of the configuration holds is in the docstring of
-`ttt_plugins.hosts.online_tta`. Setting single values works on the command line and in a file:
+runs its ``test_time.py`` with our methods registered. CFG is one of its own files or one from
+``ttt_plugins/hosts/cfgs``; the docstring of `ttt_plugins.hosts.online_tta` describes our section of
+the configuration. Single values can be set on the command line or in a file:
 
     ... --cfg ttt_plugins/hosts/cfgs/cifar10_c/ttt.yaml TTT_PLUGINS.FIELDS.mode online
     ... --cfg ttt_plugins/hosts/cfgs/cifar10_c/mgg.yaml OPTIM.LR 0.005 SETTING reset_each_shift
@@ -20,10 +20,10 @@ from pathlib import Path
 def main(folder, arguments):
     """Run ``test_time.py`` of a checkout's folder ``classification``."""
     folder = Path(folder).resolve()
-    if "--cfg" in arguments:  # relative to where the command was given
-        place = arguments.index("--cfg") + 1
-        arguments[place] = str(Path(arguments[place]).resolve())
-    os.chdir(folder)  # its lists of images are named relative to it
+    if "--cfg" in arguments:  # its path is relative to the current folder
+        index = arguments.index("--cfg") + 1
+        arguments[index] = str(Path(arguments[index]).resolve())
+    os.chdir(folder)  # the repository's paths of image lists are relative to it
     sys.path.insert(0, str(folder))
     importlib.import_module("ttt_plugins.hosts.online_tta")
     sys.argv = ["test_time.py", *arguments]

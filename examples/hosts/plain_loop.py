@@ -1,8 +1,8 @@
-"""An adapter in a plain evaluation loop: it takes the model's place.
+"""An adapter in a plain evaluation loop, in place of the model.
 
-Images are in [0, 1]: a ``Normalize`` at the end of the loader's transform goes away, or the adapter
-is told mean and deviation of a model that it normalises for. Online methods depend on the order of
-the images, so a stream begins with ``reset``.
+Images are in [0, 1]: remove a ``Normalize`` at the end of the loader's transform, and give the
+adapter the mean and deviation if the model does not know them. Online methods depend on the order
+of the images, so a stream begins with ``reset``.
 """
 
 import torch
@@ -25,7 +25,7 @@ def accuracy(model, loader):
 def main():
     net = tp.from_pretrained("bundled:mgg-resnet26-cifar10")
     data = TensorDataset(torch.rand(8, 3, 32, 32), torch.randint(10, (8,)))
-    loader = DataLoader(data, batch_size=4)  # yours
+    loader = DataLoader(data, batch_size=4)  # replace it with your own
     net.reset()
     print(f"accuracy {accuracy(net, loader):.2f} after {net.batches} adapted batches")
 

@@ -1,6 +1,6 @@
-"""An adapter under timm's own loader, made by ``timm.create_model``.
+"""An adapter with timm's own loader, created by ``timm.create_model``.
 
-timm's script itself, from its repository, runs without a change:
+timm's own script, from its repository, runs unchanged:
 
     python -m ttt_plugins.hosts.timm_models validate.py --data-dir DIR --model ttt_plugins \
         --model-kwargs "adapter='bundled:mgg-resnet26-cifar10'"
@@ -16,7 +16,7 @@ import ttt_plugins.hosts.timm_models  # noqa: F401 (registers the name ttt_plugi
 
 
 def main(folder):
-    """``folder`` has a folder ``validation`` with one folder of images for each class."""
+    """Evaluate; ``folder`` has a folder ``validation`` with one folder of images for each class."""
     adapter = "bundled:mgg-resnet26-cifar10"
     model = timm.create_model("ttt_plugins", adapter=adapter, warm_up=False)
     config = resolve_model_data_config(model)  # mean 0, deviation 1: images in [0, 1]

@@ -1,8 +1,8 @@
 """Our engines in torch-ttt's registry: `pip install "ttt-plugins[torch-ttt]"`.
 
 Importing ``ttt_plugins.hosts.torch_ttt`` adds ``mt3``, ``mgg`` and ``ttt_plugins_ttt`` (``ttt`` is
-torch-ttt's own). In train mode an engine returns logits and a loss to train the classifier and its
-heads with; in eval mode the adapter's logits and loss, also under ``no_grad``.
+torch-ttt's own). In train mode an engine returns logits and a loss for training the classifier and
+its heads; in eval mode it returns the adapter's logits and loss, even under ``no_grad``.
 """
 
 import timm
@@ -15,7 +15,7 @@ import ttt_plugins.hosts.torch_ttt  # noqa: F401 (registers the engines)
 def main():
     torch.manual_seed(0)
     model = timm.create_model("ttt_resnet26", num_classes=10)
-    loader = [(torch.rand(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(2)]  # yours
+    loader = [(torch.rand(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(2)]  # replace it
     engine = EngineRegistry.get_engine("mt3")(
         model, optimization_parameters={"lr": 0.1, "copies": 4}
     )

@@ -1,6 +1,6 @@
-"""An adapter behind Hugging Face's image classification pipeline: PIL images to labels and scores.
+"""An adapter in Hugging Face's image classification pipeline: labels and scores of PIL images.
 
-``batch_size`` is the batch that online methods adapt to; without it the pipeline passes one image
+Online methods adapt to batches of ``batch_size``; without it the pipeline passes one image
 at a time.
 """
 

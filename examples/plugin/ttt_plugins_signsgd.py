@@ -1,7 +1,7 @@
 """A plugin: signSGD as an update rule (Bernstein et al., ICML 2018, arXiv 1802.04434).
 
-After ``pip install ./examples/plugin`` the method ``signsgd`` is there for `wrap`, for artifacts
-and for the command line; ``ttt_plugins.testing.check_method("signsgd")`` checks it.
+After ``pip install ./examples/plugin`` the method ``signsgd`` is available to `wrap`, to artifacts
+and on the command line; ``ttt_plugins.testing.check_method("signsgd")`` checks it.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class SignSGD:
     """Entropy minimisation by the sign of the gradients' momentum.
 
     Attributes:
-        lr: what a scalar moves by in a step.
-        momentum: share of the past in the direction, in [0, 1].
+        lr: how far each scalar moves in a step, at least 0.
+        momentum: weight of past gradients in the direction, in [0, 1].
         statistics, prior, window, params: as in Tent.
     """
 
@@ -29,10 +29,10 @@ class SignSGD:
 
 @dataclass(frozen=True)
 class SignRule:
-    """Algorithm 2; ``init`` and ``step`` are pure, the state is a dict of tensors."""
+    """Algorithm 2; ``init`` and ``step`` are pure functions, and the state is a dict of tensors."""
 
     config: SignSGD
-    passes = 1  # forward and backward passes a step
+    passes = 1  # forward and backward passes of a step
 
     def init(self, params):
         return {name: p.new_zeros(p.shape) for name, p in params.items()}

@@ -1,4 +1,4 @@
-"""A data set of one's own for ``ttt-plugins benchmark --dataset cameras``.
+"""A plugin: a data set for ``ttt-plugins benchmark --dataset cameras``.
 
 Its pictures are ``DIR/day/<class>/<file>`` and ``DIR/night/<class>/<file>``.
 """
