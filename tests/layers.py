@@ -1,6 +1,6 @@
-"""The house as it is drawn: which room may import which, and how large its parts may be."""
+"""The layout of the package: which part may import which, and how large files may be."""
 
-#: Each room imports only rooms before it and itself. Rooms of one tuple do not see each other.
+#: Each part imports only itself and parts before it. Parts in one tuple do not import each other.
 LAYERS = (
     ("errors", "version"),
     ("utils",),
@@ -15,7 +15,7 @@ LAYERS = (
     ("hosts", "demo"),
     ("cli",),
 )
-#: What a room may not import although it stands before it.
+#: What a part may not import although it comes before it.
 FORBIDDEN = {
     "data": ("backbones",),
     "benchmark": ("methods",),
@@ -25,5 +25,5 @@ FORBIDDEN = {
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 70
 #: Fourteen: `field.py` makes many runs of what twelve others measure in one, and `field_report.py`
-#: sets them side by side.
+#: compares their results.
 MOST_FILES_IN_BENCHMARK = 14

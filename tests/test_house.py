@@ -1,4 +1,4 @@
-"""The shape of the house (design.md): who may import whom, what is read, what is documented."""
+"""The layout of the package: which part imports which, what is read, what is documented."""
 
 import ast
 import subprocess
@@ -45,26 +45,26 @@ def imports(tree, path):
     return [names[1:] for names in found if names[0] == "ttt_plugins" and len(names) > 1]
 
 
-FLOORS = {room: floor for floor, rooms in enumerate(LAYERS) for room in rooms}
+LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 
 @pytest.mark.parametrize("path", FILES, ids=label)
-def test_a_room_imports_only_rooms_before_it(path):
+def test_a_part_imports_only_parts_before_it(path):
     name = dotted(path)
     if not name or name == ("__main__",):
-        return  # the front doors see everything
+        return  # the entry points may import everything
     own = name[0]
-    assert own in FLOORS, f"{own} has no place in LAYERS"
-    for room, *_ in imports(ast.parse(path.read_text()), path):
-        assert room in FLOORS, f"{label(path)} imports {room} of the package itself"
-        if room != own:
-            assert FLOORS[room] < FLOORS[own], f"{label(path)} imports {room}, which is after it"
-            assert room not in FORBIDDEN.get(own, ()), f"{label(path)} must not import {room}"
+    assert own in LEVELS, f"{own} is not in LAYERS"
+    for part, *_ in imports(ast.parse(path.read_text()), path):
+        assert part in LEVELS, f"{label(path)} imports {part} of the package itself"
+        if part != own:
+            assert LEVELS[part] < LEVELS[own], f"{label(path)} imports {part}, which is after it"
+            assert part not in FORBIDDEN.get(own, ()), f"{label(path)} must not import {part}"
 
 
-def test_there_are_no_empty_rooms():
+def test_every_part_in_the_layers_exists():
     # Otherwise the test above could look in the wrong place.
-    assert {dotted(p)[0] for p in FILES if dotted(p)} - {"__main__"} == set(FLOORS)
+    assert {dotted(p)[0] for p in FILES if dotted(p)} - {"__main__"} == set(LEVELS)
 
 
 def test_no_modules_import_each_other_in_a_circle():
