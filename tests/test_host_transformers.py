@@ -75,7 +75,7 @@ def test_it_saves_the_adapters_artifact(tmp_path, pictures):
 
 def test_mistakes():
     net = tp.from_pretrained(MGG)
-    with pytest.raises(tp.InputError, match="3 labels were given, the model has 10"):
+    with pytest.raises(tp.InputError, match="3 labels were given, but the model has 10"):
         Classifier(net, ["a", "b", "c"])
     layers = torch.nn.Conv2d(3, 10, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
     unknown = tp.wrap(torch.nn.Sequential(*layers), "source", normalize=False)

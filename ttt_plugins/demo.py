@@ -1,9 +1,9 @@
 """The demo: classifiers predict corrupted images, with and without adaptation.
 
-Everything it needs is included in the package: small networks, their trained heads and optimizers,
+The package contains everything that it needs: small networks, their trained heads and optimizers,
 and real images. Methods that adapt batch by batch share one network. TTT and MT3, which adapt to
-each image separately, use the networks they were trained with, and see fewer images because they
-are slower.
+each image separately, use the networks that they were trained with, and see fewer images because
+they are slower.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PER_IMAGE = 32
 
 @dataclass(frozen=True)
 class Sample:
-    """Labels (N,) and, for ``clean`` and each corruption, images (N, 3, H, W) uint8."""
+    """Labels (N,) and, for ``clean`` and each corruption, uint8 images (N, 3, H, W)."""
 
     labels: Tensor
     images: dict[str, Tensor]
@@ -66,7 +66,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Predictions (method -> corruption -> classes (N,)) and total seconds of each method."""
+    """Predicted classes (N,) by method and corruption, and each method's time in seconds."""
 
     predictions: dict[str, dict[str, Tensor]]
     seconds: dict[str, float]
@@ -74,8 +74,8 @@ class DemoResult:
 
     def accuracy(self, method: str, name: str) -> float:
         """Accuracy of a method on one kind of images, in percent."""
-        right = self.predictions[method][name] == self.sample.labels
-        return 100 * right.double().mean().item()
+        correct = self.predictions[method][name] == self.sample.labels
+        return 100 * correct.double().mean().item()
 
     def mean(self, method: str) -> float:
         """Mean accuracy of a method over the corruptions, in percent."""
@@ -83,7 +83,7 @@ class DemoResult:
         return sum(self.accuracy(method, name) for name in names) / len(names)
 
     def table(self) -> str:
-        """Table of accuracies in percent, with a row per corruption and a column per method."""
+        """Table of accuracies in percent, with one row per corruption and one column per method."""
         methods = list(self.predictions)
         rows = [["accuracy in %", *methods]]
         rows += [
@@ -91,12 +91,12 @@ class DemoResult:
             for name in self.sample.images
         ]
         rows.append(["mean of corruptions", *(f"{self.mean(m):.1f}" for m in methods)])
-        shown = len(self.sample.labels) * len(self.sample.images)
-        rows.append(["ms per image", *(f"{1e3 * self.seconds[m] / shown:.1f}" for m in methods)])
+        count = len(self.sample.labels) * len(self.sample.images)
+        rows.append(["ms per image", *(f"{1e3 * self.seconds[m] / count:.1f}" for m in methods)])
         return align(rows)
 
     def changed(self, before: str, after: str) -> tuple[int, int]:
-        """Numbers of corrupted images that only ``after``, and that only ``before``, gets right."""
+        """Numbers of corrupted images that only ``after``, and only ``before``, predicts right."""
         gained = lost = 0
         for name in self.sample.corruptions:
             was = self.predictions[before][name] == self.sample.labels
@@ -126,7 +126,7 @@ def load_sample(folder: str | Path = SAMPLE, n: int | None = None) -> Sample:
     try:
         labels = torch.tensor(json.loads((folder / "labels.json").read_text()))
         images = {path.stem: _tiles(path) for path in sorted(folder.glob("*.webp"))}
-        if not images or any(len(part) != len(labels) for part in images.values()):
+        if not images or any(len(kind) != len(labels) for kind in images.values()):
             raise ValueError("pictures and labels do not match")
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -134,7 +134,7 @@ def load_sample(folder: str | Path = SAMPLE, n: int | None = None) -> Sample:
             f"{folder}: not the demo's images ({reason}); reinstall ttt-plugins"
         ) from error
     if n is not None and not 1 <= n <= len(labels):
-        raise InputError(f"the demo has 1 to {len(labels)} images of each kind, got {n}")
+        raise InputError(f"the demo can use 1 to {len(labels)} images of each kind, got {n}")
     order = sorted(images, key=lambda name: (name != CLEAN, name))
     return Sample(labels[:n], {name: images[name][:n].contiguous() for name in order})
 
@@ -163,7 +163,7 @@ def predict_sample(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> DemoResult:
-    """Predict every kind of images with every adapter, which is reset before each kind."""
+    """Predict every kind of images with every adapter; it is reset before each kind."""
     count = len(sample.labels)
     rows = torch.stack([torch.zeros(count, dtype=torch.int64), torch.arange(count)], 1)
     predictions: dict[str, dict[str, Tensor]] = {name: {} for name in nets}
@@ -182,9 +182,9 @@ def predict_sample(
 
 
 def _examples(result: DemoResult, before: str, after: str, count: int) -> list[tuple[str, int]]:
-    """(corruption, row) of images that only ``after`` gets right.
+    """Corruption and row of images that only ``after`` predicts correctly.
 
-    They are taken from the corruptions in turn, and no image is chosen for two of them.
+    They are taken from the corruptions in turn, and no image is chosen twice.
     """
     labels = result.sample.labels
     queues = {}
@@ -209,7 +209,7 @@ def draw(
     after: str = "mgg",
     examples: int = 8,
 ) -> bytes:
-    """Draw accuracy by corruption and method, and below it example images, as a PNG file."""
+    """Draw the accuracy by corruption and method, and example images below it, as a PNG file."""
     names, methods = list(result.sample.images), list(result.predictions)
     drawn = figure(max(9.0, 1.25 * len(names) + 3), 6.2)
     top, bottom = drawn.subfigures(2, 1, height_ratios=[3, 2], squeeze=False)[:, 0]
@@ -217,8 +217,8 @@ def draw(
     width = 0.8 / len(methods)
     for position, method in enumerate(methods):
         heights = [*(result.accuracy(method, name) for name in names), result.mean(method)]
-        places = [i + position * width for i in range(len(heights))]
-        axes.bar(places, heights, width, label=method, color=COLOURS[position % len(COLOURS)])
+        lefts = [i + position * width for i in range(len(heights))]
+        axes.bar(lefts, heights, width, label=method, color=COLOURS[position % len(COLOURS)])
     ticks = [i + (len(methods) - 1) * width / 2 for i in range(len(names) + 1)]
     labels = [name.replace("_", "\n") for name in names] + ["mean of\ncorruptions"]
     axes.set_xticks(ticks, labels)
@@ -244,8 +244,8 @@ def draw(
         marks = ((before, "\N{BALLOT X}", "#c0392b"), (after, "\N{CHECK MARK}", "#1e8449"))
         for line, (method, mark, colour) in enumerate(marks):
             text = f"{method}: {classes[int(result.predictions[method][name][row])]} {mark}"
-            place = {"x": 0.5, "y": -0.13 - 0.17 * line, "transform": small.transAxes}
-            small.text(s=text, color=colour, ha="center", fontsize=9, **place)
+            position = {"x": 0.5, "y": -0.13 - 0.17 * line, "transform": small.transAxes}
+            small.text(s=text, color=colour, ha="center", fontsize=9, **position)
     return to_png(drawn)
 
 
@@ -258,12 +258,13 @@ def run_demo(
         results of the methods that adapt batch by batch, and of those that adapt to each image
         separately.
     """
-    out = check_out(out)  # before the work, like the check for matplotlib
+    # The folder and the presence of matplotlib are checked before the work begins.
+    out = check_out(out)
     figure(1, 1)
     sample = load_sample(n=n)
-    few = load_sample(n=min(PER_IMAGE, len(sample.labels)))
+    smaller = load_sample(n=min(PER_IMAGE, len(sample.labels)))
     result = predict_sample(build_adapters(), sample, progress=progress)
-    per_image = predict_sample(build_per_image_adapters(), few, progress=progress)
+    per_image = predict_sample(build_per_image_adapters(), smaller, progress=progress)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,1 +1,1 @@
-"""Integrations with other libraries; importing a module registers the methods in its library."""
+"""Integrations with other libraries; importing a module registers the methods with its library."""

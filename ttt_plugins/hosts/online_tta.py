@@ -16,7 +16,7 @@ file and on the command line (``TTT_PLUGINS.FIELDS.mode online``):
   measured first; 0 measures nothing.
 
 OPTIM.LR sets ``lr``. OPTIM.STEPS sets ``steps`` of the methods that adapt to each image, and the
-number of updates per batch of MGG. Both have an effect only where they differ from the repository's
+number of MGG's updates per batch. Both have an effect only if they differ from the repository's
 defaults, which stand for the artifact's own values; FIELDS.lr and FIELDS.steps set any value. The
 update rules are the methods' own, so OPTIM.METHOD and its options have no effect. MIXED_PRECISION
 means bfloat16, which needs no gradient scaler.
@@ -42,17 +42,17 @@ try:
     from utils.registry import ADAPTATION_REGISTRY  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise tp.MissingDependencyError(
-        "this runs inside mariodoebler/test-time-adaptation: import it from its folder "
+        "this runs only inside mariodoebler/test-time-adaptation: import it from its folder "
         f"classification ({' '.join(str(error).split())})"
     ) from error
 
 __all__ = ["MGG", "MT3", "TTT"]
 
-#: The repository's defaults, which mean that a value is not set.
+#: The repository's defaults; a value that equals its default counts as not set.
 _LR, _STEPS = defaults.OPTIM.LR, defaults.OPTIM.STEPS
 
 if "TTT_PLUGINS" not in defaults:
-    # yacs merges declared keys only; a key declared as None takes a value of any type.
+    # yacs merges only declared keys; a key declared as None accepts a value of any type.
     configs = [get_method(name).config for name in ("mgg", "mt3", "ttt")]
     names = {field.name for config in configs for field in dataclasses.fields(config)}
     section = {"ARTIFACT": "", "ITS_MODEL": False, "CLEAN_IMAGES": 0}
@@ -60,9 +60,9 @@ if "TTT_PLUGINS" not in defaults:
 
 
 class _Hosted(TTAMethod):
-    """An adapter with that repository's interface; its models normalise images themselves."""
+    """An adapter with the repository's interface, whose models normalise images themselves."""
 
-    per_image = True  # each image is adapted to separately, without a window of past images
+    per_image = True  # the method adapts to each image separately, without a window of past images
 
     def __init__(self, cfg, model, num_classes):
         super().__init__(cfg, model, num_classes)  # calls configure_model and collect_params
@@ -92,15 +92,15 @@ class _Hosted(TTAMethod):
 
     def _fields(self) -> dict[str, Any]:
         """Fields of the method's config that the repository's configuration sets."""
-        optim, given = self.cfg.OPTIM, {}
+        optim, fields = self.cfg.OPTIM, {}
         if optim.LR != _LR:
-            given["lr"] = float(optim.LR)
+            fields["lr"] = float(optim.LR)
         if self.per_image and optim.STEPS != _STEPS:
-            given["steps"] = optim.STEPS
+            fields["steps"] = optim.STEPS
         for name, value in self.cfg.TTT_PLUGINS.FIELDS.items():
             if value is not None:
-                given[name] = tuple(value) if isinstance(value, list) else value
-        return given
+                fields[name] = tuple(value) if isinstance(value, list) else value
+        return fields
 
     def _clean_images(self, count: int):
         """The repository's own loader of ``count`` training images."""
@@ -151,7 +151,7 @@ class _Hosted(TTAMethod):
 
     @torch.no_grad()
     def forward_sliding_window(self, x):
-        """Predict with the current state, without adapting."""
+        """Predict with the current adapted parameters, without adapting further."""
         state = self.model.adaptation_state()
         params = {n[7:]: t for n, t in state.items() if n.startswith("params.")}
         with self._precision():
@@ -164,7 +164,7 @@ class _Hosted(TTAMethod):
 
 @ADAPTATION_REGISTRY.register()
 class MGG(_Hosted):
-    """MGG adapts online, batch by batch; single samples are collected into windows."""
+    """MGG adapts online, batch by batch; single images are collected into windows."""
 
     per_image = False
 

@@ -1,6 +1,6 @@
-"""What a user's own training loop differentiates: predictions and a self-supervised loss.
+"""Training steps for a user's own loop: predictions and a self-supervised loss, with their graph.
 
-Tasks, losses and update rules are those of adaptation, with the graph kept.
+Tasks, losses and update rules are those of adaptation.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Sequence = tuple[Tensors, Tensors]
 def joint_step(
     net: Adapter, model: nn.Module, heads: Mapping[str, Tensor], images: Tensor, number: int
 ) -> tuple[Tensor, Tensor]:
-    """TTT, equation 1: (B, classes) logits of the plain model, rotation loss of one view each.
+    """TTT, equation 1: logits (B, classes) of the model itself, and the rotation loss.
 
-    ``number`` is the number of the step, which gives every step its own random draws. In train mode
-    the model's BatchNorms update their running statistics on the images; the rotation branch does
-    not update them.
+    The rotation loss is that of one view of each image. ``number`` is the number of the step, which
+    gives every step its own random draws. In train mode the model's BatchNorms update their running
+    statistics on the images; the rotation branch does not update them.
     """
     algorithm, backbone = _of(net, heads, (PerImage, PerBatch)), net.backbone
     # The branch that writes running statistics comes first, then the one whose graph uses them.
@@ -44,7 +44,7 @@ def joint_step(
 def meta_step(
     net: Adapter, model: nn.Module, heads: Mapping[str, Tensor], images: Tensor, number: int
 ) -> tuple[Tensor, Tensor]:
-    """MT3, algorithm 1: one step with the batch as a task, then logits and L_ss after the step.
+    """MT3, algorithm 1: logits (B, classes) and L_ss after one inner step on the batch as a task.
 
     The outer loss is the cross-entropy of the logits plus gamma times L_ss (0.1 in the paper).
     BatchNorm keeps its source statistics, as at test time, so a model with BatchNorm must already
@@ -56,35 +56,35 @@ def meta_step(
     views = _views(algorithm, images, net.seed, number)
     meta = {f"model.{n}": p for n, p in model.named_parameters()} | dict(heads)
     # The inner step also changes frozen parameters, as adaptation does.
-    moving = {n: p for n, p in meta.items() if n in algorithm.source or n in heads}
-    moving = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in moving.items()}
+    adapted = {n: p for n, p in meta.items() if n in algorithm.source or n in heads}
+    adapted = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in adapted.items()}
     with plain_attention():
-        _, grads = loss_and_gradient(lambda p: algorithm.task.loss(meta | p, *views), moving, True)
-        moved = meta | descend(moving, grads, net.config.lr)
-        return call(net.backbone, moved, images), algorithm.task.loss(moved, *views)
+        _, grads = loss_and_gradient(lambda p: algorithm.task.loss(meta | p, *views), adapted, True)
+        after = meta | descend(adapted, grads, net.config.lr)
+        return call(net.backbone, after, images), algorithm.task.loss(after, *views)
 
 
 def memory_step(
-    net: Adapter, heads: Mapping[str, Tensor], images: Tensor, held: Sequence | None
+    net: Adapter, heads: Mapping[str, Tensor], images: Tensor, sequence: Sequence | None
 ) -> tuple[Tensor, Tensor, Sequence | None]:
-    """MGG: logits and unlabelled loss of a batch after the optimizer's update on it.
+    """MGG: logits (B, classes) and the loss without labels after the optimizer's update on a batch.
 
-    Only the optimizer's slow weights learn. ``held`` is the state of the sequence so far (adapted
-    parameters and the update rule's state), None at its start; it is returned with the batch's
-    update added. An update is evaluated on the batch that it was made on, because a training loop
+    Only the optimizer's slow weights learn. ``sequence`` is the state of the sequence so far
+    (adapted parameters and the update rule's state), None at its start; it is returned with the
+    batch's update included. An update is evaluated on its own batch, because a training loop
     passes one batch at a time; `train.mgg` evaluates it on the next batch.
     """
     algorithm = _of(net, heads, Online)
-    params, state = held or (dict(algorithm.source), algorithm.init())
+    params, state = sequence or (dict(algorithm.source), algorithm.init())
     first = evaluate(net.backbone, algorithm.objective, params, images)
-    moved, state = algorithm.rule.step(params, state, first, algorithm.situation(images))
+    adapted, state = algorithm.rule.step(params, state, first, algorithm.situation(images))
     with net.backbone.recording() as features:
-        logits = call(net.backbone, moved, images)
+        logits = call(net.backbone, adapted, images)
     features = features if algorithm.objective.needs_features else []
     loss = algorithm.objective.loss(logits, features, None).value
     if first.finite:
-        held = _detached(moved), _detached(state)
-    return logits, loss, held
+        sequence = _detached(adapted), _detached(state)
+    return logits, loss, sequence
 
 
 def _detached(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -1,10 +1,10 @@
 """Adapters as timm models, which timm's own scripts can run unchanged.
 
 timm's ``validate.py`` creates its model by name, normalises the images in its loader, and passes
-random numbers through the model once before the first batch. `TimmModel` handles this: its data
-configuration has mean 0 and standard deviation 1, so that the loader yields images in [0, 1], and
-the warm-up batch is predicted by the source model without adapting. Importing this module registers
-the name ``ttt_plugins``; run as a module, it starts one of timm's scripts with that name
+one batch of random numbers through the model before the first batch of images. `TimmModel` handles
+this: its data configuration has mean 0 and standard deviation 1, so that the loader yields images
+in [0, 1], and the source model predicts the warm-up batch without adapting. Importing this module
+registers the name ``ttt_plugins``; run as a module, it starts one of timm's scripts with that name
 registered::
 
     python -m ttt_plugins.hosts.timm_models validate.py --data-dir DIR --model ttt_plugins \
@@ -41,12 +41,12 @@ class TimmModel(nn.Module):
 
     Args:
         net: the adapter.
-        warm_up: whether the first batch is a script's warm-up, which is always predicted by the
-            source model without adapting.
+        warm_up: whether the first batch is a script's warm-up, which the source model predicts
+            without adapting.
 
     Attributes:
         net: the adapter.
-        num_classes: number of classes, None while unknown.
+        num_classes: number of classes; None if unknown.
         pretrained_cfg: the classifier's data configuration, with mean 0 and standard deviation 1.
     """
 
@@ -61,7 +61,7 @@ class TimmModel(nn.Module):
         self._warming_up = warm_up
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> logits (B, classes)."""
+        """Map images (B, C, H, W) in [0, 1] to logits (B, classes)."""
         if self._warming_up:
             self._warming_up = False
             with torch.no_grad():
@@ -78,7 +78,7 @@ def ttt_plugins(
     warm_up: bool = True,
     **fields: Any,
 ) -> TimmModel:
-    """``timm.create_model("ttt_plugins", …)``: an adapter, loaded or wrapped.
+    """Load or wrap an adapter, for ``timm.create_model("ttt_plugins", …)``.
 
     Args:
         pretrained: whether to download timm's weights of ``classifier``.
@@ -94,18 +94,18 @@ def ttt_plugins(
 
     Raises:
         InputError: neither or both of ``adapter`` and ``classifier`` are given, or the classifier
-            does not have the number of classes or channels that the script asks for.
+            does not have the number of classes or channels that the script requests.
     """
     if bool(adapter) == bool(classifier and method) or bool(classifier) != bool(method):
-        raise InputError("give adapter=NAME, or classifier=NAME together with method=NAME")
-    asked = {name: fields.pop(name, None) for name in ("num_classes", "in_chans")}
+        raise InputError("give adapter=NAME, or else classifier=NAME together with method=NAME")
+    requested = {name: fields.pop(name, None) for name in ("num_classes", "in_chans")}
     fields = {name: value for name, value in fields.items() if name not in _TIMM_ONLY}
     if adapter:
         net = from_pretrained(adapter, **fields)
     else:
         net = wrap(classifier, method, pretrained=pretrained, **fields)
     has = {"num_classes": net.num_classes, "in_chans": net.input_size[0]}
-    for name, value in asked.items():
+    for name, value in requested.items():
         if value is not None and has[name] not in (None, value):
             raise InputError(f"{adapter or classifier} has {name}={has[name]}, not {value}")
     return TimmModel(net, warm_up)
@@ -119,8 +119,8 @@ def run_script(arguments: list[str]) -> None:
     """
     if not arguments or not Path(arguments[0]).is_file():
         raise InputError(
-            f"no script {arguments[0] if arguments else ''!r}: the first argument is the path of "
-            "validate.py, which timm's repository has and its package does not"
+            f"no script {arguments[0] if arguments else ''!r}: the first argument must be the path "
+            "of a script such as validate.py, which is in timm's repository but not in its package"
         )
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).resolve().parent))

@@ -1,8 +1,8 @@
-"""Engines for torch-ttt (0.0.2 or later): importing this module registers them.
+"""Engines for torch-ttt 0.0.2 or later; importing this module registers them.
 
-Their names are ``ttt_plugins_mgg``, ``ttt_plugins_mt3`` and ``ttt_plugins_ttt``; ``mgg`` and
-``mt3`` work as well, while ``ttt`` remains torch-ttt's own engine. torch-ttt does not read entry
-points, so a script has to import this module.
+Their names are ``ttt_plugins_mgg``, ``ttt_plugins_mt3`` and ``ttt_plugins_ttt``. The names ``mgg``
+and ``mt3`` work as well, while ``ttt`` remains torch-ttt's own engine. torch-ttt does not read
+entry points, so a script has to import this module.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["MGGEngine", "MT3Engine", "TTTEngine"]
 
 
 class TTTEngine(Engine):
-    """TTT, trained jointly; ``features_layer_name`` is where the trunk ends (`TTT.split`)."""
+    """TTT, trained jointly; ``features_layer_name`` says where the trunk ends (`TTT.split`)."""
 
     method = "ttt"
     kept = MappingProxyType({"mode": "online"})
@@ -58,13 +58,13 @@ class MT3Engine(Engine):
 
 
 class MGGEngine(Engine):
-    """MGG: only the optimizer learns, the model does not; a sequence lasts until `reset`."""
+    """MGG: only the optimizer learns, not the model; a sequence lasts until `reset`."""
 
     method = "mgg"
     kept = MappingProxyType({})
 
     def __init__(self, model: nn.Module, optimization_parameters=None, **options):
-        # Every call is an update, as with torch-ttt's own engines, unless the user says otherwise.
+        # By default every call is an update, as with torch-ttt's own engines.
         super().__init__(model, optimization_parameters, **({"window": 1} | options))
 
     def step(self, net, images):

@@ -1,8 +1,8 @@
 """The base class of the engines in `ttt_plugins.hosts.torch_ttt`.
 
 torch-ttt's own engines copy themselves in every call and adapt the copy. These engines copy
-nothing: the adapter runs the model with adapted tensors in place of its weights, which it shares
-and never changes.
+nothing: the adapter shares the model's weights and never changes them, but runs the model with
+adapted tensors in their place.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ class Engine(BaseEngine):
 
     After ``train()`` a call returns logits and loss with a graph, for a training loop over
     ``parameters()``, which include everything that the method learns. After ``eval()`` it returns
-    the adapter's logits and loss, also under ``no_grad``. The stream restarts at the source when a
+    the adapter's logits and loss, even under ``no_grad``. The stream restarts at the source when a
     weight or a setting has changed. A copied or unpickled engine continues its original's stream,
-    and so does an engine that loads a state dict equal to its own.
+    and an engine that loads a state dict equal to its own continues its stream.
 
-    Of torch-ttt's ``optimization_parameters`` these are supported: ``num_steps`` (0: no
+    Of torch-ttt's ``optimization_parameters`` these are supported: ``num_steps`` (0 means no
     adaptation); ``copy_model``, True to start every call at the source, False to keep what was
     learned in earlier calls; and ``optimizer_name``, which has no effect and causes a warning,
-    because the update rule is the method's. All others are fields of the method's config.
+    because each method has its own update rule. All others are fields of the method's config.
 
     Args:
         model: the classifier.
         optimization_parameters: see above; they may be changed later.
-        tensors: tensors that the method learned beforehand; unless given, untrained heads, and for
+        tensors: tensors that the method learned beforehand; by default untrained heads, and for
             MGG a bundled optimizer.
         options: mean, std, normalize and seed as for `ttt_plugins.wrap`, and the config's fields.
 
     Raises:
-        InputError: a field that the method does not have, or images of another shape or range.
+        InputError: the method does not have a field, or the images have another shape or range.
     """
 
     method = ""
@@ -76,10 +76,10 @@ class Engine(BaseEngine):
         self.number, self.sequence = 0, None
 
     def fresh_heads(self, model: nn.Module, options: dict[str, Any]) -> dict[str, Tensor] | None:
-        """Heads to train, by their names in artifacts; None where `wrap` supplies its own."""
+        """Heads to train, by their names in artifacts; None if `wrap` supplies its own."""
 
     def step(self, net: Adapter, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and the loss of one training step, with their graph."""
+        """Logits and loss of one training step, with their graph."""
         raise NotImplementedError
 
     def learned(self) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class Engine(BaseEngine):
         return net
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> logits (B, classes) and a scalar loss."""
+        """Map images to logits (B, classes) and a scalar loss."""
         if self.training:
             return self.ttt_forward(inputs)
         if self._untrained is not None and self._untrained == _marks(self.heads):
@@ -107,30 +107,32 @@ class Engine(BaseEngine):
             net.reset()
         repeats = self.optimization_parameters.get("num_steps", 1)
         if hasattr(self.config, "steps"):
-            repeats = 1  # the adapter takes its steps within a call
+            repeats = 1  # the adapter takes all its steps within one call
         logits = net(inputs)
         for _ in range(repeats - 1):
             logits = net(inputs)
         return logits, logits.new_zeros(()) if net.loss is None else net.loss
 
     def ttt_forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """As in train mode, whatever the mode: (logits, loss) to differentiate."""
+        """Logits and loss to differentiate, as in train mode, whichever mode is set."""
         settings = {k: v for k, v in self._settings().items() if k != "steps"}
         if hasattr(self.config, "copies"):
-            settings["copies"] = 1  # of an image in a step; the batch has others
-        # No new adapter is needed for weights that an optimizer changed: it shares or gets them.
-        places = [place for place, _ in _marks(self)]
-        net = self._hold(self._training, (places, settings))
+            settings["copies"] = (
+                1  # one view per image and step, because the batch has other images
+            )
+        # Changed values need no new adapter: it shares the weights, and `step` passes the heads.
+        addresses = [address for address, _ in _marks(self)]
+        net = self._hold(self._training, (addresses, settings))
         net.check_images(inputs)
         self.number += 1
         return self.step(net, inputs)
 
     def reset(self) -> None:
-        """Return to the source: the next batch starts a stream, or a sequence in MGG's training."""
+        """Return to the source; the next batch starts a stream, or a sequence in MGG's training."""
         self._adapting, self._resumed, self.sequence = [None, None], None, None
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Like PyTorch's; a state dict that changes no value does not reset the stream."""
+        """Load a state dict as in PyTorch; one that changes no value does not reset the stream."""
         own = self.state_dict()
         unchanged = own.keys() == state_dict.keys() and all(
             t.dtype == state_dict[n].dtype and torch.equal(t, state_dict[n].to(t.device))
@@ -143,19 +145,19 @@ class Engine(BaseEngine):
         return loaded
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without adapters, which share the engine's weights; streams are tensors."""
+        """The state without adapters, which share the engine's weights; streams become tensors."""
         self._drop_outdated()
         state = self.__dict__ | {"_adapting": [None, None], "_training": [None, None]}
         key, net = self._adapting
         return state if net is None else state | {"_resumed": (key, net.adaptation_state())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the state; the same values are now at other addresses."""
+        """Restore the state, whose tensors are now at other addresses."""
         super().__setstate__(state)
         self._update_marks()
 
     def _drop_outdated(self) -> None:
-        """Drop records about weights whose values have changed since."""
+        """Drop what was recorded for weights whose values have changed."""
         marks = _marks(self)
         if self._adapting[0] is not None and self._adapting[0][0] != marks:
             self._adapting = [None, None]
@@ -177,33 +179,33 @@ class Engine(BaseEngine):
 
     def _settings(self) -> dict[str, Any]:
         """Fields of the method's config that ``optimization_parameters`` set."""
-        given = dict(self.optimization_parameters)
-        steps = given.pop("num_steps", None)
+        fields = dict(self.optimization_parameters)
+        steps = fields.pop("num_steps", None)
         if steps is not None and (steps == 0 or hasattr(self.config, "steps")):
-            given["steps"] = steps
-        if given.pop("optimizer_name", None) is not None:
+            fields["steps"] = steps
+        if fields.pop("optimizer_name", None) is not None:
             warnings.warn(
                 f"optimizer_name has no effect: the update rule is {self.method}'s own",
                 stacklevel=4,
             )
-        if not given.pop("copy_model", True):
+        if not fields.pop("copy_model", True):
             if self.kept is None:
                 raise InputError(
                     f"copy_model=False keeps what was learned, but {self.method} always forgets: "
                     "leave copy_model out or set it to True"
                 )
-            given = {**self.kept, **given}
-        return given
+            fields = {**self.kept, **fields}
+        return fields
 
-    def _hold(self, held: list, key: tuple[list, dict[str, Any]]) -> Adapter:
-        """The adapter cached in ``held`` for these weights and settings, or a new one."""
-        if held[0] != key:
+    def _hold(self, cache: list, key: tuple[list, dict[str, Any]]) -> Adapter:
+        """The adapter in ``cache`` if it has these weights and settings, otherwise a new one."""
+        if cache[0] != key:
             settings = key[1]
             plain = settings.get("steps") == 0
             config = "source" if plain else configure(self.config, settings)
             learned = None if plain else {n: t.detach() for n, t in self.learned().items()}
-            held[:] = key, wrap(self.model, config, tensors=learned, **self._options)
-        return held[1]
+            cache[:] = key, wrap(self.model, config, tensors=learned, **self._options)
+        return cache[1]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

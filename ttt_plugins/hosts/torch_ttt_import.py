@@ -20,8 +20,8 @@ def _explain(error: Exception) -> str:
         return f"this needs torch-ttt, which is not installed: {install}"
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     if getattr(error, "name", None) == "einops":
-        return f"torch-ttt {version} needs einops and does not bring it: {install}"
-    return f"torch-ttt {version} is broken or too old, 0.0.2 is known to work ({reason}): {install}"
+        return f"torch-ttt {version} needs einops but does not install it: {install}"
+    return f"torch-ttt {version} is broken or too old; 0.0.2 is known to work ({reason}): {install}"
 
 
 try:
@@ -29,10 +29,10 @@ try:
     from torch_ttt.engine_registry import EngineRegistry
 
     if not (issubclass(BaseEngine, nn.Module) and hasattr(BaseEngine, "ttt_forward")):
-        raise TypeError("BaseEngine is no module with ttt_forward")
+        raise TypeError("BaseEngine is not a module with ttt_forward")
     if not (hasattr(EngineRegistry, "register") and hasattr(EngineRegistry, "get_engine")):
         raise TypeError("EngineRegistry has no register or no get_engine")
-except Exception as error:  # torch-ttt imports all of its engines, which may raise anything
+except Exception as error:  # torch-ttt imports all of its engines, which may raise any error
     raise MissingDependencyError(_explain(error)) from error
 
 

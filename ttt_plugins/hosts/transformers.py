@@ -46,11 +46,11 @@ class Classifier(PreTrainedModel):
 
     Args:
         net: the adapter.
-        labels: names of the classes, in the order of the logits; ``LABEL_0``, ``LABEL_1``, …
-            unless given.
+        labels: names of the classes, in the order of the logits; by default ``LABEL_0``,
+            ``LABEL_1``, …
 
     Attributes:
-        net: the adapter; call ``net.reset()`` before another stream.
+        net: the adapter; call ``net.reset()`` before each new stream.
 
     Raises:
         InputError: the number of classes is unknown, or differs from the number of labels.
@@ -64,7 +64,7 @@ class Classifier(PreTrainedModel):
         if classes is None:
             raise InputError("the model does not say how many classes it has: give labels=")
         if net.num_classes not in (None, classes):
-            raise InputError(f"{classes} labels were given, the model has {net.num_classes}")
+            raise InputError(f"{classes} labels were given, but the model has {net.num_classes}")
         names = [f"LABEL_{i}" for i in range(classes)] if labels is None else labels
         config = ClassifierConfig(
             id2label=dict(enumerate(names)),
@@ -75,7 +75,7 @@ class Classifier(PreTrainedModel):
         self.net = net
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
-        """Images (B, C, H, W) in [0, 1] -> logits (B, classes), and a loss if labels are given.
+        """Map images (B, C, H, W) in [0, 1] to logits (B, classes), and a loss if labels are given.
 
         The loss is the cross-entropy of the logits, for evaluation; adaptation never uses labels.
         """
@@ -98,7 +98,7 @@ def image_classification(
     """The image classification pipeline of transformers for an adapter.
 
     The pipeline passes images through the model one at a time unless it is called with a
-    ``batch_size``, which is then the batch that the online methods adapt to.
+    ``batch_size``; the online methods then adapt to batches of that size.
 
     Args:
         net: the adapter.
