@@ -87,8 +87,7 @@ def run_benchmark(
         command: the command line that started the run, for the record.
         overwrite: whether to replace other results or an unfinished run in ``out``.
         resume: whether to resume an unfinished run of the same settings, with the figures of an
-            uninterrupted one, or to return the results of a finished one. If there is neither, a
-            new run starts.
+            uninterrupted one, or to return a finished run's results; otherwise a run starts.
         worker: this process, if several share the run and ``out``.
         progress: whether to show a progress bar.
         only_results: whether ``results.json`` is the only file to write.
