@@ -773,8 +773,8 @@ def test_wrap_trains_a_head_by_its_seed(make_model, same_tensors):
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
-        ("ttt", {"head": "train"}, "belong together"),
-        ("ttt", {"data": torch.rand(8, 3, 32, 32)}, "belong together"),
+        ("ttt", {"head": "train"}, "must be given together"),
+        ("ttt", {"data": torch.rand(8, 3, 32, 32)}, "must be given together"),
         ("ttt", {"head": "train", "data": torch.rand(8, 3, 32, 20)}, "square"),
         ("ttt", {"head": "train", "data": []}, "no images"),
         ("ttt", {"head": "train", "data": ["one"]}, "got str"),

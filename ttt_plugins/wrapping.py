@@ -1,7 +1,7 @@
 """``wrap`` and ``from_pretrained``, which create an adapter from a name or a module.
 
 Both load a classifier and the tensors that the method has learned for it, and build an adapter from
-the two. `wrap` starts from the classifier, `from_pretrained` from the learned tensors.
+these. `wrap` starts from the classifier, `from_pretrained` from the learned tensors.
 """
 
 from __future__ import annotations
@@ -88,38 +88,39 @@ def wrap(
 ) -> Adapter:
     """Wrap an image classifier so that it adapts itself at inference.
 
-    A module's weights and buffers are shared and never written. If you change them afterwards, what
-    the adapter starts from and `Adapter.reset` returns to changes: wrap a ``copy.deepcopy`` then.
+    A module's weights and buffers are shared and never written. If you change them afterwards, you
+    change what the adapter starts from and `Adapter.reset` returns to; wrap a ``copy.deepcopy`` to
+    prevent this.
 
     Args:
         model: a timm name, ``"robustbench:<dataset>/<name>"`` (corruptions zoo), an artifact that
             carries a model (``"bundled:source-resnet26-cifar10"``, a folder, ``"org/name"`` or
             ``"org/name@revision"`` on the Hub), a timm repository (``"hf-hub:org/name"``,
-            ``"local-dir:path"``, always with its weights), an adapter, of which the unadapted
-            model is taken, or any ``nn.Module`` from normalised images (B, C, H, W) to logits.
+            ``"local-dir:path"``, always with its weights), an adapter, whose unadapted model is
+            used, or any ``nn.Module`` that maps normalised images (B, C, H, W) to logits.
         method: a name from `list_methods()` or a config object (``tp.MGG(lr=1e-3)``).
         params: what adapts: ``"norm"``, ``"all"``, ``"lora"``, a regular expression, or names.
-        mean: mean of the pixels per channel; from the ``pretrained_cfg`` unless given.
-        std: standard deviation of the pixels per channel; from the ``pretrained_cfg`` too.
+        mean: mean of the pixels per channel; by default from the ``pretrained_cfg``.
+        std: standard deviation of the pixels per channel; by default from the ``pretrained_cfg``.
         normalize: False if the model normalises images itself (known for RobustBench's models).
         pretrained: whether to download timm's weights.
-        device: device for the adapter; unless given, the model stays on its device.
-        seed: seed for everything random; untrained timm models use torch's generator without it.
+        device: device for the adapter; by default the model stays on its device.
+        seed: seed for everything random; without it, untrained timm models use torch's generator.
         model_dir: folder with RobustBench's checkpoints.
         tensors: tensors that the method has learned beforehand, by name, instead of an artifact's.
         head: an artifact with a self-supervised head for these weights, or ``"train"`` for one.
         data: clean, unlabelled images for that: like ``source_images``, or a tensor (N, C, S, S).
-        classes: the classes that occur, as indices of the model's logits, of which only these are
-            used, in this order; or ``"imagenet-r"`` or ``"imagenet-a"``, 200 of ImageNet's.
+        classes: the classes that occur, as indices of the model's logits; only these logits are
+            used, in this order. ``"imagenet-r"`` or ``"imagenet-a"`` mean 200 of ImageNet's.
         normalized_input: whether images are already normalised with mean and std; see `Adapter`.
         source_images: what `Adapter.fit_source_statistics` takes, for MGG.
         **overrides: fields of the method's config.
 
     Returns:
-        An `Adapter`: images in [0, 1] in, logits out.
+        An `Adapter`, which maps images (B, C, H, W) in [0, 1] to logits (B, classes).
 
     Raises:
-        InputError: unknown model, method or field, or nothing to adapt.
+        InputError: the model, the method or a field is unknown, or there is nothing to adapt.
         ArtifactError: an artifact cannot be loaded (`HubError` if the Hub is the reason).
     """
     record = get_method(method)
@@ -149,11 +150,13 @@ def _check_learned(tensors: Any, head: Any, data: Any) -> None:
     if not by_name or not all(isinstance(t, Tensor) for t in (tensors or {}).values()):
         raise InputError("tensors must be a dict of tensors by name")
     if not isinstance(head, (str, Path, type(None))):
-        raise InputError(f'head is "train" or an artifact, got {type(head).__name__}')
+        raise InputError(f'head must be "train" or an artifact, got {type(head).__name__}')
     if head is not None and tensors is not None:
-        raise InputError("head and tensors both say what the method has learned: give one")
+        raise InputError("head and tensors both say what the method has learned; give only one")
     if (head == "train") != (data is not None):
-        raise InputError('head="train" and data=, the images to train it on, belong together')
+        raise InputError(
+            'head="train" and data=, the images to train it on, must be given together'
+        )
 
 
 def _with_new_head(
@@ -174,19 +177,20 @@ def _with_new_head(
 
 
 def _inherited(setting: _Setting, model: Any, origin: Origin) -> _Setting:
-    """The setting with the preprocessing of an adapter's or a RobustBench model."""
+    """The setting with the preprocessing of the model, if it is an adapter's or RobustBench's."""
     if origin["source"] == "robustbench":
         setting = replace(setting, normalize=False)
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, Adapter):
         return setting
-    own = model.backbone
-    setting = replace(setting, classes=own.classes if setting.classes is None else setting.classes)
+    backbone = model.backbone
+    if setting.classes is None:
+        setting = replace(setting, classes=backbone.classes)
     if setting.mean is not None or setting.std is not None:
         return setting
-    if not own.normalize:
+    if not backbone.normalize:
         return replace(setting, normalize=False)
-    return replace(setting, mean=own.mean, std=own.std, normalize=True)
+    return replace(setting, mean=backbone.mean, std=backbone.std, normalize=True)
 
 
 def _positions(classes: Sequence[int] | str | None) -> Sequence[int] | None:
@@ -194,7 +198,7 @@ def _positions(classes: Sequence[int] | str | None) -> Sequence[int] | None:
 
 
 def _start(method: str | Any, record: Method, learned: Learned | None) -> Any:
-    """The config before overrides: learned tensors are used with their own step size."""
+    """The config before overrides; learned tensors are used with their own step size."""
     if not isinstance(method, str):
         return method
     if learned is None or learned.config is None:
@@ -221,31 +225,32 @@ def from_pretrained(
     Args:
         name: ``"org/name"`` or ``"org/name@revision"`` on the Hugging Face Hub,
             ``"bundled:<name>"``, or a local folder.
-        revision: branch, tag or commit on the Hub (the default branch unless given). It is
-            resolved once, and all files are taken from that commit.
+        revision: branch, tag or commit on the Hub; by default the default branch. It is resolved
+            once, and all files are taken from that commit.
         backbone: the classifier, if the artifact does not name one or to replace the one it names,
             in any form that `wrap` accepts (a timm name gets its pretrained weights).
-        strict_backbone: whether a classifier with weights other than those that the adapter was
-            made for is an error rather than a warning. It has no effect if the artifact declares
+        strict_backbone: whether it is an error, rather than a warning, if the classifier's weights
+            are not those that the adapter was made for. It has no effect if the artifact declares
             that it fits any architecture.
-        device: device for the adapter; unless given, a module passed as ``backbone`` stays on its
+        device: device for the adapter; by default a module passed as ``backbone`` stays on its
             device.
         seed: seed for everything random.
         cache_dir: cache folder for files from the Hub (by default huggingface_hub's cache, where
             timm always keeps its own weights).
-        local_files_only: whether to use only that cache, without a connection.
-        token: access token of the Hub; unless given, that of ``hf auth login`` or HF_TOKEN; False
-            for none.
+        local_files_only: whether to use only the cache, without a connection.
+        token: access token of the Hub, by default that of ``hf auth login`` or HF_TOKEN; False for
+            none.
         normalized_input: as in `wrap`.
         **overrides: fields of the method's config to change.
 
     Returns:
-        An `Adapter`: images in [0, 1] in, logits out.
+        An `Adapter`, which maps images (B, C, H, W) in [0, 1] to logits (B, classes).
 
     Raises:
         ArtifactError: the artifact is missing, damaged, or made for another classifier.
-        HubError: (an `ArtifactError`) no such repository or revision, no access or no connection.
-        InputError: an unknown field, or a revision of something that is not on the Hub.
+        HubError: (an `ArtifactError`) the Hub has no such repository or revision, refuses access,
+            or cannot be reached.
+        InputError: a field is unknown, or a revision is given for something not on the Hub.
     """
     setting = _Setting(device=device, seed=seed, normalized_input=normalized_input)
     access = Access(revision, cache_dir, local_files_only, token)
@@ -254,7 +259,7 @@ def from_pretrained(
     learned = Learned(artifact.tensors, place.name, artifact.config)
     record = get_method(artifact.config["method"])
     config = _changed(learned, record, overrides)
-    access = replace(access, revision=None)  # the revision was the adapter's
+    access = replace(access, revision=None)  # the revision is the adapter's, not the classifier's
     classifier = _Classifier(record, config, artifact, place.name, access, strict_backbone)
     module, origin, preprocessing = classifier.load(backbone, seed)
     return _build(module, record, config, learned, origin, replace(setting, **preprocessing))
@@ -264,14 +269,14 @@ def _place(name: str | Path, access: Access) -> hub.Place:
     place = hub.find(name, access)
     if place is None:
         raise ArtifactError(
-            f"{str(name)[:200]!r} is no folder with a config.json, no ORG/NAME on the Hub and "
-            f"not bundled; bundled are {['bundled:' + n for n in list_bundled()]}"
+            f"{str(name)[:200]!r} is neither a folder with a config.json nor ORG/NAME on the Hub "
+            f"nor bundled; bundled are {['bundled:' + n for n in list_bundled()]}"
         )
     return place
 
 
 def _changed(learned: Learned, record: Method, overrides: dict[str, Any]) -> Any:
-    """The config of an artifact with fields replaced."""
+    """The config of an artifact, with some fields replaced."""
     config = stored_fields(record, learned.config or {}, learned.where)
     try:
         return configure(config, overrides)
@@ -299,29 +304,29 @@ class _Classifier:
             ArtifactError: it is not the classifier that the artifact was made for.
         """
         made_for = self.artifact.config["backbone"]
-        anything = check_fits_any(
+        fits_any = check_fits_any(
             self.record, self.config, self.artifact.tensors, made_for, self.where
         )
-        own = {key: made_for.get(key) for key in ("mean", "std")}
-        own["normalize"] = made_for.get("normalize", True)
-        own["classes"] = made_for.get("classes")
+        preprocessing = {key: made_for.get(key) for key in ("mean", "std")}
+        preprocessing["normalize"] = made_for.get("normalize", True)
+        preprocessing["classes"] = made_for.get("classes")
         if given is None and self.artifact.weights is not None:
             timm_keys = timm_part(self.artifact.config)
             origin = {"source": OWN_WEIGHTS, "name": self.where, "timm": timm_keys}
-            return carried_model(self.artifact, self.where), origin, own
+            return carried_model(self.artifact, self.where), origin, preprocessing
         if given is None:
             module, origin = described_model(made_for, self.where, self.access)
             check_fingerprint(module, made_for, self.where, self.strict)
-            return module, origin, own
-        trained = made_for.get("pretrained", True)
-        module, origin, _ = load_model(given, trained, seed=seed, access=self.access)
-        if not anything:
+            return module, origin, preprocessing
+        pretrained = made_for.get("pretrained", True)
+        module, origin, _ = load_model(given, pretrained, seed=seed, access=self.access)
+        if not fits_any:
             check_fingerprint(module, made_for, self.where, self.strict)
         elif fingerprint(module.state_dict()) != made_for.get("fingerprint"):
             # A classifier other than the artifact's has its own preprocessing.
-            setting = _inherited(_Setting(classes=own["classes"]), given, origin)
-            own = {key: getattr(setting, key) for key in own}
-        return module, origin, own
+            setting = _inherited(_Setting(classes=preprocessing["classes"]), given, origin)
+            preprocessing = {key: getattr(setting, key) for key in preprocessing}
+        return module, origin, preprocessing
 
 
 def _build(
