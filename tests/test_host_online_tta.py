@@ -275,7 +275,7 @@ def test_source_statistics_are_measured_there(host, shipped, make_model, images)
 
 def test_a_missing_folder_is_no_lookup_on_the_hub(host, shipped, make_model, monkeypatch):
     monkeypatch.setattr("ttt_plugins.artifacts.hub.download", None)
-    with pytest.raises(tp.ArtifactError, match="is no folder"):
+    with pytest.raises(tp.ArtifactError, match="is neither a folder"):
         host.get("mt3")(shipped("cifar100_c/mt3.yaml"), make_model("groupnorm"), 100)
 
 

@@ -157,11 +157,11 @@ def refresh(
         the folder.
 
     Raises:
-        ArtifactError: the folder is no artifact or cannot be written, ``measured`` holds no
-            results, or ``facts`` is no dict.
+        ArtifactError: the folder is not an artifact or cannot be written, ``measured`` holds no
+            results, or ``facts`` is not a dict.
     """
     if not isinstance(folder, (str, Path)):
-        raise ArtifactError(f"{folder!r} is no folder of an artifact; name the one with the card")
+        raise ArtifactError(f"{folder!r} is not an artifact's folder; name the one with the card")
     if not isinstance(facts, (Mapping, type(None))):
         raise ArtifactError(f"facts is a dict of license, datasets and note, not {facts!r}")
     folder = Path(folder)

@@ -130,7 +130,7 @@ def _described(
         where: name of the artifact in error messages.
 
     Raises:
-        ArtifactError: this is no description of a timm model, or the model is far larger than the
+        ArtifactError: this does not describe a timm model, or the model is far larger than the
             weights, or they do not fit it.
     """
     check_timm_part(config, where)

@@ -256,10 +256,10 @@ def check_target(folder: str | Path) -> Path:
             written.
     """
     if not isinstance(folder, (str, Path)):
-        raise ArtifactError(f"{folder!r} is no name for an artifact's folder; give one")
+        raise ArtifactError(f"{folder!r} cannot be the name of an artifact; give another")
     folder = Path(folder)
     if folder.name in ("", ".."):
-        raise ArtifactError(f"{str(folder)!r} is no name for an artifact's folder; give one")
+        raise ArtifactError(f"{str(folder)!r} cannot be the name of an artifact; give another")
     try:
         nearest_path(longest_neighbour(folder))
         above = nearest_path(folder.parent)
@@ -271,7 +271,7 @@ def check_target(folder: str | Path) -> Path:
     if taken and not ours:
         raise ArtifactError(f"{folder} is not empty and not an artifact; choose another folder")
     if not above.is_dir():
-        raise ArtifactError(f"cannot write {folder}: {above} is no folder")
+        raise ArtifactError(f"cannot write {folder}: {above} is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ArtifactError(f"cannot write {folder}: no permission to write in {above}")
     return folder

@@ -198,7 +198,7 @@ def _snapshot(repository: str, access: Access) -> tuple[Path, str]:
 
 
 def _check_ours(folder: Path, repository: str, commit: str) -> None:
-    """Refuse a config that is no artifact's or names a folder, before further downloads."""
+    """Refuse a config that is not an artifact's or names a folder, before further downloads."""
     backbone = read_config(folder, f"{repository}@{commit}")["backbone"]
     if backbone["source"] == "folder":
         raise ArtifactError(

@@ -63,7 +63,7 @@ def find_learned(
         are none.
 
     Raises:
-        ArtifactError: ``head`` is no artifact, or was made for other weights.
+        ArtifactError: ``head`` is not an artifact, or was made for other weights.
         InputError: ``head`` was made for another method.
     """
     if head is not None:
@@ -80,7 +80,7 @@ def find_learned(
 def _named_by_user(record: Method, module: nn.Module, head: str | Path) -> Learned:
     place = hub.find(head)
     if place is None:
-        raise ArtifactError(f"head={str(head)[:200]!r} is no artifact")
+        raise ArtifactError(f"head={str(head)[:200]!r} is not an artifact")
     artifact = read_artifact(place.folder, place.name)
     if artifact.config["method"] != record.name:
         raise InputError(f"{head} was made for {artifact.config['method']}, not {record.name}")

@@ -111,12 +111,12 @@ def publish(
         the commit, and whether it is new.
 
     Raises:
-        ArtifactError: the folder is no artifact, or the folder of its classifier is missing.
+        ArtifactError: the folder is not an artifact, or the folder of its classifier is missing.
         HubError: the Hub refuses, or cannot be reached.
     """
     _check_repository(repository)
     if not isinstance(folder, (str, Path)) or not str(folder):
-        raise ArtifactError(f"{folder!r} is no artifact folder; name the one to publish")
+        raise ArtifactError(f"{folder!r} is not an artifact folder; name the one to publish")
     if is_bundled(folder) and measured is None:
         # The published files are identical to those in the package.
         read_artifact(folder)

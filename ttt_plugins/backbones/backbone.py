@@ -162,7 +162,7 @@ class Backbone(HookedModel):
             classes: indices of the logits, each at most once; None for all logits.
 
         Raises:
-            InputError: these are no indices, one occurs twice, or one is beyond the model's
+            InputError: these are not indices, one occurs twice, or one is beyond the model's
                 classes.
         """
         self._positions: Tensor

@@ -22,7 +22,7 @@ __all__ = [
     "refused_sizes",
 ]
 
-#: Largest distance of a pixel from [0, 1] that is no error; resampling overshoots the range.
+#: Largest distance of a pixel from [0, 1] that is accepted; resampling overshoots the range.
 _RANGE_SLACK = 0.05
 
 
@@ -30,7 +30,7 @@ def check_images(backbone: Backbone, images: object) -> Tensor:
     """Check the type, shape and device of a batch, without waiting for the device.
 
     Raises:
-        InputError: these are no floating-point images (B, C, H, W) on the backbone's device.
+        InputError: these are not floating-point images (B, C, H, W) on the backbone's device.
     """
     if not isinstance(images, Tensor):
         raise InputError(f"images must be a torch.Tensor, got {type(images).__name__}")

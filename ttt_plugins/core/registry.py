@@ -187,7 +187,7 @@ def register(method: Method) -> Method:
 
     Raises:
         InputError: this is no `Method`, its name contains anything but letters, digits and
-            underscores, or its config is no frozen dataclass.
+            underscores, or its config is not a frozen dataclass.
     """
     if not isinstance(method, Method):
         raise InputError(f"register takes a Method, got {type(method).__name__}")
@@ -281,7 +281,7 @@ def stored_config(method: Method, fields: Mapping[str, Any]) -> Any:
     """The config for the fields of an artifact, which any version of the package may have written.
 
     Raises:
-        InputError: there never was such a field, or its value is no longer supported.
+        InputError: there has never been such a field, or its value is no longer supported.
     """
     current = {}
     for name, value in fields.items():

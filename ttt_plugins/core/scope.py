@@ -201,7 +201,7 @@ def no_recomputation() -> Iterator[None]:
         InputError: raised at the end of the block if the model did so.
     """
     with ExitStack() as stack:
-        # A caller's own hooks on saved tensors, for example to offload them, are no recomputation.
+        # A caller's own hooks on saved tensors, for example to offload them, do not recompute.
         with suppress(RuntimeError):
             stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTED))
         try:
@@ -248,7 +248,7 @@ def call(
 
     Args:
         backbone: the classifier.
-        params: adapted tensors; those that are no part of the model are ignored.
+        params: adapted tensors; those that are not part of the model are ignored.
         images: images (B, C, H, W) in [0, 1].
         pooled: whether to return pooled features, the input of the last layer, instead of logits.
         replaced: parameters and buffers that take precedence over ``params``, by their names in

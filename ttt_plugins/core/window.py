@@ -91,7 +91,7 @@ class Window:
         size: number of images in an update, at least 1; 1 for an update on every batch.
 
     Raises:
-        InputError: the size is no positive integer.
+        InputError: the size is not a positive integer.
     """
 
     size: int = 1
