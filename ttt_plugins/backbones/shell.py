@@ -34,8 +34,8 @@ class Shell(nn.Module):
         """
         if "pixel_values" in named:
             raise InputError(
-                "an adapter is not a transformers model; those pipelines pass pixel_values and "
-                "expect labels; use ttt_plugins.hosts.transformers.image_classification"
+                "an adapter cannot be a pipeline's model, which gets pixel_values and must know "
+                "labels: use ttt_plugins.hosts.transformers.image_classification"
             )
         return super().__call__(*images, **named)
 
