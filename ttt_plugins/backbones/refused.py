@@ -1,4 +1,4 @@
-"""Models that cannot be wrapped, or not be adapted, found by what they are."""
+"""Models that cannot be wrapped or cannot be adapted, recognised by their layers."""
 
 from __future__ import annotations
 
@@ -33,19 +33,18 @@ def check_wrappable(model: nn.Module) -> None:
 
 
 def check_adaptable(model: nn.Module) -> None:
-    """Raise `InputError` if no gradient passes through some layers, or there are no layers."""
+    """Raise `InputError` if gradients cannot pass through a layer, or the model has no layers."""
     for name, module in model.named_modules():
         kind = type(module)
         if _QUANTIZED.match(kind.__module__):
             raise InputError(
                 f"{name or 'the model'} is a quantized {kind.__name__}, through which no gradient "
-                "passes: adapt the model from before quantization, and quantize what export() "
-                "returns"
+                "passes: adapt the model before quantizing it, and quantize what export() returns"
             )
         if isinstance(module, torch.fx.GraphModule) and any(
             isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
         ):
             raise InputError(
-                f"{name or 'the model'} is the module of an exported program, whose layers became "
-                "operations of a graph: adapt the module that was exported"
+                f"{name or 'the model'} is the module of an exported program, whose layers have "
+                "become operations of a graph: adapt the module that was exported"
             )

@@ -32,7 +32,7 @@ def ordinary(tensor: Tensor) -> Tensor:
 
 
 def leave_inference_mode(model: nn.Module) -> None:
-    """Replace a module's tensors that were created in inference mode; ties are kept."""
+    """Replace a module's tensors that were created in inference mode; tied tensors stay tied."""
     replaced: dict[int, Tensor] = {}
     for module in model.modules():
         places: Any = (module._parameters, module._buffers, vars(module))
@@ -49,7 +49,7 @@ def leave_inference_mode(model: nn.Module) -> None:
 
 
 def forward_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int, object]]:
-    """Forward hooks: the dict, the key in it, and the object of a method, None for others."""
+    """Each forward hook's dict, its key there, and the object if it is a method, otherwise None."""
     return [
         (hooks, key, getattr(getattr(hook, "func", hook), "__self__", None))
         for module in model.modules()
@@ -70,7 +70,7 @@ def deep_copy(model: _Model, memo: Mapping[int, object]) -> _Model:
     """
     try:
         return copy.deepcopy(model, dict(memo))
-    except Exception:  # a class that is not made to be copied may raise anything
+    except Exception:  # a class that is not designed to be copied may raise any error
         shared = dict(memo)
     torchs = vars(nn.Module())  # parameters, modules and hooks are always copied
     for module in model.modules():
@@ -106,7 +106,7 @@ def share_structure(model: nn.Module, drop: type | None = None) -> nn.Module:
         memo[id(buffer)] = ordinary(buffer.detach())
     # A cache may contain tensors of a graph, which cannot be copied.
     memo |= {id(cache): {} for cache in caches(model)}
-    # As may the tensors that a hook computes before every forward pass.
+    # So may the tensors that a hook computes before every forward pass.
     memo |= {id(t): ordinary(t.detach()) for _, _, t in derived(model)}
     inside = {id(module) for module in model.modules()}
     kept = [hooks[key] for hooks, key, owner in forward_hooks(model) if id(owner) not in inside]
@@ -115,7 +115,7 @@ def share_structure(model: nn.Module, drop: type | None = None) -> nn.Module:
     if same := next((m for m in copied.modules() if id(m) in inside), None):
         raise InputError(
             f"copy.deepcopy returns the same {type(same).__name__}, so an adapter would change "
-            "your model; give that class a __deepcopy__ that makes a new one, or none"
+            "your model; let that class's __deepcopy__ create a new object, or remove it"
         )
     leave_inference_mode(copied)  # tensors that are plain attributes
     own = {id(module) for module in copied.modules()}
@@ -126,7 +126,7 @@ def share_structure(model: nn.Module, drop: type | None = None) -> nn.Module:
 
 
 def tied_parameters(model: nn.Module) -> dict[str, list[str]]:
-    """First name of each tied parameter -> its names in other modules.
+    """The other names of each tied parameter, by its first name.
 
     Parameters of a module that is registered in several places are not tied.
     """

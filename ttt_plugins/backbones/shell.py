@@ -27,7 +27,7 @@ class Shell(nn.Module):
     origin: dict[str, Any]
 
     def __call__(self, *images: Any, **named: Any) -> Any:
-        """Images (B, C, H, W) -> logits (B, classes).
+        """Map images (B, C, H, W) to logits (B, classes).
 
         Raises:
             InputError: images are passed as ``pixel_values``, as transformers' pipelines do.
@@ -41,7 +41,7 @@ class Shell(nn.Module):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, None if unknown (for a plain module before its first batch)."""
+        """Number of classes; None if unknown (for a plain module before its first batch)."""
         return self.backbone.num_classes
 
     @property
@@ -67,7 +67,7 @@ class Shell(nn.Module):
         """Refuse: the weights are shared with the wrapped model, which is never changed."""
         raise InputError(
             "an adapter shares its model's weights: load them into the model before wrapping it, "
-            "or use load_adaptation_state for what was adapted"
+            "or use load_adaptation_state to restore adapted parameters"
         )
 
     def __prepare_scriptable__(self) -> NoReturn:

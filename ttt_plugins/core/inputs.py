@@ -70,9 +70,9 @@ def refuse_pixels(low: float, high: float, where: str = "") -> None:
     """Refuse images by their smallest and largest pixel.
 
     Args:
-        low: the smallest, not a number if one is not.
-        high: the largest.
-        where: in which batch that was, unless it is the one at hand.
+        low: the smallest pixel; NaN if a pixel is NaN.
+        high: the largest pixel.
+        where: which batch has them, unless it is the current one.
 
     Raises:
         InputError: one of them is outside [0, 1] or not finite.
@@ -87,7 +87,7 @@ def refuse_pixels(low: float, high: float, where: str = "") -> None:
 
 
 def knows_normalisation(backbone: Backbone) -> bool:
-    """Return True if the backbone has the mean and std that its images are normalised with.
+    """Return True if the backbone has the mean and std by which its images are normalised.
 
     Raises:
         InputError: the backbone does not normalise.
@@ -95,7 +95,7 @@ def knows_normalisation(backbone: Backbone) -> bool:
     if not backbone.normalize:
         raise InputError(
             "normalized_input=True declares that images are already normalised, but this adapter "
-            "has no mean and std: give mean and std, or leave normalized_input out"
+            "has no mean and std: give mean and std, or leave out normalized_input"
         )
     return True
 
@@ -125,7 +125,7 @@ def refuse_tracing() -> None:
 def refused_sizes(
     backbone: Backbone, images: Tensor, last: tuple[int, ...] | None = None
 ) -> Iterator[None]:
-    """Report an error inside the model as one of the images' size if that is the likely cause.
+    """Report an error inside the model as an error of the images' size if that is the likely cause.
 
     Args:
         backbone: the classifier.
@@ -141,7 +141,7 @@ def refused_sizes(
         known = isinstance(error, TTTError) or device_failed(error)
         expected, why = backbone.input_size, "it was made for"
         if None in expected:
-            expected, why = last, "the last images it took had"
+            expected, why = last, "the last images that it accepted had"
         if known or expected in (None, tuple(images.shape[1:])):
             raise
         raise InputError(

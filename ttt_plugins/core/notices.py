@@ -1,8 +1,8 @@
-"""What an adapter notices about its batches without waiting for their device.
+"""Checks and warnings about an adapter's batches that do not wait for the device.
 
-An accelerator works ahead of Python, and a look at a tensor's value waits until it has caught up.
-So what is to be looked at gathers on the device, and is looked at after the first batch and then
-once in `LOOK_EVERY` batches. On a CPU every batch is looked at.
+An accelerator runs behind Python, and reading a tensor's value waits until it has caught up. So
+values to be checked are accumulated on the device, and read after the first batch and then once in
+`LOOK_EVERY` batches. On a CPU they are read after every batch.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from .inputs import check_pixels, refuse_pixels
 
 __all__ = ["LOOK_EVERY", "SKIPPED", "Notices", "may_look"]
 
-#: Batches between two looks on an accelerator.
+#: Number of batches between two reads on an accelerator.
 LOOK_EVERY = 64
 
 SKIPPED = (
-    "the loss or its gradient was not finite: such updates are skipped, the prediction is "
-    "returned; net.skipped_updates counts (warned once)"
+    "the loss or its gradient was not finite, so the update was skipped and only the prediction "
+    "returned; net.skipped_updates counts such updates (this warning is given once)"
 )
 
 
 def may_look(device: torch.device, batches: int) -> bool:
-    """Whether values may be read after so many batches: on an accelerator now and then."""
+    """Whether values may be read after this many batches: on an accelerator only now and then."""
     return device.type == "cpu" or batches % LOOK_EVERY == 0
 
 
 class Notices:
-    """Pixels outside their range, and which warnings were given."""
+    """The range of the pixels since the last read, and the warnings that were given."""
 
     def __init__(self):
         self._warned: set[str] = set()
@@ -40,21 +40,21 @@ class Notices:
         self._span: tuple[Tensor, Tensor] | None = None
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow a move or cast ``fn`` of the adapter."""
+        """Apply a move or cast of the adapter, ``fn``, to the stored tensors."""
         if self._span is not None:
             self._span = fn(self._span[0]), fn(self._span[1])
 
     def warn(self, happened: int, message: str) -> None:
-        """Warn once of what has happened, unless that is nothing."""
+        """Warn with this message if ``happened`` is not 0 and the warning was not given before."""
         if happened and message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, RuntimeWarning, stacklevel=8)
 
     def check_pixels(self, images: Tensor) -> None:
-        """Refuse images outside [0, 1] or not finite: at once, or on an accelerator later.
+        """Refuse pixels outside [0, 1] or not finite: at once, or on an accelerator later.
 
         Raises:
-            InputError: there are such pixels, in this batch or in one since the last look.
+            InputError: there are such pixels, in this batch or in one since the last read.
         """
         if images.device.type == "cpu":
             check_pixels(images)
@@ -69,14 +69,16 @@ class Notices:
             self.look_at_pixels()
 
     def look_at_pixels(self) -> None:
-        """Look at the pixels since the last look; the device is waited for.
+        """Read the range of the pixels since the last read, which waits for the device.
 
         Raises:
-            InputError: some of them were outside [0, 1] or not finite.
+            InputError: some pixels were outside [0, 1] or not finite.
         """
         if self._span is None:
             return
         (low, high), first, last = self._span, self._batches - self._unseen + 1, self._batches
         self._span, self._unseen = None, 0
-        where = f", in one of the batches {first} to {last}: reset() forgets what they taught"
+        where = (
+            f", in one of the batches {first} to {last}; reset() undoes what was learned from them"
+        )
         refuse_pixels(low.item(), high.item(), "" if last == 1 else where)
