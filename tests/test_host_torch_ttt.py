@@ -397,4 +397,4 @@ def test_it_is_too_old_or_broken(hidden, monkeypatch):
         monkeypatch.setitem(sys.modules, f"torch_ttt.{name}", ModuleType(name))
     sys.modules["torch_ttt.engine.base_engine"].BaseEngine = object
     sys.modules["torch_ttt.engine_registry"].EngineRegistry = object
-    _fail(monkeypatch, "no module with ttt_forward")
+    _fail(monkeypatch, "not a module with ttt_forward")

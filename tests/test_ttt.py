@@ -779,7 +779,7 @@ def test_wrap_trains_a_head_by_its_seed(make_model, same_tensors):
         ("ttt", {"head": "train", "data": []}, "no images"),
         ("ttt", {"head": "train", "data": ["one"]}, "got str"),
         ("ttt", {"head": "train", "data": 3}, "got int"),
-        ("ttt", {"head": "no such thing"}, "no artifact"),
+        ("ttt", {"head": "no such thing"}, "not an artifact"),
         ("ttt", {"head": 1}, "got int"),
         ("ttt", {"head": "bundled:mgg-resnet26-cifar10"}, "made for mgg"),
         ("ttt", {"head": "bundled:ttt-resnet26-cifar10", "tensors": {}}, "give one"),

@@ -152,7 +152,7 @@ def _check_learned(tensors: Any, head: Any, data: Any) -> None:
     if not isinstance(head, (str, Path, type(None))):
         raise InputError(f'head must be "train" or an artifact, got {type(head).__name__}')
     if head is not None and tensors is not None:
-        raise InputError("head and tensors both say what the method has learned; give only one")
+        raise InputError("head and tensors both say what the method has learned; give one of them")
     if (head == "train") != (data is not None):
         raise InputError(
             'head="train" and data=, the images to train it on, must be given together'
