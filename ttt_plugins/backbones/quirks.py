@@ -28,11 +28,12 @@ def prepare(model: nn.Module) -> None:
 
 
 def avoid_fast_path(model: nn.Module) -> None:
-    """Make attention layers of PyTorch compute without gradients as they do with them.
+    """Make PyTorch's attention layers compute the same with and without gradients.
 
-    Their fused inference path rounds otherwise, and an adapter that does not move has to be the
-    plain model bit for bit. PyTorch's switch for it holds for the whole process, in all threads;
-    training mode of these layers alone, without dropout, avoids the path as well.
+    Their fused inference path rounds differently, but an adapter whose parameters have not moved
+    must equal the plain model bit for bit. PyTorch's switch for that path applies to the whole
+    process, in all threads; training mode of these layers alone, without dropout, avoids the path
+    too.
     """
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):

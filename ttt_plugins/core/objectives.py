@@ -53,6 +53,6 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 
 def all_finite(*tensors: Tensor) -> Tensor:
     """Whether all values of all tensors are finite, a bool tensor () on their device."""
-    # The largest magnitude, which is not a number if one value is not: one reading of a tensor.
+    # The largest magnitude is NaN if any value is, so that each tensor is read only once.
     largest = [torch.linalg.vector_norm(t, torch.inf) < torch.inf for t in tensors]
     return functools.reduce(torch.Tensor.logical_and, largest)

@@ -105,7 +105,7 @@ def loss_and_gradient(
 
 def _finite(loss: Tensor, grads: Tensors) -> Tensor:
     """Whether losses and their gradients are finite, bool of the shape of ``loss``."""
-    # The largest magnitudes, which are not numbers if one value is not.
+    # The largest magnitude is NaN if any value is.
     largest = [
         torch.linalg.vector_norm(t[..., None], torch.inf, tuple(range(loss.ndim, t.ndim + 1)))
         for t in (loss, *grads.values())
@@ -321,21 +321,21 @@ class PerImage:
 
     def _stream(self, params: Tensors, state: Tensors, images: Tensor, keys: Tensor) -> Outcome:
         """Adapt to images in order, each from the parameters of the last, and predict them."""
-        logits, losses, looked = [], [], 0
+        logits, losses, checked = [], [], 0
         first = state["seen"]
         skipped = torch.zeros_like(first)
         for i in range(len(images)):
             image = images[i : i + 1]
             if self.task.sure is not None:
-                looked += 1
+                checked += 1
             if self.task.sure is None or not self.task.sure(params, image).item():
-                # With the position in the stream, so that a repeated image gets other views.
+                # The position in the stream is added, so that a repeated image gets other views.
                 params, fine, loss = self._steps(params, image, keys[i : i + 1] + (first + i))
                 skipped = skipped + ~fine
                 losses.append(loss)
             logits.append(self._predict(params, image, keys[i : i + 1]))
         passes = len(losses) * self.steps * self.copies
-        seen = passes + looked + len(images) * self.looks
+        seen = passes + checked + len(images) * self.looks
         new = {"seen": first + len(images)}
         loss = torch.stack(losses).mean() if losses else None
         return Outcome(torch.cat(logits), params, new, skipped, seen, passes, loss)

@@ -217,12 +217,12 @@ def _use(point: metadata.EntryPoint) -> None:
     """Load an entry point, and remove the methods that it has registered if it fails."""
     before = dict(_METHODS)
     try:
-        found = point.load()
-        if isinstance(found, Method):
-            register(found)
-        taken = [name for name in before if _METHODS.get(name) is not before[name]]
-        if taken:
-            raise InputError(f"it would replace {taken}")
+        loaded = point.load()
+        if isinstance(loaded, Method):
+            register(loaded)
+        replaced = [name for name in before if _METHODS.get(name) is not before[name]]
+        if replaced:
+            raise InputError(f"it would replace {replaced}; choose another name")
     except (Exception, SystemExit):
         _METHODS.clear()
         _METHODS.update(before)

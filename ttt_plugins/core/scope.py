@@ -38,7 +38,7 @@ __all__ = [
 _PREFIX = "model."  # Backbone keeps the user's model under this name
 _LORA = "lora."
 
-#: Scalars in tensors that are put together; see `are_few`.
+#: Largest number of scalars in tensors that are joined into one vector; see `are_few`.
 _FEW = 1 << 20
 
 #: Rank of low-rank changes if a method does not define one.
@@ -295,10 +295,10 @@ def moved(params: Mapping[str, Tensor], fn: Callable[[Tensor], Tensor]) -> dict[
 
 
 def are_few(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether an operation on all of these is cheaper on one vector, put together for it.
+    """Whether an operation on all of these tensors is cheaper on one vector that joins them.
 
-    It is for the parameters of norms, tens of small tensors. Larger ones are not copied, and
-    tensors of other types or memory layouts than the first one's keep theirs.
+    It is for the parameters of norms, which are tens of small tensors. Larger tensors are not
+    copied, and tensors of several types or with other memory layouts are not joined.
     """
     first = next(iter(tensors.values()), None)
     return (

@@ -49,7 +49,7 @@ class Evaluation(NamedTuple):
     @property
     def finite(self) -> Tensor:
         """Whether loss and gradients are finite, a bool tensor () on the device."""
-        # The largest gradient's square too: the rules' second moments hold squares.
+        # The largest gradient's square must be finite too, because second moments hold squares.
         largest = torch.linalg.vector_norm(flatten(self.grads), torch.inf)
         return all_finite(self.loss, largest.square())
 
