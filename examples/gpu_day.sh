@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The day there is a GPU: what could not be measured without one, in order of worth.
+# Measures, once a GPU is available, what could not be measured without one, the most important first.
 #
 #   DATA=DIR OUT=gpu_day examples/gpu_day.sh
 #
-# A call takes under ten minutes (LIMIT seconds) and is repeated while the exit status is 3. A step
-# that has ended is not run again; figures start again, trainings resume. OUT gets a log for each
-# step (a few kB, and all there is to carry home beside the trained artifacts) and NAME.done or
-# NAME.failed. Nothing follows a correctness step that fails. DATA is as for `ttt-plugins
-# benchmark` and holds cifar10/ for the trainings; without it there are no trainings.
+# A call takes under ten minutes (LIMIT seconds) and must be repeated while the exit status is 3. A
+# step that has ended is not run again; interrupted measurements restart, interrupted trainings resume.
+# OUT receives a log for each step (a few kB; with the trained artifacts, all that is needed later) and
+# NAME.done or NAME.failed. Nothing is run after a correctness step that fails. DATA is as for
+# `ttt-plugins benchmark` and holds cifar10/ for the trainings; without it there are no trainings.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 DEVICE=${DEVICE:-cuda} OUT=${OUT:-gpu_day} DATA=${DATA:-} LIMIT=${LIMIT:-540} PYTHON=${PYTHON:-python}
@@ -28,7 +28,7 @@ step() {
     touch "$OUT/$name.done"
     return 0
   fi
-  # Stopped for time: the next call goes on with it.
+  # Out of time: the next call resumes this step.
   [ "$status" = 124 ] || [ "$status" = 137 ] && again "$name"
   touch "$OUT/$name.failed"
   echo "$name failed, see $OUT/$name.log" >&2
@@ -37,7 +37,7 @@ step() {
 }
 
 again() {
-  echo "time is up before the end of $1: call again"
+  echo "time ran out before $1 ended; call this script again"
   exit 3
 }
 
@@ -49,7 +49,7 @@ step check 240 examples/device_check.py --device "$DEVICE" || exit 1
 step step_cost 200 examples/step_cost.py --device "$DEVICE"
 step per_image 400 examples/per_image_speed.py --device "$DEVICE" --images 64
 for options in "" "--channels-last" "--autocast bfloat16"; do
-  # Images a second do not depend on the number of cells.
+  # Images per second do not depend on the number of cells.
   # shellcheck disable=SC2086
   step "full${options// /}" 400 examples/benchmark_speed.py full --device "$DEVICE" --cells 15 $options
 done
