@@ -88,9 +88,8 @@ def wrap(
 ) -> Adapter:
     """Wrap an image classifier so that it adapts itself at inference.
 
-    A module's weights and buffers are shared and never written. If you change them afterwards, you
-    change what the adapter starts from and `Adapter.reset` returns to; wrap a ``copy.deepcopy`` to
-    prevent this.
+    A module's weights and buffers are shared and never written. Changing them later changes what
+    the adapter starts from and `Adapter.reset` returns to, unless you wrap a ``copy.deepcopy``.
 
     Args:
         model: a timm name, ``"robustbench:<dataset>/<name>"`` (corruptions zoo), an artifact that
