@@ -568,6 +568,21 @@ def field() -> str:
     return "\n\n".join(parts)
 
 
+def field_long() -> str:
+    """Accuracy and peak memory along the long stream, by tenths."""
+    path = RESULTS / "field-long-resnet26.json"
+    if not path.is_file():
+        return "Not measured."
+    found = json.loads(path.read_text())["streams"]["long"]
+    methods = {"source": "source", "mgg": "MGG"}
+    rows = [
+        [str(tenth + 1), *(f"{100 * list(found[m]['parts'].values())[tenth]:.1f}" for m in methods)]
+        + [f"{found['mgg']['memory'][tenth] / 1e6:.0f}"]
+        for tenth in range(10)
+    ]
+    return table(["tenth", *methods.values(), "peak memory, MB"], rows)
+
+
 def entropy_alone() -> str:
     """`entropy_alone.py`'s table."""
     path = RESULTS / "entropy-alone.json"
@@ -594,6 +609,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "per-image-pairs": per_image_pairs,
     "published": published,
     "field": field,
+    "field-long": field_long,
     "entropy-alone": entropy_alone,
     "by-corruption": by_corruption,
 }

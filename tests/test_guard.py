@@ -259,3 +259,28 @@ def test_it_says_so(make_model, make_net):
     plain = make_net("tent", make_model("groupnorm"), guard=False)
     assert "guard:" not in plain.describe().replace("  guard", "")
     assert plain.health() == {"distance": 0.0}
+
+
+@pytest.mark.filterwarnings("ignore:the guard")
+def test_ttt_online_shares_it(make_model, make_net, images):
+    """One picture for ever softens, another shift resets; both are part of the state."""
+
+    def build(**fields):
+        return make_net("ttt", make_model("groupnorm"), mode="online", copies=2, **fields)
+
+    picture = images(1).expand(16, 3, 32, 32)
+    net, free, resumed = build(guard=True, lr=0.01), build(lr=0.01), build(guard=True, lr=0.01)
+    noise = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for _ in range(18):
+        net(picture), free(picture)
+    assert {event.reason for event in net.guard_events} == {"one class"}
+    assert 0 < net.health()["distance"] < free.health()["distance"]
+    assert free.guard_events == []
+    resumed.load_adaptation_state(net.adaptation_state())
+    assert torch.equal(resumed(noise), net(noise))
+    assert resumed.guard_events == net.guard_events
+    assert net.guard_events[-1] == (18 * 16, "new shift", "reset")
+    assert not torch.equal(free(noise), net(noise))
+    for mode in ("standard", "batch"):
+        with pytest.raises(tp.InputError, match="mode='online'"):
+            tp.TTT(mode=mode, guard=True)

@@ -90,6 +90,10 @@ class TTT:
         rank: rank of the low-rank changes with ``params="lora"``, at least 1.
         chunk_size: number of images that adapt together, or ``"auto"``: one on a CPU, as many as
             fit into half of the free memory on an accelerator.
+        guard: in online mode, whether the parameters return to the source, wholly or half of the
+            way, if signals without labels say that they hurt or that the shift is another one
+            (`ttt_plugins.core.guard`). The other modes keep nothing that could be wrong. The paper
+            has no guard.
     """
 
     mode: str = "standard"
@@ -102,6 +106,7 @@ class TTT:
     params: str | tuple[str, ...] = "all"
     rank: int = 4
     chunk_size: int | str = "auto"
+    guard: bool = False
 
     def __post_init__(self):
         check_choice(self, "mode", ("standard", "online", "batch"))
@@ -119,6 +124,9 @@ class TTT:
         check_integer(self, "rank", 1)
         if self.chunk_size != "auto":
             check_integer(self, "chunk_size", 1)
+        check_choice(self, "guard", (True, False))
+        if self.guard and self.mode != "online":
+            raise InputError(f"guard is for mode='online': mode={self.mode!r} keeps no parameters")
 
 
 def rotation_views(images: Tensor, keys: Tensor, step: int, copies: int) -> tuple[Tensor, Tensor]:
