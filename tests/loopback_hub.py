@@ -64,8 +64,9 @@ class LoopbackHub:
     larger than it is), ``"other"`` (other bytes of the same length), ``"huge"`` (announced with
     a terabyte), ``"broken"`` (status 500), ``"forbidden"`` and ``"gone"`` (403 and 404 without
     the Hub's own code, as a proxy answers), ``"drips"`` (an answer that never ends, a byte at a
-    time). ``"upload"`` as a file name: ``"dies"`` closes the
-    connection at the commit, ``"refused"`` answers 403.
+    time), ``"stalls"`` (half the file, and then nothing). ``"upload"`` as a file name: ``"dies"``
+    closes the connection at the commit, ``"refused"`` answers 403. ``"info"`` as a file name:
+    ``"drips"`` for what the repository is.
     """
 
     TOKEN = "hf_loopback"
@@ -172,6 +173,8 @@ def _handler(hub: LoopbackHub) -> type:
         def info(self, name, revision="main"):
             if (repository := self.repository(name)) is None:
                 return None
+            if repository.faults.get("info") == "drips":
+                return self.drip()
             if (sha := repository.resolve(revision)) is None:
                 return self.refuse(404, "RevisionNotFound")
             siblings = [{"rfilename": path} for path in repository.commits[sha]]
@@ -284,12 +287,14 @@ def _handler(hub: LoopbackHub) -> type:
             half = len(content) // 2
             if fault == "short":
                 content = content[:half]
-            if fault != "dies":
+            if fault not in ("dies", "stalls"):
                 return self.answer(status, content[start:], headers)
             # Nobody gets beyond the middle.
             headers["Content-Length"] = length - start
             self.answer(status, content[start:half], headers)
             self.wfile.flush()
+            if fault == "stalls":
+                self.rfile.read(1)  # until the client gives up
             self.close_connection = True
             return None
 

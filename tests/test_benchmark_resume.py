@@ -12,6 +12,7 @@ import forked
 import pytest
 import torch
 from benchmark_fakes import FakeAdapter, figures, memory_data, write_parquet
+from safetensors.torch import save
 
 import ttt_plugins as tp
 from ttt_plugins.artifacts.saving import save_with_model
@@ -183,6 +184,18 @@ def test_a_lost_or_damaged_file_costs_time_only(lose, tmp_path):
         (folder / "0002.safetensors").unlink()
         lose = "state.safetensors"
     (folder / lose).write_bytes((folder / lose).read_bytes()[:-5])
+    resumed = run(tmp_path / "out", protocol="continual", resume=True)
+    assert figures(resumed) == figures(unbroken)
+
+
+def test_a_description_that_is_nested_deeply_costs_time_only(tmp_path):
+    unbroken = run(None, protocol="continual")
+    with pytest.raises(Stopped):
+        run(tmp_path / "out", Stopping(12), protocol="continual")
+    (folder,) = (tmp_path / "out" / UNFINISHED).glob("method0*")
+    about = torch.tensor(list(b"[" * 100_000), dtype=torch.uint8)
+    for file in folder.iterdir():
+        file.write_bytes(save({"about": about}))
     resumed = run(tmp_path / "out", protocol="continual", resume=True)
     assert figures(resumed) == figures(unbroken)
 

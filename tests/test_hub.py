@@ -534,15 +534,44 @@ def test_a_refused_file_is_not_called_unreachable(fault, words, file, artifact, 
     assert "cannot be reached" not in message
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "README.md"])
-def test_a_hub_that_never_finishes_its_answer(file, artifact, start, hub):
-    name = f"tests/drips-{file.split('.')[0].lower()}"
-    hub.add(name, files_of(artifact("tent")[0])).faults[file] = "drips"
-    hurried = start(home=f"drips-{file}", HF_HUB_ETAG_TIMEOUT="1")
-    error_of(hurried("load", name="tests/nothing"), "no repository")  # it has started
+@pytest.fixture(scope="module")
+def hurried(start):
+    """A client of little patience, which has started."""
+    client = start(home="hurried", HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    error_of(client("load", name="tests/nothing"), "no repository")
+    return client
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "job"),
+    [
+        ("tests/drips-model", "model.safetensors", {"do": "load"}),
+        ("tests/drips-config", "config.json", {"do": "load"}),
+        ("tests/drips-card", "README.md", {"do": "load"}),
+        ("tests/drips-info", "info", {"do": "load"}),
+        # timm's own loader and the Hub's client for data sets would wait for minutes.
+        ("timm/test_byobnet.r160_in1k", "model.safetensors", {"do": "wrap"}),
+        ("datasets/tests/drips", "train.parquet", {"do": "images", "file": "unused"}),
+        ("datasets/tests/drips-info", "info", {"do": "images", "file": "unused"}),
+    ],
+)
+def test_a_hub_that_never_finishes_its_answer(name, file, job, artifact, hurried, hub):
+    files = files_of(artifact("tent")[0]) if job["do"] == "load" else {file: b"PAR1"}
+    hub.add(name, files).faults[file] = "drips"
+    if job["do"] == "wrap":
+        job = job | {"options": {"method": "tent", "pretrained": True}}
+    asked = {"source": f"hf://{name}"} if job["do"] == "images" else {"name": name}
     begin = time.monotonic()
-    error_of(hurried("load", name=name), "not answered within 3 seconds", "HF_HUB_ETAG_TIMEOUT")
+    answer = hurried(**job, **{k: v.removeprefix("timm/") for k, v in asked.items()})
+    error_of(answer, "not answered within 3 seconds", "HF_HUB_ETAG_TIMEOUT")
     assert time.monotonic() - begin < 15
+
+
+def test_a_download_that_stalls(artifact, hurried, hub):
+    hub.add("tests/stalls", files_of(artifact("tent")[0])).faults["model.safetensors"] = "stalls"
+    begin = time.monotonic()
+    error_of(hurried("load", name="tests/stalls"), "tests/stalls", "interrupted", "try again")
+    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.parametrize("fault", ["dies", "refused"])

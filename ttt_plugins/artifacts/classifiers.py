@@ -91,12 +91,9 @@ def _safe_timm_model(name: str, revision: str | None, access: Access) -> tuple[n
         ArtifactError: timm has no such model, or no weights for it on the Hub.
         HubError: the weights cannot be downloaded, or the repository has no safetensors file.
     """
-    settings = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    repository = settings.hf_hub_id if settings is not None else None
-    if settings is None or not repository:
+    repository = hub.timm_repository(name)
+    if repository is None:
         raise ArtifactError(f"timm {timm.__version__} has no weights for {name!r} on the Hub")
-    if repository.endswith("/"):  # the architecture and the tag complete it
-        repository += str(settings.architecture) + (f".{settings.tag}" if settings.tag else "")
     # They belong in timm's own cache, wherever `cache_dir` is.
     access = replace(access, revision=revision, cache_dir=None)
     file, commit = hub.download_weights(repository, access)
@@ -323,6 +320,8 @@ def load_model(
         raise InputError(f"{name[:200]!r} names no Hub repository: it must be hf-hub:ORG/NAME")
     if place is None:
         name = name.removeprefix("timm:")
+        if pretrained:
+            hub.await_answer(hub.timm_repository(name))  # timm itself would wait for minutes
         module = _timm_model(name, pretrained, seed)
         return module, _timm_origin(name, module, pretrained), None
     return _model_at(place, bundled=name.startswith("bundled:"))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import ArtifactError, HubError, InputError
+from ..utils.connection import in_time
 from .folder import (
     CARD,
     CONFIG,
@@ -34,19 +36,21 @@ from .folder import (
     read_artifact,
     read_config,
 )
-from .hub_access import DEFAULT_ACCESS, Access, in_time, make_api, offline, readable
+from .hub_access import DEFAULT_ACCESS, Access, make_api, offline, readable
 from .schema import OWN_WEIGHTS
 from .strict_json import MAX_CARD, MAX_JSON, read_json
 from .tensor_files import MAX_LEARNED, MAX_WEIGHTS
 
 __all__ = [
     "Place",
+    "await_answer",
     "download",
     "download_weights",
     "find",
     "is_repository",
     "read_named",
     "timm_commit",
+    "timm_repository",
 ]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -287,6 +291,39 @@ def read_named(name: str, access: Access = DEFAULT_ACCESS) -> Artifact:
     """
     place = find(name, access)
     return read_artifact(place.folder if place else name, place.name if place else None)
+
+
+def await_answer(repository: str | None) -> None:
+    """Ask the Hub for the weights in a repository, without downloading them.
+
+    Args:
+        repository: ``org/name``; None for nothing to ask for.
+
+    Raises:
+        HubError: the Hub does not answer at all. Whatever else is wrong is left to the download.
+    """
+    if repository is None or offline(DEFAULT_ACCESS):
+        return
+    api = make_api(DEFAULT_ACCESS)
+    try:
+        in_time(lambda: api.hf_hub_download(repository, MODEL, dry_run=True))
+    except HubError:
+        raise
+    except Exception:
+        return
+
+
+def timm_repository(name: str) -> str | None:
+    """The repository with timm's weights for a name, None if timm knows none on the Hub."""
+    try:
+        settings = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:  # a tag that this version of timm does not know
+        return None
+    repository = settings.hf_hub_id if settings is not None else None
+    if settings is not None and repository and repository.endswith("/"):
+        # The architecture and the tag complete it.
+        repository += str(settings.architecture) + (f".{settings.tag}" if settings.tag else "")
+    return repository or None
 
 
 def timm_commit(repository: str, files: Iterable[str], revision: str | None = None) -> str | None:

@@ -1,15 +1,12 @@
-"""Access to the Hub: the client, a time limit, and one readable error for each kind of failure."""
+"""Access to the Hub: the client, and one readable error for each kind of failure."""
 
 from __future__ import annotations
 
 import errno
-import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
@@ -26,9 +23,7 @@ from huggingface_hub.errors import (
 from ..errors import HubError, TTTError
 from ..version import __version__
 
-__all__ = ["DEFAULT_ACCESS", "Access", "in_time", "make_api", "offline", "readable"]
-
-Result = TypeVar("Result")
+__all__ = ["DEFAULT_ACCESS", "Access", "make_api", "offline", "readable"]
 
 _REMEDIES = {
     401: "log in with `hf auth login` or set HF_TOKEN",
@@ -69,40 +64,6 @@ def offline(access: Access) -> str | None:
     if access.local_files_only:
         return "local_files_only=True"
     return "offline mode (HF_HUB_OFFLINE=1)" if constants.HF_HUB_OFFLINE else None
-
-
-def in_time(ask: Callable[[], Result]) -> Result:
-    """Call ``ask``, which sends a short request to the Hub, and return what it returns.
-
-    The client waits HF_HUB_ETAG_TIMEOUT seconds (10 by default) for a response, but repeats a
-    request without a response many times. This function waits three times that long in all.
-
-    Raises:
-        HubError: there was no response in time.
-        Exception: any exception of ``ask``.
-    """
-    seconds = 3 * constants.HF_HUB_ETAG_TIMEOUT
-    answers: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((ask(), None))
-        except BaseException as error:  # is raised in the calling thread
-            answers.put((None, error))
-
-    # A daemon thread, because nothing can interrupt the client while it waits.
-    threading.Thread(target=run, daemon=True, name="ttt_plugins-hub").start()
-    try:
-        result, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise HubError(
-            f"{constants.ENDPOINT} has not answered within {seconds} seconds: try again later, "
-            "use only the cache (local_files_only=True, HF_HUB_OFFLINE=1), or set "
-            "HF_HUB_ETAG_TIMEOUT to wait longer"
-        ) from None
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]  # without an error there is a result
 
 
 @contextmanager

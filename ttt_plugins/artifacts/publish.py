@@ -18,11 +18,12 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from ..errors import ArtifactError, HubError
+from ..utils.connection import in_time
 from ..version import __version__
 from .card import render_card
 from .folder import FILES, Artifact, check_plain, is_bundled, read_artifact, write_artifact
 from .hub import is_repository
-from .hub_access import Access, in_time, make_api, readable
+from .hub_access import Access, make_api, readable
 from .measured import load_measured
 from .schema import OWN_WEIGHTS, timm_part
 from .tensor_files import fingerprint

@@ -45,6 +45,11 @@ UNFINISHED = "unfinished"
 
 State = dict[str, Tensor]
 
+#: What reading a damaged piece may raise; a deeply nested description a RecursionError.
+_DAMAGED = (
+    OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+)  # fmt: skip
+
 
 # -- the results folder ------------------------------------------------------------------
 
@@ -236,7 +241,7 @@ def _read(path: Path, run: str) -> tuple[State, dict[str, Any]] | None:
         about = json.loads(bytes(tensors.pop("about").tolist()))
         checksum = about.pop("sha256")
         own = about.pop("run") == run and checksum == _checksum(tensors, {**about, "run": run})
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+    except _DAMAGED:
         return None
     return (tensors, about) if own else None
 

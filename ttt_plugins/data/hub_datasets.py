@@ -7,6 +7,7 @@ import fnmatch
 import importlib
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import DataError, HubError, InputError, MissingDependencyError, TTTError
+from ..utils.connection import in_time
 from ..version import __version__
 from .arrays import LoaderStream
 from .parquet import ParquetSource
@@ -84,8 +86,13 @@ def _download(where: _Address) -> list[Path]:
     api = HfApi(library_name="ttt-plugins", library_version=__version__)
     for revision in [where.revision] if where.revision else [None, _CONVERTED]:
         try:
-            resolved = api.resolve_revision(
-                where.repository, repo_type="dataset", revision=revision
+            resolved = in_time(
+                partial(
+                    api.resolve_revision,
+                    where.repository,
+                    repo_type="dataset",
+                    revision=revision,
+                )
             ).resolved
         except (RevisionNotFoundError, RevisionResolutionError):
             if revision is None or where.revision:
@@ -93,23 +100,30 @@ def _download(where: _Address) -> list[Path]:
             break  # the Hub has not converted it
         shards = sorted(f for f in _files(api, where, resolved) if f.endswith(".parquet"))
         if shards:
-            return [
-                Path(
-                    api.hf_hub_download(where.repository, f, repo_type="dataset", revision=resolved)
-                )
-                for f in _wanted(shards, where)
-            ]
+            return [_shard(api, where, resolved, file) for file in _wanted(shards, where)]
     raise DataError(
         f"{where.repository}: no parquet files at revision {where.revision or 'main'}, and none "
         f"converted by the Hub at {_CONVERTED}"
     )
 
 
+def _shard(api: HfApi, where: _Address, commit: str, file: str) -> Path:
+    """Download a file, unless the cache has it."""
+    fetch = partial(
+        api.hf_hub_download, where.repository, file, repo_type="dataset", revision=commit
+    )
+    if not constants.HF_HUB_OFFLINE:
+        in_time(partial(fetch, dry_run=True))  # the download itself may take as long as it needs
+    return Path(fetch())
+
+
 def _files(api: HfApi, where: _Address, commit: str) -> list[str]:
     """The files of a commit; without a connection, those that are in the cache."""
     try:
-        return api.list_repo_files(where.repository, repo_type="dataset", revision=commit)
-    except HfHubHTTPError:
+        return in_time(
+            lambda: api.list_repo_files(where.repository, repo_type="dataset", revision=commit)
+        )
+    except (HfHubHTTPError, HubError):
         raise
     except Exception:  # no connection: transport classes differ between huggingface_hub 1.x and 2.x
         try:
