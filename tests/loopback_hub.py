@@ -181,11 +181,24 @@ def _handler(hub: LoopbackHub) -> type:
             body = {"id": name, "modelId": name, "sha": sha, "siblings": siblings}
             return self.answer(body=body | {"private": repository.private, "tags": []})
 
-        def tree(self, name, revision):
+        def tree(self, name, revision, folder=None):
+            """The files below a folder; without ``recursive``, its files and folders."""
             if (repository := self.repository(name)) is None:
                 return None
+            start = f"{folder}/" if folder else ""
+            files = repository.commits[repository.resolve(revision)]
+            below = {path: content for path, content in files.items() if path.startswith(start)}
+            if folder and not below:
+                return self.refuse(404, "EntryNotFound")
             entries = []
-            for path, content in repository.commits[repository.resolve(revision)].items():
+            if self.query.get("recursive", ["False"])[0].lower() == "false":
+                folders = {p[len(start) :].split("/")[0] for p in below if "/" in p[len(start) :]}
+                entries = [
+                    {"type": "directory", "path": start + inner, "size": 0, "oid": "0" * 40}
+                    for inner in sorted(folders)
+                ]
+                below = {p: c for p, c in below.items() if "/" not in p[len(start) :]}
+            for path, content in below.items():
                 entry = {"type": "file", "path": path, "size": len(content)}
                 entry["oid"] = git_hash(content)
                 if is_large(path):
@@ -314,7 +327,7 @@ def _handler(hub: LoopbackHub) -> type:
             (rf"(?:GET|HEAD) /{name}/resolve/([^/]+)/(.+)", resolve),
             (rf"GET /api/{data_set}", info),
             (rf"GET /api/{data_set}/revision/(.+)", info),
-            (rf"GET /api/{data_set}/tree/([^/]+)", tree),
+            (rf"GET /api/{data_set}/tree/([^/]+)(?:/(.+))?", tree),
             (rf"(?:GET|HEAD) /{data_set}/resolve/([^/]+)/(.+)", resolve),
             (r"GET /api/(?!models/|datasets/).*", anything),
         ]

@@ -6,8 +6,11 @@ numbers: of a tile, and of its corner enlarged to 224 pixels, every seventh pixe
 """
 
 import io
+import os
+import signal
 from pathlib import Path
 
+import forked
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -174,6 +177,52 @@ def test_small_images_become_cifar_10_c(tmp_path, capsys):
     ):
         assert corrupt(source, tmp_path, *flags) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("side", [32, 40])
+def test_a_killed_run_is_finished_by_the_same_command(tmp_path, monkeypatch, side):
+    """Arrays (32 pixels) and picture files, killed while a file is half written."""
+    tiles = [sheet().crop((32 * i, 0, 32 * i + side, side)) for i in range(3)]
+    paths = [f"n01440764/{i}.jpg" for i in range(3)]
+    source = write_parquet(tmp_path / "p.parquet", tiles, paths, [0, 3, 1])
+    some = ("--corruption", "contrast", "brightness", "--workers", 0, "--image-size", side)
+    some += () if side == 32 else ("--severity", 1, 5)
+    assert corrupt(source, tmp_path / "whole", *some) == 0
+
+    save, write, done = Image.Image.save, np.save, []
+
+    def kill(file):
+        done.append(file)
+        if len(done) == (2 if side == 32 else 6):
+            os.truncate(file, 100)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def saves(image, file, *rest, **options):
+        save(image, file, *rest, **options)
+        kill(file)
+
+    def writes(stream, labels):
+        write(stream, labels)
+        stream.flush()
+        kill(stream.name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", saves)
+        patch.setattr(np, "save", writes)
+        process = forked.start(corrupt, source, tmp_path / "broken", *some)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    whole = {name: file.read_bytes() for name, file in files(tmp_path / "whole").items()}
+    broken = files(tmp_path / "broken")
+    finished = {name: file for name, file in broken.items() if name in whole}
+    assert 0 < len(finished) < len(whole)
+    assert all(file.read_bytes() == whole[name] for name, file in finished.items())
+    before = {name: file.stat().st_mtime_ns for name, file in finished.items()}
+    assert corrupt(source, tmp_path / "broken", *some) == 0
+    broken = files(tmp_path / "broken")
+    assert {name: file.read_bytes() for name, file in broken.items()} == whole
+    before.pop("CIFAR-10-C/labels.npy", None)  # written with each array
+    assert {name: broken[name].stat().st_mtime_ns for name in before} == before
 
 
 def test_rows_of_parquet_files_get_names(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Data sets on the Hub as sources of images: the genuine client against a Hub on the loopback."""
 
+import importlib.util
 import io
+import json
 import socket
 import sys
 
@@ -28,8 +30,12 @@ def encoded(drawn):
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def shard(rows):
+def shard(rows, names=None):
     table = pa.table({"image": [encoded(PICTURES[i]) for i in rows], "label": list(rows)})
+    if names:
+        label = {"names": names, "_type": "ClassLabel"}
+        features = {"info": {"features": {"image": {"_type": "Image"}, "label": label}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     return buffer.getvalue()
@@ -48,6 +54,10 @@ def hub():
         server.add("datasets/org/flowers", SHARDS)
         server.add("datasets/org/split", SHARDS | {"data/test-00000-of-00001.parquet": shard((5,))})
         server.add("datasets/org/text", {"README.md": b"# no pictures"})
+        named = shard(range(6), list("abcdef"))
+        server.add("datasets/org/named", {"data/train-00000-of-00001.parquet": named})
+        cut = server.add("datasets/org/cut", SHARDS)
+        cut.faults["data/train-00001-of-00002.parquet"] = "broken"
         # What the Hub itself makes of a data set in another format.
         made = server.add("datasets/org/archive", {"default/train/0000.parquet": shard((1, 2))})
         converted = made.refs["main"]
@@ -61,12 +71,12 @@ def ask(hub, tmp_path_factory):
     """``ask(source, **environment)`` -> answer and images, in a process with that environment."""
     folder, clients = tmp_path_factory.mktemp("datasets"), {}
 
-    def run(source, endpoint=hub.url, **environment):
+    def run(source, endpoint=hub.url, stream=False, **environment):
         key = (endpoint, *environment.items())
         if key not in clients:
             clients[key] = Client(folder / "home", endpoint, folder, **environment)
         out = folder / "images.safetensors"
-        answer = clients[key]("images", source=source, file=str(out))
+        answer = clients[key]("images", source=source, file=str(out), stream=stream)
         return answer, None if "error" in answer else load_file(out)["images"]
 
     yield run
@@ -131,6 +141,47 @@ def test_what_is_not_there_is_one_line(ask, source, kind, said):
     answer, _ = ask(source)
     assert kind in answer["kinds"]
     assert said in answer["error"]
+
+
+needs_datasets = pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None,
+    reason='datasets is not installed: pip install "ttt-plugins[datasets]"',
+)
+
+
+@needs_datasets
+def test_the_genuine_package_streams_the_same_images(ask, hub):
+    before = len(hub.requests)
+    for source in ("hf://datasets/org/flowers", "hf://datasets/org/flowers@main/train"):
+        answer, images = ask(source, stream=True)
+        assert torch.equal(images, EXPECTED), source
+        assert answer["labels"] == list(range(6))
+    assert torch.equal(ask("hf://datasets/org/split/test", stream=True)[1], EXPECTED[5:])
+    pattern = "hf://datasets/org/flowers/data/train-00001*"
+    assert torch.equal(ask(pattern, stream=True)[1], EXPECTED[3:])
+    read = [path for kind, path, _ in hub.requests[before:] if kind == "GET"]
+    assert any(path.endswith("train-00001-of-00002.parquet") for path in read)
+    downloaded, streamed = (ask("hf://datasets/org/named", stream=s)[0] for s in (False, True))
+    assert downloaded == streamed
+    assert streamed["classes"] == list("abcdef")
+
+
+@needs_datasets
+@pytest.mark.parametrize(
+    ("source", "kind", "said"),
+    [
+        ("hf://datasets/org/nothing", "HubError", "there is no data set"),
+        ("hf://datasets/org/flowers@v9", "HubError", "no revision 'v9'"),
+        ("hf://datasets/org/split/dev", "DataError", "['train', 'test']"),
+        ("hf://datasets/org/flowers/no-*.parquet", "DataError", "no-*.parquet"),
+        ("hf://datasets/org/cut", "HubError", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_streamed_is_one_line(ask, source, kind, said):
+    answer, _ = ask(source, stream=True)
+    assert kind in answer["kinds"]
+    assert said in answer["error"]
+    assert "\n" not in answer["error"]
 
 
 def test_streaming_needs_its_package_and_the_hub(monkeypatch):

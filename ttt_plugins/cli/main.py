@@ -15,6 +15,7 @@ from ..utils.text import printable
 from .artifacts import add_artifacts, add_convert, add_list
 from .benchmark import add_benchmark, add_compare
 from .corrupt import add_corrupt
+from .fit import add_fit
 from .flags import PROGRAM, Parser
 from .predict import add_predict
 from .train import add_train
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     add_benchmark(commands)
     add_compare(commands)
+    add_fit(commands)
     add_predict(commands)
     add_corrupt(commands)
     add_train(commands)

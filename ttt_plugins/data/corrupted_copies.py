@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ..errors import DataError, InputError
-from ..utils.files import replacing
+from ..utils.files import remove_abandoned_files, replacing
 from .corruptions import TENSOR_CORRUPTIONS
 from .datasets import DATASETS, Dataset
 from .decode import PICTURE_SUFFIXES, PictureError
@@ -160,6 +160,7 @@ class CorruptedCopies(TorchDataset):
                 if file.is_file():
                     continue
                 file.parent.mkdir(parents=True, exist_ok=True)
+                remove_abandoned_files(file)
                 corrupted = Image.fromarray(self._corrupt(image, name, severity, row))
                 with replacing(file) as temporary:
                     corrupted.save(temporary, "JPEG", quality=_QUALITY, optimize=True)
@@ -225,6 +226,8 @@ class CorruptedCopies(TorchDataset):
         for file in missing:
             labels = np.zeros((len(levels), rows), np.int64)
             title = f"{self.spec.title} {file.stem}"
+            remove_abandoned_files(file)
+            remove_abandoned_files(root / "labels.npy")
             with replacing(file) as temporary:
                 array = np.lib.format.open_memmap(
                     temporary, "w+", np.uint8, (len(levels) * rows, *shape[2:])

@@ -28,7 +28,7 @@ from ..utils.connection import in_time
 from ..version import __version__
 from .arrays import LoaderStream
 from .parquet import ParquetSource
-from .source import Columns, ImageSource, ImageStream
+from .source import LABEL_COLUMNS, Columns, ImageSource, ImageStream
 
 __all__ = ["open_hub_dataset"]
 
@@ -180,7 +180,19 @@ def _split(shard: str) -> str | None:
     return words[-1] if words else None
 
 
+class _Rows:
+    """The rows of a streamed data set; a failure while they are read is a `HubError`."""
+
+    def __init__(self, where: _Address, rows: Any):
+        self._where, self._rows = where, rows
+
+    def __iter__(self) -> Iterator[Any]:
+        with _translated(self._where):
+            yield from self._rows
+
+
 def _streamed(where: _Address, columns: Columns) -> ImageStream:
+    """Stream a split, ``train`` unless named, or the files that match a pattern."""
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
@@ -188,24 +200,45 @@ def _streamed(where: _Address, columns: Columns) -> ImageStream:
             'streaming needs the datasets package: pip install "ttt-plugins[datasets]"; without it '
             "shards are downloaded"
         ) from error
+    part = where.part or "train"
+    chosen = {"split": part}
+    if any(c in part for c in "*?[/") or part.endswith(".parquet"):
+        chosen = {"split": "train", "data_files": part}
     with _translated(where):
-        rows = datasets.load_dataset(
-            where.repository, revision=where.revision, split=where.part or "train", streaming=True
-        )
+        try:
+            rows = datasets.load_dataset(
+                where.repository, revision=where.revision, streaming=True, **chosen
+            )
+        except datasets.exceptions.DatasetNotFoundError as error:
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise error.__cause__ from error  # says whether it is private, gated or absent
+            raise HubError(f"there is no data set {_place(where)}") from error
+        except (ValueError, FileNotFoundError) as error:
+            # An unknown split, a pattern without files, or a data set without images.
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{_place(where)}: {part!r} cannot be streamed ({reason})") from error
         features = rows.features or {}
         for name, feature in features.items():
             if isinstance(feature, datasets.Image):
                 # Left encoded, so that pictures from all sources are decoded in the same way.
                 rows = rows.cast_column(name, datasets.Image(decode=False))
-    stream = LoaderStream(rows, columns)
+    stream = LoaderStream(_Rows(where, rows), columns)
     stream.location = f"hf://datasets/{where.repository}"
+    label = columns[1] or next((name for name in LABEL_COLUMNS if name in features), None)
+    names = getattr(features.get(label), "names", None)
+    stream.classes = tuple(names) if names else None
     return stream
+
+
+def _place(where: _Address) -> str:
+    """The address of a data set's page."""
+    return f"{constants.ENDPOINT}/datasets/{where.repository}"
 
 
 @contextlib.contextmanager
 def _translated(where: _Address) -> Iterator[None]:
     """Convert failures of requests to the Hub into `HubError`."""
-    place = f"{constants.ENDPOINT}/datasets/{where.repository}"
+    place = _place(where)
     try:
         yield
     except TTTError:

@@ -23,6 +23,7 @@ __all__ = [
     "nearest_path",
     "read_unchanged",
     "recover_folder",
+    "remove_abandoned_files",
     "replacing",
     "replacing_folder",
     "sync_folder",
@@ -97,6 +98,33 @@ def replacing(path: Path) -> Iterator[Path]:
         # On a full disk even this may fail; the first error is the one to report.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned_files(path: Path) -> None:
+    """Remove what killed processes of this machine left of ``path`` in `replacing`."""
+    pattern, machine = f".{path.name}.", f"{platform.node()}."
+    found: list[str] = []
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        found = [e.path for e in entries if e.name.startswith(pattern + machine)]
+    for temporary in map(Path, found):
+        owner = temporary.name.removeprefix(pattern + machine).removesuffix(".tmp")
+        process, _, thread = owner.partition(".")
+        if process.isdecimal() and thread.isdecimal() and not _runs(int(process)):
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine runs; True where that cannot be asked."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
