@@ -576,8 +576,11 @@ def field_long() -> str:
     found = json.loads(path.read_text())["streams"]["long"]
     methods = {"source": "source", "mgg": "MGG"}
     rows = [
-        [str(tenth + 1), *(f"{100 * list(found[m]['parts'].values())[tenth]:.1f}" for m in methods)]
-        + [f"{found['mgg']['memory'][tenth] / 1e6:.0f}"]
+        [
+            str(tenth + 1),
+            *(f"{100 * list(found[m]['parts'].values())[tenth]:.1f}" for m in methods),
+            f"{found['mgg']['memory'][tenth] / 1e6:.0f}",
+        ]
         for tenth in range(10)
     ]
     return table(["tenth", *methods.values(), "peak memory, MB"], rows)
