@@ -32,8 +32,7 @@ from ttt_plugins.benchmark.protocols import plan, shuffled
 from ttt_plugins.cli import main
 from ttt_plugins.cli.flags import Parser, add_dataclass_flags, dataclass_from_args
 from ttt_plugins.data.images import to_float
-from ttt_plugins.demo import Sample, build_per_image_adapters, draw, load_sample, predict_sample
-from ttt_plugins.errors import DataError, InputError, MissingDependencyError, TTTError
+from ttt_plugins.errors import DataError, InputError, MissingDependencyError
 from ttt_plugins.utils import robustbench as bridge
 
 BATCH = 7
@@ -778,66 +777,3 @@ def test_flags_from_a_dataclass(capsys):
     assert "share of 100 %, which goes on (default: 0.5)" in shown
     assert "bounds (default: 2)" in shown
     assert "nothing" not in shown
-
-
-# -- demo --------------------------------------------------------------------------------
-
-
-def _write_sample(folder, labels, arrays):
-    """Tiles of 32x32 in a picture two wide, as the package ships its sample."""
-    (folder / "labels.json").write_text(json.dumps([int(label) for label in labels]))
-    for name, images in arrays.items():
-        grid = images.reshape(-1, 2, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 64, 3)
-        Image.fromarray(grid).save(folder / f"{name}.webp", lossless=True)
-
-
-def test_demo_at_tiny_size(tmp_path):
-    rng = np.random.default_rng(0)
-
-    arrays = {n: random_cell(rng, 24)[0] for n in ("snow", "clean", "fog_3d")}
-    labels = rng.integers(0, 10, 24)
-    _write_sample(tmp_path, labels, arrays)
-    sample = load_sample(tmp_path, 16)
-    assert list(sample.images) == ["clean", "fog_3d", "snow"]
-    assert np.array_equal(sample.images["snow"].permute(0, 2, 3, 1).numpy(), arrays["snow"][:16])
-    nets = {"source": FakeAdapter(lr=0.0), "tent": FakeAdapter(lr=0.1), "mgg": FakeAdapter(lr=2.0)}
-    result = predict_sample(nets, sample, batch_size=4, progress=False)
-    expected = plain_loop([(arrays["snow"][:16], labels[:16])], [True], batch=4)
-    fresh = predict_sample({"a": FakeAdapter()}, sample, batch_size=4, progress=False)
-    assert fresh.accuracy("a", "snow") == 100 * expected[0]
-    assert nets["mgg"].resets == 3
-    assert result.table().splitlines()[0].split()[-3:] == ["source", "tent", "mgg"]
-    gained, lost = result.changed("source", "mgg")
-    gain = result.mean("mgg") - result.mean("source")
-    assert 100 * (gained - lost) / (2 * 16) == pytest.approx(gain)
-    assert draw(result).startswith(b"\x89PNG")
-
-
-def test_demo_picture_without_a_corrected_image():
-    sample = Sample(torch.zeros(2, dtype=torch.int64), {"fog": torch.zeros(2, 3, 32, 32).byte()})
-    nets = {"source": FakeAdapter(lr=0.0), "mgg": FakeAdapter(lr=0.0)}
-    result = predict_sample(nets, sample, progress=False)
-    assert result.changed("source", "mgg") == (0, 0)
-    assert draw(result).startswith(b"\x89PNG")
-
-
-def test_demo_mistakes(tmp_path):
-    with pytest.raises(DataError, match="not the demo's images"):
-        load_sample(tmp_path / "none")
-    _write_sample(tmp_path, [0, 1, 2, 3], {"fog": np.zeros((4, 32, 32, 3), np.uint8)})
-    with pytest.raises(InputError, match="1 to 4 images"):
-        load_sample(tmp_path, 5)
-    (tmp_path / "labels.json").write_text("[0, 1, 2]")
-    with pytest.raises(DataError, match="do not match"):
-        load_sample(tmp_path)
-    assert issubclass(DataError, TTTError)
-
-
-def test_demo_of_per_image_methods():
-    nets = build_per_image_adapters()
-    assert nets["ttt"].config.steps == 1
-    assert nets["mt3"].method == "mt3"
-    whole = load_sample(n=2)
-    sample = Sample(whole.labels, {name: whole.images[name] for name in ("clean", "fog")})
-    result = predict_sample(nets, sample, progress=False)
-    assert list(result.predictions) == ["ttt's model", "ttt", "mt3's model", "mt3"]

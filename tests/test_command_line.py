@@ -171,7 +171,7 @@ def test_a_demo_into_no_folder(out, here, monkeypatch, refused):
     def work(*_, **__):
         raise AssertionError("the demo ran")
 
-    monkeypatch.setattr("ttt_plugins.demo.predict_sample", work)
+    monkeypatch.setattr("ttt_plugins.demo.run.predict_sample", work)
     (here / "file").write_text("mine")
     assert "cannot create this folder" in refused("demo", "--out", out)
 

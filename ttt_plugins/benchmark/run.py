@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..artifacts.tensor_files import fingerprint
 from ..core.adaptive import AdaptiveModel, device_of
@@ -22,6 +21,7 @@ from ..errors import InputError
 from ..utils import robustbench as bridge
 from ..utils.checks import check_seed
 from ..utils.processes import Worker
+from ..utils.progress import progress_bar
 from . import plots
 from .cells import CorruptionData
 from .device import Execution, Loader, accelerator
@@ -268,7 +268,7 @@ class _Run:
         total = sum(job.batches(self.batch_size) or clean for job in self.jobs)
         loader = Loader(self.data.load, self.data.load_rows)
         try:
-            with tqdm(total=total, unit="batch", disable=not self.show, leave=False) as bar:
+            with progress_bar(total=total, unit="batch", show=self.show) as bar:
                 yield loader, bar
         finally:
             loader.close()

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..adapter import Adapter
 from ..benchmark import CorruptionData, open_class_folders
@@ -31,6 +30,7 @@ from ..data.parquet import read_parquet
 from ..data.source import ImageSource, read_order
 from ..data.transforms import evaluation_transform
 from ..errors import DataError, InputError
+from ..utils.progress import progress_bar
 from ..utils.text import printable
 from ..wrapping import wrap
 
@@ -121,7 +121,7 @@ def gather_pictures(
         skip_damaged=args.skip_damaged,
     )
     images, labels, total = [], [], len(loader) if isinstance(opened, ImageSource) else limit
-    for batch in tqdm(loader, f"pictures of {source}", leave=False):
+    for batch in progress_bar(loader, f"pictures of {source}"):
         if not images and total is not None:
             _check_memory(source, total * batch.images[0].numel())
         images.append(batch.images)

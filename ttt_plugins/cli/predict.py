@@ -13,7 +13,6 @@ from typing import Any, TextIO
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
 from ..adapter import Adapter
 from ..core.pictures import picture_transform
@@ -23,6 +22,7 @@ from ..data.loading import ImageBatch, ImageLoader
 from ..errors import DataError, InputError
 from ..utils.checks import check_seed
 from ..utils.files import replacing
+from ..utils.progress import progress_bar
 from ..utils.signals import raising_on_sigterm
 from ..utils.text import printable
 from .models import adapter_from_args, add_model_flags
@@ -99,7 +99,7 @@ def _write(net: Adapter, loader: ImageLoader, run: _Run) -> tuple[int, int]:
         total = None
     with (
         run.rows.open("a", newline="", encoding="utf-8") as file,
-        tqdm(total=total, unit="image", desc=net.method) as bar,
+        progress_bar(title=net.method, total=total, unit="image", leave=True) as bar,
     ):
         for batch in loader:
             logits = net(to_float(batch.images.to(net.backbone.device)))

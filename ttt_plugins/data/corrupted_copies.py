@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from tqdm.auto import tqdm
 
 from ..errors import DataError, InputError
 from ..utils.files import remove_abandoned_files, replacing
+from ..utils.progress import progress_bar
 from .corruptions import TENSOR_CORRUPTIONS
 from .datasets import DATASETS, Dataset
 from .decode import PICTURE_SUFFIXES, PictureError
@@ -189,7 +189,9 @@ class CorruptedCopies(TorchDataset):
         report, targets = Report(), set()
         total = len(self) * len(self.names) * len(self.severities)
         job = _with(self, root=root)
-        with tqdm(total=total, desc=self.spec.title, unit="file", disable=not progress) as bar:
+        with progress_bar(
+            title=self.spec.title, total=total, unit="file", show=progress, leave=True
+        ) as bar:
             for done in job._done(workers):
                 if done.damaged:
                     report.skipped.append(done.damaged)
@@ -234,7 +236,9 @@ class CorruptedCopies(TorchDataset):
                 )
                 job = _with(self, names=(file.stem,), skip_damaged=False)
                 images = job._done(workers)
-                for done in tqdm(images, title, len(self), unit="image", disable=not progress):
+                for done in progress_bar(
+                    images, title, len(self), unit="image", show=progress, leave=True
+                ):
                     array.reshape(shape)[:, done.row] = done.arrays
                     labels[:, done.row] = -1 if done.label is None else done.label
                 array.flush()

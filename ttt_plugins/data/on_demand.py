@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from ..errors import DataError
+from ..utils.progress import progress_bar
 from .decode import PictureError
 from .loading import Pieces, Transform, intact, worker_count
 from .source import OPEN_BLOCKS, ImageSource, shuffled_blocks
@@ -154,7 +154,7 @@ def intact_rows(
         num_workers=min(count, len(rows)),
         generator=torch.Generator(),
     )
-    errors = list(tqdm(loader, f"pictures of {source.location}", leave=False))
+    errors = list(progress_bar(loader, f"pictures of {source.location}"))
     if all(errors):
         raise DataError(f"{source.location}: every picture is damaged, the first: {errors[0]}")
     return rows[torch.tensor([not line for line in errors])], [line for line in errors if line]

@@ -44,7 +44,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..backbones.backbone import Backbone
 from ..backbones.norms import channels
@@ -62,6 +61,7 @@ from ..data.images import batch_images
 from ..errors import ArtifactError, InputError
 from ..utils.checks import check_choice, check_number
 from ..utils.precision import single, single_dtype
+from ..utils.progress import progress_bar
 
 __all__ = ["MGG"]
 
@@ -192,7 +192,7 @@ def fit(
     if not isinstance(batches, Iterable):
         raise InputError(f"a loader of clean images is needed, got {type(images).__name__}")
     totals: tuple[Tensor, ...] | None = None
-    for batch in tqdm(batches, "source statistics", disable=not progress, leave=False):
+    for batch in progress_bar(batches, "source statistics", show=progress):
         shown = check_images(backbone, batch_images(batch).to(backbone.device))
         check_pixels(shown)
         with torch.no_grad(), backbone.recording() as features:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..backbones.backbone import Backbone
 from ..core.algorithm import Tensors
@@ -29,7 +28,7 @@ from ..data.images import to_float
 from ..data.on_demand import ImagesOnDemand, read_batches, shuffled_rows
 from ..errors import InputError
 from ..utils.checks import check_integer, check_number
-from ..utils.progress import write_entry
+from ..utils.progress import progress_bar, write_entry
 
 __all__ = ["HeadRecipe", "fit_head", "turned"]
 
@@ -143,7 +142,7 @@ def _descend(
         rows = order[: per_epoch * recipe.batch_size].split(recipe.batch_size)
         name = f"rotation head, epoch {epoch + 1}/{recipe.epochs}"
         batches = read_batches(images, rows)
-        for part in tqdm(batches, name, len(rows), disable=not progress, leave=False):
+        for part in progress_bar(batches, name, len(rows), show=progress):
             x = random_flip(random_crop(part, recipe.padding, generator), generator)
             x = to_float(x).to(backbone.device, backbone.dtype)
             x, quarters = turned(x, "random", generator)

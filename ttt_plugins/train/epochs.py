@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..data.on_demand import read_batches, shuffled_rows
 from ..errors import DataError, InputError
 from ..utils.files import can_write, replacing
-from ..utils.progress import write_entry
+from ..utils.progress import progress_bar, write_entry
 
 __all__ = [
     "Epoch",
@@ -69,7 +69,7 @@ class Epoch:
 
     def bar(self, batches: Sequence) -> tqdm:
         """Iterate over batches with a progress bar."""
-        return tqdm(batches, self.title, disable=not self.progress, leave=False)
+        return progress_bar(batches, self.title, show=self.progress)
 
     def batches(self, images: Any, batch_size: int, steps: int) -> tqdm:
         """Draw ``steps`` batches, with a progress bar, as pairs of row indices and images.
@@ -85,7 +85,7 @@ class Epoch:
         orders = [shuffled_rows(images, self.generator) for _ in range(-(-count // len(images)))]
         rows = torch.cat(orders)[:count].split(batch_size)
         pairs = zip(rows, read_batches(images, rows), strict=True)
-        return tqdm(pairs, self.title, len(rows), disable=not self.progress, leave=False)
+        return progress_bar(pairs, self.title, len(rows), show=self.progress)
 
 
 class Training(ABC):
