@@ -575,10 +575,11 @@ def field_long() -> str:
         return "Not measured."
     found = json.loads(path.read_text())["streams"]["long"]
     methods = {"source": "source", "mgg": "MGG"}
+    parts = {method: list(found[method]["parts"].values()) for method in methods}
     rows = [
         [
             str(tenth + 1),
-            *(f"{100 * list(found[m]['parts'].values())[tenth]:.1f}" for m in methods),
+            *(f"{100 * shares[tenth]:.1f}" for shares in parts.values()),
             f"{found['mgg']['memory'][tenth] / 1e6:.0f}",
         ]
         for tenth in range(10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import itertools
@@ -20,6 +21,7 @@ from torch.distributed import HashStore
 from ttt_plugins.benchmark import FIELD, FieldStream, Worker, run_field
 from ttt_plugins.benchmark.device import peak_memory, reset_peak_memory
 from ttt_plugins.benchmark.protocols import plan
+from ttt_plugins.cli.models import adapter_from_args
 from ttt_plugins.data.corruptions import corrupt
 from ttt_plugins.data.fresh import corrupt_rows, flip_and_crop
 from ttt_plugins.errors import InputError
@@ -276,3 +278,14 @@ def test_peak_memory_is_measured_anew():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux can")
     assert 10_000_000 < peak_memory(cpu) < before - 100_000_000
+
+
+@pytest.mark.parametrize("method", ["source", "tent", "mgg", None])
+def test_an_optimizer_is_compared_on_the_model_it_was_trained_for(method):
+    """``benchmark bundled:mgg-… --field``: other methods adapt the model that it names."""
+    own = {"model": "bundled:mgg-resnet26bn-cifar10", "method": method}
+    rest = {"device": None, "seed": 0, "lr": None, "set": [], "pretrained": False}
+    net = adapter_from_args(argparse.Namespace(**own, **rest, model_dir=Path("models")))
+    assert net.method == method or (method is None and net.method == "mgg")
+    assert net.origin["name"] == "bundled:source-resnet26bn-cifar10"
+    assert net.backbone.normalize

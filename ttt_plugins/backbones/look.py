@@ -70,7 +70,8 @@ class Watch(NamedTuple):
         new = fine.sum().to(looks)
         looks = looks.where(fine[:, None], 0)
         fresh, square = looks.sum(0) / new.clamp_min(1), looks.square().sum(0) / new.clamp_min(1)
-        (mean, squares, latest), (before, late) = self.looks.unbind(), self.counts.unbind()
+        # A cast of the adapter casts its state.
+        (mean, squares, latest), (before, late) = (t.to(looks).unbind() for t in self)
         late = late.clamp_max(LATEST)
         latest = torch.lerp(latest, fresh, new / (late + new).clamp_min(1e-6))
         late = late + new

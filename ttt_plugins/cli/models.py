@@ -44,14 +44,18 @@ def adapter_from_args(args: argparse.Namespace, classes: Sequence[int] | None = 
     common = {"device": args.device, "seed": args.seed}
     pairs = args.set if args.lr is None else [*args.set, ("lr", args.lr)]
     artifact = hub.find(args.model)
-    stored = None if artifact is None else read_config(artifact.folder, artifact.name)["method"]
+    config = {} if artifact is None else read_config(artifact.folder, artifact.name)
+    stored = config.get("method")
     method = stored if args.method is None else args.method
     # --set accepts only fields of the config; all other arguments of wrap have their own flags.
     fields = {} if method is None else fields_from_pairs(pairs, get_method(method).config)
     if method == stored and classes is None:
         return from_pretrained(args.model, **common, **fields)
+    model = args.model
+    if config.get("backbone", {}).get("source", "artifact") not in ("artifact", "module"):
+        model = from_pretrained(model, **common)  # an adapter for a model that is named in it
     return wrap(
-        args.model,
+        model,
         method,
         pretrained=args.pretrained,
         model_dir=args.model_dir,
