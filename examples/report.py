@@ -470,6 +470,58 @@ def imagenet_rates() -> str:
     return table(["", "rate: accuracy", "best", "at an edge"], rows)
 
 
+# Photographs
+
+
+def photographs() -> str:
+    """The five commands of `photographs.py`, with their figures."""
+    path = RESULTS / "photographs.json"
+    steps = json.loads(path.read_text())["steps"] if path.is_file() else {}
+    rows = []
+    for name, told in (
+        ("statistics", _fitted),
+        ("mgg", _meta_trained),
+        ("benchmark", _benchmarked),
+        ("head", _head),
+        ("predictions.csv", _predicted),
+    ):
+        step = steps.get(name)
+        if step is None:
+            rows.append([name, "not measured", ""])
+        else:
+            seconds = step.get("processor_seconds")
+            rows.append([name, told(step), "" if seconds is None else f"{seconds:.0f}"])
+    return table(["output", "figures", "processor seconds"], rows)
+
+
+def _fitted(step: dict) -> str:
+    return f"statistics of {step['images']} photographs"
+
+
+def _meta_trained(step: dict) -> str:
+    share = 100 * step["chosen"]["accuracy"]
+    return f"{step['images']} photographs, {share:.2f} % as the unadapted model on clean ones"
+
+
+def _benchmarked(step: dict) -> str:
+    shown = {"source": "source", "mgg": "MGG"}
+    parts = []
+    for method, name in shown.items():
+        cells = {c: 100 * share for c, share in step["accuracy"][method].items()}
+        listed = ", ".join(f"{c} {share:.1f}" for c, share in cells.items())
+        parts.append(f"{name} {statistics.mean(cells.values()):.2f} ({listed})")
+    return "; ".join(parts)
+
+
+def _head(step: dict) -> str:
+    share = 100 * step["epochs"][-1]["rotation_accuracy"]
+    return f"{step['images']} photographs, {share:.2f} % of the rotations right in the last epoch"
+
+
+def _predicted(step: dict) -> str:
+    return f"{step['images']} photographs, {100 * step['right'] / step['images']:.2f} % right"
+
+
 # Methods that adapt to every image
 
 
@@ -609,6 +661,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "held-out": held_out,
     "imagenet": imagenet,
     "imagenet-rates": imagenet_rates,
+    "photographs": photographs,
     "per-image": per_image,
     "per-image-pairs": per_image_pairs,
     "published": published,
