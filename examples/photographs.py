@@ -39,7 +39,7 @@ COMMANDS = {
     "benchmark": "benchmark mgg --images test --severity 5 --n-examples 128 --channels-last "
     "--corrupt speckle_noise gaussian_blur spatter saturate",
     "head": "train ttt --freeze-trunk --model model --images unlabelled --epochs 5 --workers 0",
-    "predictions.csv": "predict mgg test --limit 200 --workers 0",
+    "predictions.csv": "predict statistics test --limit 200 --workers 0",
 }
 
 
