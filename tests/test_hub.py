@@ -546,7 +546,6 @@ def hurried(start):
     ("name", "file", "job"),
     [
         ("tests/drips-model", "model.safetensors", {"do": "load"}),
-        ("tests/drips-config", "config.json", {"do": "load"}),
         ("tests/drips-card", "README.md", {"do": "load"}),
         ("tests/drips-info", "info", {"do": "load"}),
         # timm's own loader and the Hub's client for data sets would wait for minutes.
