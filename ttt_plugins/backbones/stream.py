@@ -110,9 +110,10 @@ class Stream:
 
     def watch(self, images: Tensor) -> None:
         """Find out whether the shift has changed with images (B, C, H, W), and forget if it has."""
-        known = Watch.start(images.device)
         if _LOOKS in self._past:
             known = Watch(self._past[_LOOKS], self._past[_LOOKED])
+        else:
+            known = Watch.start(images.device)
         self.changed, known = known.after(images)
         self._past |= {_LOOKS: known.looks, _LOOKED: known.counts}
         if _COUNTS in self._past:
