@@ -139,10 +139,11 @@ def run_field(
 ) -> FieldResults:
     """Evaluate methods on a matrix of streams.
 
-    >>> data = open_dataset("cifar10", folder, corruptions=EXTRA_CORRUPTIONS, n_examples=256)
-    >>> methods = {m: functools.partial(tp.wrap, model, m) for m in ("source", "tent")}
-    >>> results = run_field(methods, data, streams=["batch-1", "sorted"])
-    >>> results.accuracies()["sorted"]["tent"]
+    Examples:
+        >>> data = open_dataset("cifar10", folder, corruptions=EXTRA_CORRUPTIONS, n_examples=256)
+        >>> methods = {m: functools.partial(tp.wrap, model, m) for m in ("source", "tent")}
+        >>> results = run_field(methods, data, streams=["batch-1", "sorted"])
+        >>> results.accuracies()["sorted"]["tent"]
 
     Args:
         methods: adapters by label, or functions that create them, each called once when it is

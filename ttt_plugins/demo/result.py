@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -74,10 +74,12 @@ class Frames:
     Attributes:
         right: method -> whether each prediction is correct (N,), in the order of the stream.
         kinds: name of each stretch and its number of images, in order.
+        windows: method -> number of images in an update, of those that make updates.
     """
 
     right: dict[str, Tensor]
     kinds: tuple[tuple[str, int], ...]
+    windows: dict[str, int] = field(default_factory=dict)
 
     def mean(self, method: str) -> float:
         """Accuracy of a method on the whole stream, in percent."""
@@ -102,4 +104,5 @@ class Frames:
             shares = (100 * right[part].double().mean().item() for right in self.right.values())
             rows.append([name, *(f"{share:.1f}" for share in shares)])
         rows.append(["whole stream", *(f"{self.mean(method):.1f}" for method in self.right)])
+        rows.append(["images an update", *(str(self.windows.get(m, "–")) for m in self.right)])
         return align(rows)

@@ -109,7 +109,10 @@ def predict_frames(nets: Mapping[str, Adapter], sample: Sample, *, progress: boo
             bar.set_description(f"single frames, {name}")
             net.reset()
             right[name] = classify(net, parts, rows, 1, bar.update).answers.right
-    return Frames(right, tuple((name, count) for name in sample.images))
+    windows = {
+        name: net.config.window for name, net in nets.items() if hasattr(net.config, "window")
+    }
+    return Frames(right, tuple((name, count) for name in sample.images), windows)
 
 
 def run_demo(
