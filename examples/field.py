@@ -1,15 +1,15 @@
-"""Measure Tent, SAR and MGG at their defaults in the field; `report.py` prints the table.
+"""Measure Tent, SAR and MGG at their defaults on the field's streams, for `report.py`.
 
     python examples/field.py --data DIR                           # the fifteen corruptions
     python examples/field.py --data DIR --extra --out DIR         # the four extra ones
 
-Each stream of ``benchmark --field`` (severity 5; ``gradual`` all severities) is measured on the
-first images of every corruption, those of ``gradual`` a quarter, and ``clean`` four times as many;
-the ``long`` stream has a command of its own, ``benchmark --field long``. Predictions of the source
-do not depend on their order, so each image is predicted by it once.
+Each stream of ``benchmark --field`` (at severity 5; ``gradual`` at all severities) is measured on
+the first images of every corruption: ``gradual`` uses a quarter of them, ``clean`` four times as
+many. The ``long`` stream is measured by ``benchmark --field long``. The source's predictions do not
+depend on the order of the images, so it predicts each image once.
 
-Settings may be chosen on the extra corruptions only. For every image of the data set the file
-``OUT/field-BACKBONE.json`` holds how often it was predicted correctly in a stream, so that errors
+Settings may be chosen only on the extra corruptions. For every image of the data set the file
+``OUT/field-BACKBONE.json`` records how often it was predicted correctly in a stream, so that errors
 can be clustered by image. It is written whenever a part of a stream between two resets is finished,
 and the same command resumes there.
 """
@@ -35,7 +35,7 @@ from ttt_plugins.utils.files import write_text
 
 BACKBONES = ("resnet26", "resnet26bn", "vit-tiny")
 METHODS = ("tent", "sar", "mgg")
-#: Streams in the order in which they are measured: if the time is short, the last are left out.
+#: Streams in the order in which they are measured; if time runs out, the last are missing.
 STREAMS = (
     "batch-1",
     "batch-64",
@@ -53,12 +53,12 @@ STREAMS = (
 )
 BATCH = 64
 
-#: Right answers by image, and the number of times that each was shown.
+#: Numbers of correct predictions and of all predictions, by image.
 Counts = dict[str, list[int]]
 
 
 def adapter(backbone: str, method: str, **fields) -> tp.Adapter:
-    """A method at its defaults around a bundled classifier; MGG with that one's optimizer."""
+    """A method at its defaults around a bundled classifier; MGG has the optimizer trained on it."""
     if method == "mgg":
         return tp.from_pretrained(f"bundled:mgg-{backbone}-cifar10", **fields)
     return tp.wrap(f"bundled:source-{backbone}-cifar10", method, **fields)
@@ -82,7 +82,7 @@ def cells_of(data_dir: Path, extra: bool, n: int, stream: str) -> CorruptionData
 
 
 class Source:
-    """Which images the unadapted model predicts correctly, found out once for every cell."""
+    """Which images the unadapted model predicts correctly, determined once for every cell."""
 
     def __init__(self, net: tp.Adapter):
         self._net = net
@@ -100,12 +100,12 @@ class Source:
 
 
 def empty(images: int) -> Counts:
-    """Counts of nothing so far."""
+    """Counts before anything was predicted."""
     return {"right": [0] * images, "shown": [0] * images}
 
 
 def add(counts: Counts, rows: torch.Tensor, right: torch.Tensor) -> None:
-    """Add predictions of the images ``rows``, correct where ``right``."""
+    """Add the predictions of the images ``rows``; ``right`` says which are correct."""
     for row, correct in zip(rows.tolist(), right.tolist(), strict=True):
         counts["right"][row] += int(correct)
         counts["shown"][row] += 1
@@ -118,7 +118,7 @@ def stretches_of(stream: str, data: CorruptionData, seed: int) -> list[list[Stre
 
 
 def run_part(net: tp.Adapter, data: CorruptionData, part: list[Stretch], batch: int) -> Iterator:
-    """(stretch, which of its images were predicted correctly) from a reset."""
+    """Yield each stretch and which of its images were predicted correctly, after a reset."""
     net.reset()
     for stretch in part:
         images = {number: data.read(cell) for number, cell in enumerate(stretch.cells)}
@@ -153,20 +153,20 @@ def measure(
     Args:
         backbone: name of a bundled classifier.
         data_dir: folder that holds cifar10 and cifar10c.
-        path: JSON file with the results; what is there is not measured again.
-        extra: whether to take the four extra corruptions, on which settings may be chosen.
-        n: images of each corruption.
+        path: JSON file with the results; what it already holds is not measured again.
+        extra: whether to use the four extra corruptions, on which settings may be chosen.
+        n: number of images of each corruption.
         chosen: names of streams.
         methods: names of methods.
-        seed: of the order of the images.
-        wrap: (backbone, method) -> adapter.
+        seed: seed for the order of the images.
+        wrap: function that creates the adapter of a backbone and a method.
     """
     settings = {"backbone": backbone, "extra": extra, "n_examples": n, "seed": seed}
     result = {**settings, "streams": {}, "versions": {}}
     if path.is_file():
         result = json.loads(path.read_text())
         if any(result[name] != value for name, value in settings.items()):
-            raise SystemExit(f"{path} holds other corruptions, another number or another order")
+            raise SystemExit(f"{path} was measured with other corruptions, another number or order")
     result["versions"] = {"torch": torch.__version__, "ttt_plugins": tp.__version__}
     source = Source(wrap(backbone, "source"))
     nets: dict[str, tp.Adapter] = {}
@@ -216,11 +216,13 @@ def main(argv: list[str] | None = None) -> None:
         "--data", type=Path, required=True, help="folder that holds cifar10 and cifar10c"
     )
     parser.add_argument("--backbone", nargs="+", choices=BACKBONES, default=BACKBONES)
-    parser.add_argument("--extra", action="store_true", help="on the four extra corruptions")
+    parser.add_argument("--extra", action="store_true", help="use the four extra corruptions")
     parser.add_argument("--streams", nargs="+", choices=STREAMS, default=STREAMS)
     parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--n-examples", type=int, default=192, help="images of each corruption")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the images")
+    parser.add_argument(
+        "--n-examples", type=int, default=192, help="number of images of each corruption"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for the order of the images")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

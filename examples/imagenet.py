@@ -8,11 +8,11 @@
 layout (pictures named ``<wnid>/<file>``, labels 0 to 999). ``ttt-plugins corrupt`` makes the
 fifteen corrupted copies of the test photographs at severity 5 once, in the folder ``--work``.
 
-Every stream is one corruption, shuffled by the seed, in batches of 64, from a reset. Learning rates
-are the best of a grid on the four extra corruptions of the training photographs; while the best
-is at an edge of the grid, the grid grows. Rows go corruption by corruption, so that a run that was
-stopped has all rows on the first corruptions. Each stream is written to
-``OUT/imagenet-efficientnet_lite0.json`` as soon as it is known; the same command resumes there.
+Every stream is one corruption, shuffled by the seed, in batches of 64, after a reset. Learning
+rates are the best of a grid on the four extra corruptions of the training photographs; while the
+best is at an edge of the grid, the grid is widened. All rows are measured on one corruption before
+the next, so that an interrupted run has all rows on the first corruptions. Each stream is written
+to ``OUT/imagenet-efficientnet_lite0.json`` as soon as it is measured; the same command resumes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ttt_plugins.utils.files import write_text
 
 BATCH_SIZE = 64
 SEVERITY = 5
-#: The papers' setting: statistics of the batch, and no guard.
+#: The papers' setting: batch statistics and no guard.
 LABORATORY = {"statistics": "batch", "guard": False}
 RATES = {"tent": (1e-4, 3e-4, 1e-3), "sar": (1e-3, 1e-2, 1e-1), "mgg": (1e-3, 3e-3, 1e-2)}
 OWN = "mgg, own"
@@ -57,7 +57,7 @@ class Row:
 
     Attributes:
         method: name of the method.
-        fields: its settings where they differ from the package's defaults.
+        fields: settings that differ from the package's defaults.
         grid: learning rates that are tried first; empty if the row has its own.
     """
 
@@ -73,7 +73,7 @@ class Row:
         return tp.wrap(model, self.method, **fields)
 
 
-#: The cheap rows first.
+#: The rows, the cheapest first.
 ROWS = {
     "source": Row("source"),
     "batch statistics": Row("source", {"statistics": "batch"}),
@@ -93,11 +93,11 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Photographs:
-    """The photographs, as they are corrupted: resized and cropped to 224 pixels.
+    """The photographs to corrupt, resized and cropped to 224 pixels.
 
     Attributes:
         data: folder of ``train.parquet`` and ``test.parquet``.
-        work: folder that gets the corrupted copies.
+        work: folder for the corrupted copies.
         limit: number of photographs of each file, from the first; None for all.
     """
 
@@ -146,12 +146,12 @@ class Photographs:
 
 
 class Evaluation:
-    """Streams of rows, measured once each.
+    """Measures streams of rows, each of them once.
 
     Args:
-        photographs: what is measured on.
+        photographs: the photographs to measure on.
         path: JSON file of the results so far.
-        artifacts: row -> folder of the optimizer that was meta-trained for the network.
+        artifacts: folders of optimizers that were meta-trained for the network, by row.
     """
 
     def __init__(self, photographs: Photographs, path: Path, artifacts: dict[str, str]):
@@ -164,7 +164,7 @@ class Evaluation:
         self._nets: dict = {}
 
     def stream(self, row: str, rate: float | None, corruption: str, seed: int, images) -> dict:
-        """The record of one stream; ``images`` is called if it is not known yet."""
+        """The record of one stream; ``images`` is called if it has not been measured yet."""
         label = label_of(row, rate)
         key = f"{label}/{corruption}/{seed}"
         if key not in self.result["streams"]:
@@ -178,7 +178,7 @@ class Evaluation:
         return self.result["streams"][key]
 
     def choose(self, row: str) -> float | None:
-        """The best learning rate of a row on the extra corruptions, None if it has its own."""
+        """The best learning rate of a row on the extra corruptions; None if the row has its own."""
         if not ROWS[row].grid:
             return None
 
@@ -222,7 +222,7 @@ def measure(
     last = None
     for seed, name, row in tqdm(pieces, "streams", unit="stream"):
         if row == "source" and seed != seeds[0]:
-            continue  # order means nothing to it
+            continue  # the order of the images has no effect on it
         if name != last:
             images.cache_clear()
             last = name

@@ -4,15 +4,15 @@
     python examples/results.py --data DIR --backbone resnet26bn --rows sar --rate 0.3 --seeds 0
     python examples/results.py --data DIR --backbone runs/held-out/convnext
 
-A name stands for a bundled classifier and the optimizer trained on it. A folder is a classifier
-that no optimizer was trained on (`held_out.py`): it gets ``mgg-universal``, with source statistics
+A name means a bundled classifier and the optimizer trained on it. A folder means a classifier that
+no optimizer was trained on (`held_out.py`); it gets ``mgg-universal``, both with source statistics
 of 4,096 clean training images and without.
 
-Severity 5, reset per corruption, one shuffled stream a corruption and seed: a seed changes the
-order of the images and nothing else. Learning rates are the best of a grid on the four extra
-corruptions; while the best is at an edge of the grid, the grid grows (three times at most). What
-is chosen, and every stream, is written to ``OUT/online-BACKBONE.json`` as soon as it is known; the
-same command resumes there.
+The severity is 5, with a reset per corruption and one shuffled stream for each corruption and seed:
+a seed changes the order of the images and nothing else. Learning rates are the best of a grid on
+the four extra corruptions; while the best is at an edge of the grid, the grid is widened (three
+times at most). The chosen rates and every stream are written to ``OUT/online-BACKBONE.json`` as
+soon as they are known; the same command resumes there.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SETTLED = ("mgg",)
 
 @dataclass(frozen=True)
 class Subject:
-    """A classifier and where what was learned for it comes from.
+    """A classifier, and the source of what was learned for it.
 
     Attributes:
         backbone: name of a bundled classifier, or a folder that `held_out.py` wrote.
@@ -116,7 +116,7 @@ ROWS: dict[str, Callable] = {
 
 
 def rows_for(subject: Subject) -> list[str]:
-    """The rows that mean something for a subject."""
+    """The rows that apply to a subject."""
     batch_norm = subject.wrap("source").backbone.has_batch_norm
     out = set()
     if not batch_norm:
@@ -129,7 +129,7 @@ def rows_for(subject: Subject) -> list[str]:
 
 
 def next_rate(rates, best: float) -> float | None:
-    """The rate beyond the edge of a grid that its best is at, in steps of 1, 3, 10; else None."""
+    """The next rate, in steps of 1, 3, 10, if a grid's best is at its edge; otherwise None."""
     if best == max(rates):
         digits = f"{best:.0e}"
         return best * 10 / 3 if digits[0] == "3" else best * 3
@@ -140,13 +140,13 @@ def next_rate(rates, best: float) -> float | None:
 
 
 def best_rate(grid, scores: dict, score: Callable[[float], float], note: Callable) -> float:
-    """The best rate of a grid, which grows while the best is at its edge, three times at most.
+    """The best rate of a grid, which is widened while it is at the edge, three times at most.
 
     Args:
         grid: rates that are tried first.
-        scores: rate as text -> score; those that are missing are added.
+        scores: scores by rate as text; missing ones are added.
         score: measures a rate.
-        note: called after each rate that was measured.
+        note: function called after each measured rate.
     """
 
     def tried(rate: float) -> None:
@@ -170,7 +170,7 @@ def choose_rate(row: str, subject: Subject, scores: dict, batch_size: int, n, no
 
     Args:
         row: name of the row.
-        subject: what adapts.
+        subject: the classifier that adapts.
         scores: rate as text -> accuracy in [0, 1]; those that are missing are added.
         batch_size: images a batch.
         n: images of each extra corruption, None for all.
@@ -190,11 +190,11 @@ def choose_rate(row: str, subject: Subject, scores: dict, batch_size: int, n, no
 
 
 def run_stream(net, stream: LabelledImages, batch_size: int, seed: int, batches=None) -> dict:
-    """Right answers and seconds of every batch of one shuffled stream, from a reset.
+    """Correct predictions and seconds of every batch of one shuffled stream, after a reset.
 
     The stream may end early, after ``batches``: an online method does not know what follows, so
-    that those batches are the same in the whole stream. ``hits`` has a bit for every image in the
-    order of the stream, the first the highest of the first byte.
+    these batches are the same as in the whole stream. ``hits`` has one bit for every image, in the
+    order of the stream, starting with the highest bit of the first byte.
     """
     net.reset()
     order = torch.randperm(len(stream), generator=torch.Generator().manual_seed(seed))
@@ -217,12 +217,12 @@ def run_stream(net, stream: LabelledImages, batch_size: int, seed: int, batches=
 
 
 def label_of(row: str, rate: float | None) -> str:
-    """What a row's streams are filed under: its name, and its rate where it is tuned."""
+    """The key of a row's streams: its name, and its rate if it is tuned."""
     return row if rate is None else f"{row} {rate:.2g}"
 
 
 def load(path: Path, about: dict, n: int, batch_size: int, tune_n) -> dict:
-    """The results so far, or empty ones that begin with what they are about."""
+    """The results so far, or empty results that say what they are about."""
     if path.is_file():
         result = json.loads(path.read_text())
         if (result["n_examples"], result["batch_size"]) != (n, batch_size):
@@ -258,7 +258,7 @@ def measure(
     """Measure rows of one subject; ``path`` is written after every stream and every rate.
 
     Args:
-        subject: what adapts.
+        subject: the classifier that adapts.
         rows: names of rows.
         seeds: of the order of the images.
         path: JSON file with the results; streams that are there are not run again.

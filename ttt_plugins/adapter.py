@@ -63,7 +63,7 @@ class Adapter(Shell):
         batches: number of batches since the last reset.
         loss: mean loss of the last batch before its last update, a tensor (); None without one.
         checks_pixels: whether to refuse batches with pixels that are not finite or outside [0, 1].
-            An accelerator is asked after the first batch and then once in 64
+            On an accelerator they are checked after the first batch and then once in 64
             (`ttt_plugins.core.notices`). Type, shape and device are always checked.
     """
 
@@ -98,7 +98,7 @@ class Adapter(Shell):
         self._algorithm: Algorithm | None = None
         self._window, self._guard = images_of(config), Guard.of(config)
         self._waiting: Tensors = {}
-        # How many images adapt together, by what decides it; and the size of the last images.
+        # How many images adapt together, by what determines it; and the size of the last images.
         self._chunks: dict[tuple, int] = {}
         self._last_size: tuple[int, ...] | None = None
 
@@ -107,12 +107,12 @@ class Adapter(Shell):
     # Compiled code calls an adapter uncompiled; its steps may be compiled separately.
     @torch.compiler.disable
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W), floating point in [0, 1] -> logits (B, classes).
+        """Map images (B, C, H, W), floating point in [0, 1], to logits (B, classes).
 
         With ``normalized_input`` the images are already normalised with mean and std.
 
         Raises:
-            InputError: images of another type, shape or range; the adapter is unchanged.
+            InputError: the images have another type, shape or range; the adapter is unchanged.
         """
         pixels = self._pixels(images)
         if self.checks_pixels:
@@ -139,7 +139,7 @@ class Adapter(Shell):
             outcome, waiting = self._guard.step(
                 self._window, adapt, self.backbone, start, now, self._waiting, images
             )
-        # What was learned changes here, at once: errors and interrupts come before or after.
+        # All state changes in this one call: an error or interrupt comes before or after it.
         vars(self).update(
             _params=outcome.params,
             _state=outcome.state,
@@ -194,7 +194,7 @@ class Adapter(Shell):
     # -- state ---------------------------------------------------------------------------
 
     def algorithm(self, tensors: Tensors | None = None) -> Any:
-        """The method's `Algorithm` for this backbone, None for the unadapted model.
+        """The method's `Algorithm` for this backbone; None for the unadapted model.
 
         Args:
             tensors: tensors that replace learned tensors of the same names; they may require
@@ -241,7 +241,7 @@ class Adapter(Shell):
             self._notices.moved(fn)
             self._params = self._params and scope.moved(self._params, fn)
             self._algorithm = None  # it holds the tensors from before the move
-            if self._state is not None:  # whose precision the rule chooses, whatever the model's is
+            if self._state is not None:  # the rule chooses its precision, not the model
                 like = self._algorithm_now().init()
                 self._state = {n: t.to(like[n]) for n, t in self._state.items()}
         return self
@@ -249,7 +249,7 @@ class Adapter(Shell):
     def __getstate__(self) -> dict[str, Any]:
         # A method contains functions that cannot be pickled, so it is stored by name.
         own = {"_algorithm": None, "_record": self.method, "_chunks": self._chunks.copy()}
-        return self.__dict__ | own  # at once, because another thread may be adapting
+        return self.__dict__ | own  # in one operation, because another thread may be adapting
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Tensors copied or loaded in inference mode could not adapt.
@@ -257,7 +257,7 @@ class Adapter(Shell):
         super().__setstate__(state | {"_record": get_method(state["_record"])})
 
     def reset(self) -> None:
-        """Back to the source, bit for bit; costs nothing but dropping the adapted tensors."""
+        """Return to the source, bit for bit; this only drops the adapted tensors."""
         with self.backbone.lock:
             vars(self).update(_params=None, _state=None, _waiting={}, loss=None, batches=0)
 
@@ -305,8 +305,8 @@ class Adapter(Shell):
             the adapter.
 
         Raises:
-            InputError: the loader yields no images or something else, or the method compares no
-                statistics.
+            InputError: the loader yields nothing, or something other than images, or the method
+                compares no statistics.
         """
         fit = self._record.fit
         if fit is None or self._record.fits != SOURCE_STATISTICS:
@@ -347,7 +347,7 @@ class Adapter(Shell):
 
     @torch.inference_mode(False)
     def export(self) -> nn.Module:
-        """An independent module holding the adapted parameters: images in [0, 1] -> logits.
+        """An independent module with the adapted parameters, from images in [0, 1] to logits.
 
         Raises:
             InputError: recent images were not in [0, 1] (`ttt_plugins.core.notices`).
@@ -390,7 +390,7 @@ class Adapter(Shell):
             ArtifactError: the local folder of the classifier is missing.
         """
         if not isinstance(repository, str):
-            raise InputError(f'repository is "org/name", got {type(repository).__name__}')
+            raise InputError(f'repository must be "org/name", got {type(repository).__name__}')
         with tempfile.TemporaryDirectory(prefix="ttt-plugins-") as work:
             folder = self.save_pretrained(Path(work) / repository.split("/")[-1], **records)
             return publish(folder, repository, private=private, token=token)[0]

@@ -297,10 +297,10 @@ def await_answer(repository: str | None) -> None:
     """Ask the Hub for the weights in a repository, without downloading them.
 
     Args:
-        repository: ``org/name``; None for nothing to ask for.
+        repository: ``org/name``; None to ask nothing.
 
     Raises:
-        HubError: the Hub does not answer at all. Whatever else is wrong is left to the download.
+        HubError: the Hub does not answer at all; all other errors are left to the download.
     """
     if repository is None or offline(DEFAULT_ACCESS):
         return
@@ -314,14 +314,14 @@ def await_answer(repository: str | None) -> None:
 
 
 def timm_repository(name: str) -> str | None:
-    """The repository with timm's weights for a name, None if timm knows none on the Hub."""
+    """The repository with timm's weights for a name; None if timm knows none on the Hub."""
     try:
         settings = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError:  # a tag that this version of timm does not know
         return None
     repository = settings.hf_hub_id if settings is not None else None
     if settings is not None and repository and repository.endswith("/"):
-        # The architecture and the tag complete it.
+        # The name is completed by the architecture and the tag.
         repository += str(settings.architecture) + (f".{settings.tag}" if settings.tag else "")
     return repository or None
 

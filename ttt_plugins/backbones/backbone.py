@@ -148,10 +148,10 @@ class Backbone(HookedModel):
         return (images - self.mean) / self.std if self.normalize else images
 
     def make_ready(self, images: Tensor) -> None:
-        """Do now what the first pass would do, which may lie in a function transform.
+        """Prepare for the first pass now, because that pass may run inside a function transform.
 
         Args:
-            images: (B, C, H, W) in [0, 1], on which to find out what the model writes.
+            images: images (B, C, H, W) in [0, 1], used to determine what the model writes.
         """
         self._make_ready(self._normalised(images))
 

@@ -1,10 +1,10 @@
-"""A structural copy of the user's model, and how it is run without anybody seeing it change.
+"""A structural copy of the user's model, and forward passes that never visibly change it.
 
-A forward pass changes a model: other parameters stand in for its own, BatchNorm layers are lent
-other statistics, and some models write their own weights or buffers. None of that may reach the
-user's model, nor another thread that saves or copies the adapter meanwhile, nor remain after an
-interrupt. So the passes of an adapter run on a second structural copy, the `Runner`, which is
-thrown away unless its pass ends as it should.
+A forward pass changes a model: other parameters replace its own, BatchNorm layers temporarily get
+other statistics, and some models write their own weights or buffers. None of this may affect the
+user's model, or be seen by another thread that saves or copies the adapter at the same time, or
+remain after an interrupt. So an adapter's passes run on a second structural copy, the `Runner`,
+which is discarded unless its pass ends normally.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TRANSIENT = ("lock", "_now", "_idle", "_hook_dicts")
 
 
 class _Leftovers:
-    """What modules keep from a forward pass that the next, with other tensors, must not find."""
+    """What modules keep from a forward pass and the next pass, with other tensors, must not see."""
 
     def __init__(self, model: nn.Module):
         self._caches, self._derived = caches(model), derived(model)
@@ -55,14 +55,14 @@ class Runner(nn.Module):
     Args:
         model: the copy.
         written: names of the parameters and buffers that the model writes in a forward pass, each
-            of which gets a copy of its own for every pass. None if they are to be found out: all
-            get copies then, and `written` becomes the names of those that a pass changes.
+            of which is copied for every pass. None if they are unknown: then all are copied, and
+            `written` becomes the names of those that a pass changes.
     """
 
     def __init__(self, model: nn.Module, written: tuple[str, ...] | None):
         super().__init__()
         self.model, self.written = model, written
-        #: Of the model that this is a copy of.
+        #: Keys of the hooks of the model that this is a copy of.
         self.hooks: list[int] = []
         self._leftovers = _Leftovers(model)
         self._places: dict[str, tuple[dict[str, Any], str]] = {
@@ -76,7 +76,7 @@ class Runner(nn.Module):
             self._places = {n: place for n, place in self._places.items() if n in written}
 
     def forward(self, x: Tensor, pooled: bool) -> Any:
-        """What the model makes of normalised images, or its pooled features."""
+        """The model's output for normalised images, or its pooled features."""
         given = {n: held[key] for n, (held, key) in self._places.items()}
         # By identity, because a tensor may be registered in several places.
         own = {id(t): _copied(t) for t in given.values()}
@@ -93,7 +93,7 @@ class Runner(nn.Module):
             self._leftovers.remove()
 
     def _compare(self, given: dict[str, Tensor], own: dict[int, Tensor]) -> None:
-        """Note which tensors a pass on copies has written or replaced."""
+        """Record which tensors a pass on copies has written or replaced."""
         self.written = tuple(
             name
             for name, (held, key) in self._places.items()
@@ -110,13 +110,13 @@ def _copied(tensor: Tensor) -> Tensor:
 
 @dataclass
 class _Pass:
-    """What the hooks of a forward pass need to know, and what they note."""
+    """What the hooks of a forward pass need to know, and what they record."""
 
     images: int = 0
     record: list[Feature] | None = None
     stream: Stream | None = None  # see `HookedModel.streaming`
     as_source: bool = False
-    #: The statistics of the layers that were lent others.
+    #: The own statistics of the layers that temporarily have others.
     at_rest: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -124,7 +124,7 @@ class HookedModel(nn.Module):
     """A model whose BatchNorm uses chosen statistics and whose features can be recorded.
 
     Args:
-        model: the user's, of which this holds a structural copy.
+        model: the user's model, of which this holds a structural copy.
         statistics: what the BatchNorm layers normalise with.
 
     Attributes:
@@ -132,11 +132,11 @@ class HookedModel(nn.Module):
         statistics: as given.
         tapped: the layers whose features are recorded, by name.
         written: names of tensors that the model writes in a forward pass; None before the first.
-        lock: held during a forward pass: what it records and its statistics belong to this module,
-            so threads have to take turns. A forked child has a lock of its own.
+        lock: held during a forward pass: what it records and its statistics are kept in this
+            module, so threads have to take turns. A forked child gets a new lock.
 
     Raises:
-        InputError: the model cannot be copied apart from its weights.
+        InputError: the model's structure cannot be copied.
     """
 
     def __init__(self, model: nn.Module, statistics: NormStatistics):
@@ -149,7 +149,7 @@ class HookedModel(nn.Module):
         self._leftovers = _Leftovers(self.model)
         self._compiled: tuple[tuple, dict] | None = None
         _, network = inner(model)
-        # Registers alone, without a class token, stand for nothing.
+        # Register tokens alone, without a class token, are not features of the image.
         tokens = getattr(network, "num_prefix_tokens", 0)
         self._class_token = bool(tokens and getattr(network, "cls_token", None) is not None)
         self.statistics = statistics
@@ -165,9 +165,9 @@ class HookedModel(nn.Module):
                 module.register_forward_hook(self._tap_output)
 
     def _begin(self) -> None:
-        """What is not copied or pickled along."""
+        """Create what is neither copied nor pickled."""
         self._now = _Pass()
-        self._idle: list[Runner] = []  # a list, because a module would become part of this one
+        self._idle: list[Runner] = []  # in a list, so that it is not registered as a submodule
         self._hook_dicts: list[dict] | None = None
         self.lock = threading.RLock()
         _ALIVE.add(self)
@@ -182,7 +182,7 @@ class HookedModel(nn.Module):
             leave_inference_mode(self)
 
     def train(self, mode: bool = True) -> HookedModel:  # noqa: ARG002 - nn.Module's signature
-        """Keep eval mode whatever is asked: an adapter means the same in both modes."""
+        """Stay in eval mode, because an adapter behaves the same in both modes."""
         super().train(False)
         avoid_fast_path(self.model)
         return self
@@ -200,7 +200,7 @@ class HookedModel(nn.Module):
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Keep other threads out, and put right what an interrupted pass may have left."""
+        """Keep other threads out, and restore what an interrupted pass may have left changed."""
         with self.lock:
             self._rest()
             self._now = _Pass()
@@ -216,7 +216,7 @@ class HookedModel(nn.Module):
                 self._rest()
                 self._leftovers.remove()
         self._make_ready(x)
-        # Until the pass has ended nothing refers to the runner: an interrupt throws it away.
+        # Nothing else refers to the runner until the pass has ended, so an interrupt discards it.
         runner = self._idle.pop()
         try:
             out = functional_call(runner, dict(tensors), (x, pooled), tie_weights=False)
@@ -226,24 +226,24 @@ class HookedModel(nn.Module):
         return out
 
     def _make_ready(self, x: Tensor) -> None:
-        """Find out what the model writes, by a pass on two of the images, and make a runner."""
+        """Determine what the model writes, by a pass on two of the images, and create a runner."""
         if self.written is None:
             trial = Runner(share_structure(self.model), None)
             for hooks, key, _ in forward_hooks(trial.model):
                 if key not in self._model_hooks:
-                    del hooks[key]  # nobody is to see this pass
-            trial.model = getattr(trial.model, "_orig_mod", trial.model)  # what was compiled
+                    del hooks[key]  # the user's hooks must not see this pass
+            trial.model = getattr(trial.model, "_orig_mod", trial.model)  # before compiling
             try:
                 with torch.no_grad():
                     trial(x[:2], False)
             except Exception:
-                pass  # if something is wrong, the pass itself tells
+                pass  # the real pass will raise the same error
             self.written, self._idle = trial.written, []
         if not self._idle or self._idle[0].hooks != self._hook_keys():
             self._idle = [self._new_runner()]
 
     def _hook_keys(self) -> list[int]:
-        """The hooks that the model has now; each has a number of its own in the process."""
+        """Keys of the hooks that the model has now; they are unique in the process."""
         if self._hook_dicts is None:
             self._hook_dicts = [
                 hooks
@@ -270,9 +270,9 @@ class HookedModel(nn.Module):
     def _choose_statistics(
         self, name: str, module: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor, ...]
     ) -> None:
-        """Before a layer runs, lend it the statistics that were chosen.
+        """Before a layer runs, give it the chosen statistics.
 
-        Without running statistics PyTorch normalises with the batch's, in eval mode too, and
+        Without running statistics PyTorch normalises with the batch's, even in eval mode, and
         writes none.
         """
         now = self._now
@@ -294,7 +294,7 @@ class HookedModel(nn.Module):
 
     @torch.no_grad()
     def source_logits(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> the unadapted model's logits, on its own statistics."""
+        """The unadapted model's logits for images (B, C, H, W) in [0, 1], on its own statistics."""
         now = self._now
         now.as_source = True
         try:
@@ -338,14 +338,14 @@ class HookedModel(nn.Module):
 
     @property
     def streamed(self) -> dict[str, int]:
-        """Channels of the layers that a stream has statistics of, by name."""
+        """Numbers of channels, by name, of the layers that a stream has statistics of."""
         if self.statistics.kind != "stream":
             return {}
         sizes = {n: m.running_mean for n, m in batch_norms(self.model).items()}
         return {n: len(t) for n, t in sizes.items() if isinstance(t, Tensor)}
 
     def freeze_statistics(self, estimate: Mapping[str, Tensor]) -> None:
-        """Normalise with a stream's estimate as it is from now on, whatever comes."""
+        """Normalise with a stream's current estimate from now on."""
         if self.statistics.kind != "stream":
             return
         stream = Stream(estimate, self.statistics.prior)
@@ -356,7 +356,7 @@ class HookedModel(nn.Module):
         self.statistics = _SOURCE
 
     def _rest(self) -> None:
-        """Give every layer its own statistics back, for whoever looks at it."""
+        """Give every layer its own statistics back."""
         for module, own in self._now.at_rest.items():
             module.running_mean, module.running_var = own
         self._now.at_rest.clear()
@@ -391,7 +391,7 @@ _ALIVE: weakref.WeakSet[HookedModel] = weakref.WeakSet()
 
 
 def _own_locks() -> None:
-    """In a forked child: the thread that held a lock may not be part of it."""
+    """Replace the locks in a forked child, which may not have the thread that held one."""
     for model in list(_ALIVE):
         model.lock = threading.RLock()
 

@@ -27,11 +27,13 @@ def add_fit(commands) -> None:
     )
     add.set_defaults(run=_fit)
     add_model_flags(add)
-    add.add_argument("images", metavar="SOURCE", help="clean pictures, without labels: as predict")
+    add.add_argument("images", metavar="SOURCE", help="clean pictures, as for predict")
     add_source_flags(add)
-    add.add_argument("--limit", type=int, metavar="N", help="only N pictures, drawn with the seed")
-    add.add_argument("--seed", type=int, default=0, help="seed for that draw (default: 0)")
-    add.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder")
+    add.add_argument("--limit", type=int, metavar="N", help="use only N pictures, drawn at random")
+    add.add_argument("--seed", type=int, default=0, help="seed for this draw (default: 0)")
+    add.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the artifact"
+    )
 
 
 def _fit(args: argparse.Namespace) -> None:

@@ -18,8 +18,8 @@ update they decide what happens to it:
   parameters go half of the way back to it, because there is nothing to adapt to (no event). The
   distance of a stream is measured by `ttt_plugins.backbones.stream`.
 - *new shift*: the images look unlike those before (`ttt_plugins.backbones.look`). What was learned
-  about another shift can be worse than nothing, so parameters and rule return to the source before
-  the batch is predicted.
+  on another shift can be worse than no adaptation, so parameters and rule return to the source
+  before the batch is predicted.
 - *not finite*: a prediction is not finite. Adaptation never keeps values that are not finite, so
   the event is only recorded.
 
@@ -78,8 +78,9 @@ _ACTIONS = ("softened", "reset", "softened", "noted", "reset")
 
 
 GUARDED = (
-    "the guard softened or reset the adaptation, since its predictions looked worse than the "
-    "source's; net.guard_events tells what it did, net.health() on what signals (warned once)"
+    "the guard softened or reset the adaptation, because its predictions looked worse than the "
+    "source's; net.guard_events lists what it did and net.health() its signals (this warning is "
+    "given once)"
 )
 
 
@@ -137,7 +138,7 @@ class Guard:
         waiting: Tensors,
         images: Tensor,
     ) -> tuple[Outcome, Tensors]:
-        """`Window.step`, with pull and guard after an update.
+        """`Window.step`, followed by pull and guard after an update.
 
         Args:
             window: what decides when updates are made, and on which images.
@@ -184,17 +185,17 @@ class Guard:
             source: initial values of the tensors that adapt.
         """
         apart = torch.zeros(()) if params is None else flatten(params) - flatten(source)
-        found = {"distance": float(apart.norm() / flatten(source).norm().clamp_min(1e-12))}
+        signals = {"distance": float(apart.norm() / flatten(source).norm().clamp_min(1e-12))}
         if _MEANS not in known:
-            return found
+            return signals
         means = dict(zip(_MEAN_NAMES, known[_MEANS].tolist(), strict=True))
         weight = means.pop("probed")
         means.pop("squared_gap")
-        found |= {name: value / max(weight, 1e-12) for name, value in means.items()}
+        signals |= {name: value / max(weight, 1e-12) for name, value in means.items()}
         for name, key in (("source_classes", _SOURCE), ("classes", _ADAPTED)):
-            found[name] = float(_balance(known[key]).exp())
-        found |= {"seen": float(known[_SEEN]), "scale": float(known[_SCALE])}
-        return found | {"repetition": float(_same(known[_SOURCE]))}
+            signals[name] = float(_balance(known[key]).exp())
+        signals |= {"seen": float(known[_SEEN]), "scale": float(known[_SCALE])}
+        return signals | {"repetition": float(_same(known[_SOURCE]))}
 
     def events(self, known: Tensors) -> list[Event]:
         """The last `EVENTS` actions of the guard, the oldest first."""
@@ -204,7 +205,7 @@ class Guard:
         return [Event(seen, _REASONS[reason], _ACTIONS[reason]) for seen, reason in rows]
 
     def harmful(self, known: Tensors) -> int:
-        """Number of these events that say that something was wrong; a new shift does not."""
+        """Number of these events that mean that something went wrong; a new shift does not."""
         return sum(event.reason != "new shift" for event in self.events(known))
 
     def check(self, name: str, tensor: Tensor, classes: int | None) -> None:
@@ -237,15 +238,15 @@ class Guard:
         if self.on:
             lines.append(
                 f"guard: the source predicts one image in {EVERY} too; updates are softened or "
-                "reset where predictions say that adapting hurts or the images that the shift is "
-                "another one (health(), guard_events)"
+                "reset if predictions suggest that adapting hurts, or images that the shift has "
+                "changed (health(), guard_events)"
             )
         return lines
 
 
 def _towards(source: Tensors, params: Tensors, share: float | Tensor) -> Tensors:
     """``source + share * (params - source)``, exact for a share of 0 or 1."""
-    # What has adapted is of single precision, a source of half precision is not.
+    # Adapted tensors have single precision, the source's may have half precision.
     return {
         n: torch.lerp(source[n].to(p), p, torch.as_tensor(share, dtype=p.dtype, device=p.device))
         for n, p in params.items()
@@ -293,7 +294,7 @@ def _anew(
     start: tuple[Tensors, Callable[[], Tensors]],
     known: Tensors,
 ) -> tuple[tuple[Tensors, Tensors], Tensors]:
-    """Adapted tensors, the rule's state and the guard's, reset if the shift has changed."""
+    """Adapted tensors, the rule's state and the guard's state, reset if the shift has changed."""
     if not known or (changed.device.type == "cpu" and not changed):
         return now, known
     params, state = choose(changed, start[0], now[0]), choose(changed, start[1](), now[1])
@@ -306,7 +307,7 @@ def _anew(
 def _as_far_as(
     scale: Tensor, openness: Tensor | None, before: Tensors, outcome: Outcome, source: Tensors
 ) -> Outcome:
-    """Shorten an update by ``scale``; near the source, undo it and halve the distance from it."""
+    """Scale an update by ``scale``; near the source, undo it and halve the distance from it."""
     if openness is None:
         return outcome._replace(params=_towards(before, outcome.params, scale))
     params = _towards(before, outcome.params, scale * openness)
@@ -344,7 +345,7 @@ def _decided(
 
 
 def _labels(p: Tensor, counted: Tensor) -> Tensor:
-    """Predicted classes, one-hot (B, classes), and zeros for images that do not count."""
+    """Predicted classes, one-hot (B, classes); zeros for images that do not count."""
     return torch.nn.functional.one_hot(p.argmax(1), p.shape[1]).to(p) * counted[:, None]
 
 

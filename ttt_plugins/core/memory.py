@@ -1,35 +1,35 @@
-"""A balanced memory: the images of an update if the stream is not fair (``memory="balanced"``).
+"""A balanced memory of the images for updates on imbalanced streams (``memory="balanced"``).
 
 The latest images of a stream that is sorted by class are of one class, and an update on them moves
 the model towards it. This memory keeps at most ``size`` images, balanced by predicted class, and
 each update is made on all of them.
 
-Every image is predicted at once, whatever the size of its batch, and then offered to the memory.
+Every batch is predicted at once, whatever its size, and its images are then offered to the memory.
 As soon as ``size`` images have been offered since the last update, there is one update, at most one
-for each batch. It costs one forward and backward pass for each image in the memory, in addition to
-the forward pass that predicted the batch.
+per batch. It costs one forward and backward pass for each image in the memory, in addition to the
+forward pass that predicted the batch.
 
 The rule is category-balanced sampling with timeliness and uncertainty (Yuan et al., RoTTA, CVPR
 2023, arXiv 2303.13899, section 3.3):
 
     score of an image: ``1 / (1 + exp(-age / size)) + entropy / ln(classes)``, where its age is the
         number of images offered after it, and the entropy that of its prediction   -> `_score`
-    a class with at least ``size / classes`` images gives up its image of the highest score for a
-        new one of the same class, if that score is higher than the new image's     -> `_place`
-    another class takes a free place, or if there is none that of the image of the highest score
-        among the largest classes, under the same condition                         -> `_place`
+    a new image of a class with at least ``size / classes`` images replaces the image of that class
+        with the highest score, if that score is higher than its own                -> `_place`
+    a new image of another class takes a free place; if there is none, it replaces the image with
+        the highest score among the largest classes, under the same condition       -> `_place`
 
 Deviations from the released code:
-1. An update is made on the memory once for each ``size`` images, at most once for each batch
-   (released: after every 64 images, on a teacher's predictions under strong augmentation, which is
-   another method).
-2. Images whose logits are not finite are left out.
+1. An update is made on the memory once for every ``size`` images, at most once per batch (in the
+   released code after every 64 images, on a teacher's predictions under strong augmentation, which
+   is another method).
+2. Images whose logits are not finite are not added.
 
-NOTE (Gong et al., arXiv 2208.05117, section 3.2) balances by predicted class too, with a random
-reservoir in each class. This rule needs no random numbers, and old images leave it.
+NOTE (Gong et al., arXiv 2208.05117, section 3.2) also balances by predicted class, with a random
+reservoir for each class. The rule here needs no random numbers, and old images are replaced.
 
-Memory, and what is known about its images, are part of an adapter's state. Decisions depend on
-predictions, so on an accelerator every batch waits for its own.
+The memory, with what is known about its images, is part of an adapter's state. Decisions depend on
+predictions, so on an accelerator every batch waits for its predictions.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Item(NamedTuple):
     """What is known about an image.
 
     Attributes:
-        row: its position among the images in the memory, followed by those of the batch.
+        row: position of the image among those in the memory, which the batch's images follow.
         label: predicted class.
         entropy: entropy of its prediction, as a share of its largest value.
         born: number of images offered before it, counted from the first in the memory.
@@ -91,7 +91,7 @@ class Balanced:
         waiting: Tensors,
         images: Tensor,
     ) -> tuple[Outcome, Tensors]:
-        """Predict a batch, offer it to the memory, and adapt to the memory if it is time.
+        """Predict a batch, offer it to the memory, and adapt to the memory if an update is due.
 
         Arguments and results are those of `Window.step`.
         """
@@ -122,9 +122,9 @@ class Balanced:
         classes = logits.shape[1]
         spread = (entropy(logits.nan_to_num()) / math.log(max(classes, 2))).tolist()
         fine = torch.isfinite(logits).all(1).tolist()
-        for place, label in enumerate(logits.nan_to_num().argmax(1).tolist()):
-            if fine[place]:
-                self._place(items, _Item(now + place, label, spread[place], place), classes)
+        for i, label in enumerate(logits.nan_to_num().argmax(1).tolist()):
+            if fine[i]:
+                self._place(items, _Item(now + i, label, spread[i], i), classes)
         after = {_OFFERED: torch.tensor(offered + len(images))}
         if not items:
             return after
@@ -140,7 +140,7 @@ class Balanced:
         }
 
     def _place(self, items: list[_Item], new: _Item, classes: int) -> None:
-        """Add an image to the items, in place of another if there must be."""
+        """Add an image to the items, in place of another if there is no free place."""
         sizes = Counter(item.label for item in items)
         if sizes[new.label] >= self.size / classes:
             rivals = [new.label]
@@ -157,11 +157,11 @@ class Balanced:
 
     def _worst(self, items: Sequence[_Item], labels: Sequence[int], now: int) -> int:
         """Position of the image of these classes with the highest score, the first of equals."""
-        places = [place for place, item in enumerate(items) if item.label in labels]
-        return max(places, key=lambda place: self._score(items[place], now))
+        positions = [i for i, item in enumerate(items) if item.label in labels]
+        return max(positions, key=lambda i: self._score(items[i], now))
 
     def _score(self, item: _Item, now: int) -> float:
-        """How little an image is worth: old and uncertain ones score high."""
+        """Score by which images are replaced: old and uncertain images have high scores."""
         return 1 / (1 + math.exp(-(now - item.born) / self.size)) + item.entropy
 
     def check(self, name: str, tensor: Tensor, backbone: Backbone) -> None:
@@ -187,13 +187,13 @@ class Balanced:
         """Lines that describe when updates are made, and their cost."""
         return [
             f"memory: up to {self.size} images, balanced by predicted class; every batch is "
-            f"predicted at once, one forward pass an image, and after {self.size} images or more "
-            "there is one update on the memory"
+            f"predicted at once, with one forward pass per image, and after {self.size} images or "
+            "more there is one update on the memory"
         ]
 
 
 def images_of(config: Any) -> Window | Balanced:
-    """What chooses the images of an update, by a config's fields ``window`` and ``memory``.
+    """What chooses an update's images, according to a config's fields ``window`` and ``memory``.
 
     Raises:
         InputError: as for `Window`.

@@ -2,9 +2,9 @@
 
 Every batch is predicted at once, whatever its size. An update is made on a window of images:
 
-- A batch of at least ``size`` images is a window of its own: there is one update on exactly that
+- A batch of at least ``size`` images is a complete window: there is one update on exactly that
   batch, as in the papers. Images that are waiting keep waiting.
-- A smaller batch is predicted without gradients, with the present parameters, and its images wait
+- A smaller batch is predicted without gradients, with the current parameters, and its images wait
   in the order of their arrival. As soon as ``size`` images are waiting, there is one update on the
   oldest ``size`` of them; the others wait for the next update. The batch that completes a window is
   predicted as a whole before the update.
@@ -58,8 +58,8 @@ class OnlineFields(StatisticsFields):
         window: number of images in an update, at least 1. Smaller batches are predicted at once and
             collected until there are that many; a larger batch is one update. The papers use
             batches of 64 on ImageNet.
-        memory: images of an update: ``"recent"``, the latest, or ``"balanced"``, a memory balanced
-            by predicted class (`ttt_plugins.core.memory`).
+        memory: which images an update is made on: ``"recent"``, the latest, or ``"balanced"``,
+            those in a memory balanced by predicted class (`ttt_plugins.core.memory`).
         guard: whether updates are softened or reset if signals without labels say that they hurt
             (`ttt_plugins.core.guard`). The papers have no guard.
         pull: fraction of the way back to the source that the parameters go after every update, in
@@ -160,9 +160,9 @@ class Window:
         if self.size == 1:
             return []
         return [
-            f"window: {self.size} images an update; a smaller batch is predicted at once, one "
-            "forward pass an image, and its images wait (8 bits a pixel where that is exact) for "
-            f"one update on {self.size}, whose cost they share; a larger batch is one update"
+            f"window: {self.size} images an update; a smaller batch is predicted at once, with one "
+            "forward pass per image, and its images wait (in 8 bits where that is exact) for one "
+            f"update on {self.size}, whose cost they share; a larger batch is one update"
         ]
 
 
@@ -170,7 +170,7 @@ def check_waiting(images: Tensor, backbone: Backbone, most: int) -> None:
     """Check that images of a saved state can wait for an update of a classifier.
 
     Raises:
-        InputError: they cannot, or are damaged, or are none or more than ``most``.
+        InputError: they cannot, they are damaged, or there are none or more than ``most``.
     """
     other = "this adaptation state belongs to another adapter"
     channels = backbone.input_size[0]
@@ -181,13 +181,13 @@ def check_waiting(images: Tensor, backbone: Backbone, most: int) -> None:
             f"(N, {channels}, H, W) of {torch.uint8} or {backbone.dtype}"
         )
     if not 0 < len(images) <= most:
-        raise InputError(f"{other}: {len(images)} images wait, at most {most} can")
+        raise InputError(f"{other}: {len(images)} images wait, but at most {most} can")
     if not torch.isfinite(images).all():
         raise InputError(f"this adaptation state is damaged: {IMAGES!r} is not finite")
 
 
 def joined(waiting: Tensor | None, images: Tensor) -> Tensor:
-    """The waiting images and these, stored as 8-bit integers if that is exact for all."""
+    """The waiting images, then these, stored as 8-bit integers if that is exact for all."""
     if waiting is None or waiting.shape[1:] != images.shape[1:]:
         # Always a copy, because the caller may modify its images.
         stored = encode(images)
@@ -201,7 +201,7 @@ def joined(waiting: Tensor | None, images: Tensor) -> Tensor:
 def encode(images: Tensor) -> Tensor:
     """Images in [0, 1] as uint8 if `decode` restores them exactly, otherwise unchanged.
 
-    On an accelerator they always stay unchanged, because finding out would wait for it.
+    On an accelerator they always stay unchanged, because the comparison would wait for it.
     """
     if images.device.type != "cpu":
         return images
@@ -211,5 +211,5 @@ def encode(images: Tensor) -> Tensor:
 
 
 def decode(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """Stored images (N, C, H, W) -> images in [0, 1]."""
+    """Convert stored images (N, C, H, W) back to images in [0, 1]."""
     return to_float(stored, dtype).to(dtype)

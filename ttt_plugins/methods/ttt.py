@@ -92,7 +92,7 @@ class TTT:
             fit into half of the free memory on an accelerator.
         guard: in online mode, whether the parameters return to the source, wholly or half of the
             way, if signals without labels say that they hurt or that the shift is another one
-            (`ttt_plugins.core.guard`). The other modes keep nothing that could be wrong. The paper
+            (`ttt_plugins.core.guard`). The other modes keep no adapted parameters. The paper
             has no guard.
     """
 

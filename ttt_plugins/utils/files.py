@@ -101,12 +101,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_abandoned_files(path: Path) -> None:
-    """Remove what killed processes of this machine left of ``path`` in `replacing`."""
+    """Remove temporary files for ``path`` of `replacing` in processes that were killed here."""
     pattern, machine = f".{path.name}.", f"{platform.node()}."
-    found: list[str] = []
+    candidates: list[str] = []
     with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
-        found = [e.path for e in entries if e.name.startswith(pattern + machine)]
-    for temporary in map(Path, found):
+        candidates = [e.path for e in entries if e.name.startswith(pattern + machine)]
+    for temporary in map(Path, candidates):
         owner = temporary.name.removeprefix(pattern + machine).removesuffix(".tmp")
         process, _, thread = owner.partition(".")
         if process.isdecimal() and thread.isdecimal() and not _runs(int(process)):
@@ -115,7 +115,7 @@ def remove_abandoned_files(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether a process of this machine runs; True where that cannot be asked."""
+    """Whether a process of this machine is running; True if that cannot be determined."""
     if os.name != "posix":
         return True
     try:
