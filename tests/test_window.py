@@ -157,7 +157,7 @@ def test_states_from_before_windows_load(build, images):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda t: t.repeat(3, 1, 1, 1), "images wait, at most 4 can"),
+        (lambda t: t.repeat(3, 1, 1, 1), "images wait, but at most 4 can"),
         (lambda t: t[:, :1], "expected"),
         (lambda t: t.double(), "expected"),
         (lambda t: t / 0, "not finite"),
