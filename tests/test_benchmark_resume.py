@@ -64,12 +64,28 @@ def names(out):
     return sorted(path.name for path in out.iterdir())
 
 
+@pytest.fixture(scope="module")
+def unbroken_run(tmp_path_factory):
+    """``unbroken_run(protocol)`` -> options, results and folder of a run, made once."""
+    made = {}
+
+    def make(protocol):
+        if protocol not in made:
+            clean = 10 if PROTOCOLS[protocol].with_clean else 0
+            options = {"protocol": protocol, "seed": [0, 3], "data": memory_data(COUNTS, clean)}
+            folder = tmp_path_factory.mktemp("unbroken")
+            made[protocol] = options, run(folder, **options), folder
+        return made[protocol]
+
+    return make
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("after", [0, 1, 4, 9, 12])
-def test_a_stopped_run_ends_with_the_figures_of_an_unbroken_one(protocol, after, tmp_path):
-    clean = 10 if PROTOCOLS[protocol].with_clean else 0
-    options = {"protocol": protocol, "seed": [0, 3], "data": memory_data(COUNTS, clean)}
-    unbroken = run(tmp_path / "unbroken", **options)
+def test_a_stopped_run_ends_with_the_figures_of_an_unbroken_one(
+    protocol, after, unbroken_run, tmp_path
+):
+    options, unbroken, folder = unbroken_run(protocol)
     with pytest.raises(Stopped):
         run(tmp_path / "out", Stopping(after), **options)
     assert names(tmp_path / "out") == [UNFINISHED]
@@ -83,7 +99,7 @@ def test_a_stopped_run_ends_with_the_figures_of_an_unbroken_one(protocol, after,
         assert again.forwards < whole
     files = ("unaggregated_results.csv", "b_fake.json")
     for file in files:
-        assert (tmp_path / "out" / file).read_text() == (tmp_path / "unbroken" / file).read_text()
+        assert (tmp_path / "out" / file).read_text() == (folder / file).read_text()
 
 
 def test_stopped_again_and_again(tmp_path):

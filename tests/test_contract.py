@@ -61,10 +61,10 @@ def test_it_adapts(build, kind, method, moved, images):
     assert torch.equal(first, last) is (method not in KEEPING)
     if method not in ADAPTING or method not in KEEPING:
         # Online methods predict their first batch before they move: it tells nothing.
-        plain = as_it_predicts(method, net.backbone, images(6, 0))
+        plain = as_it_predicts(method, net.backbone, images(4, 0))
         assert torch.equal(first, plain) is (method == "source")
     assert net.skipped_updates == 0
-    assert first.shape == (6, 10)
+    assert first.shape == (4, 10)
     assert net.num_classes == 10
 
 
@@ -131,7 +131,7 @@ def test_lr_zero_is_the_plain_model(method, kind, make_model, make_net, images, 
         still["statistics"] = statistics
     net = make_net(method, model, **still)
     plain = make_net("source", model, statistics=statistics)
-    for seed, n in enumerate((6, 1, 3)):
+    for seed, n in enumerate((4, 1, 3)):
         assert torch.equal(net(images(n, seed)), as_it_predicts(method, plain, images(n, seed)))
 
 
@@ -154,8 +154,8 @@ def test_lr_zero_equals_the_users_own_forward(method, kind, make_model, make_net
     mean = torch.tensor(model.pretrained_cfg["mean"]).view(-1, 1, 1)
     std = torch.tensor(model.pretrained_cfg["std"]).view(-1, 1, 1)
     with torch.no_grad():
-        expected = as_it_predicts(method, lambda x: model((x - mean) / std), images(6))
-    assert torch.equal(net(images(6)), expected)
+        expected = as_it_predicts(method, lambda x: model((x - mean) / std), images(4))
+    assert torch.equal(net(images(4)), expected)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3])
@@ -234,8 +234,8 @@ def test_two_adapters_on_one_model(method, kind, make_model, make_net, images):
     other = make_net("tent", model, lr=0.1)
     logits = []
     for seed in range(3):
-        logits.append(one(images(6, seed)))
-        other(images(6, 50 + seed))
+        logits.append(one(images(4, seed)))
+        other(images(4, 50 + seed))
     assert all_equal(logits, expected)
 
 
@@ -245,11 +245,11 @@ def test_two_adapters_on_one_backbone(method, kind, make_model, make_net, images
     expected = stream(make_net(method, make_model(kind), **fields(method)), images, range(3))
     ours, theirs = [], []
     for seed in range(3):
-        ours.append(first(images(6, seed)))
+        ours.append(first(images(4, seed)))
         theirs.append(second(images(1 + seed, 20 + seed)))  # one image: the other statistics
     assert all_equal(ours, expected)
     second.reset()
-    assert all_equal([second(images(6, seed)) for seed in range(3)], expected)
+    assert all_equal([second(images(4, seed)) for seed in range(3)], expected)
 
 
 def test_export_predicts_with_the_adapted_parameters(build, method, images, moved):
@@ -263,13 +263,13 @@ def test_export_predicts_with_the_adapted_parameters(build, method, images, move
         n.removeprefix("params."): t for n, t in state.items() if n.startswith("params.model.")
     }
     with torch.no_grad():
-        expected = functional_call(net.backbone, adapted, (images(6, 9),))
-        exported = plain(images(6, 9))
+        expected = functional_call(net.backbone, adapted, (images(4, 9),))
+        exported = plain(images(4, 9))
     assert torch.equal(exported, expected)
     net.reset()
     with torch.no_grad():
-        source = net.backbone(images(6, 9))
-        assert torch.equal(plain(images(6, 9)), exported)  # not by a later reset,
+        source = net.backbone(images(4, 9))
+        assert torch.equal(plain(images(4, 9)), exported)  # not by a later reset,
     assert torch.equal(exported, source) is (method not in KEEPING)
 
 
@@ -287,7 +287,7 @@ def test_export_is_independent(build, images):
 
 def test_exported_module_can_be_trained(build, images):
     plain = build().export()
-    plain(images(6)).sum().backward()
+    plain(images(4)).sum().backward()
     assert all(p.requires_grad for p in plain.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in plain.parameters())
 
@@ -335,22 +335,22 @@ def test_moving_mid_stream_keeps_what_was_learned(build, method, images):
     net.to(torch.float64)
     after = params_of(net)
     assert all(torch.equal(after[n], t.double()) for n, t in before.items())
-    logits = net(images(6, 3, torch.float64))
+    logits = net(images(4, 3, torch.float64))
     assert logits.dtype == torch.float64
     reference = build()
     expected = stream(reference, images, range(4))[-1]
     assert torch.allclose(logits, expected.double(), atol=1e-3)
     net.reset()
     assert torch.allclose(
-        net(images(6, 0, torch.float64)), stream(build(), images, [0])[0].double(), atol=1e-3
+        net(images(4, 0, torch.float64)), stream(build(), images, [0])[0].double(), atol=1e-3
     )
 
 
 def test_images_of_another_precision_or_layout(build, images):
     expected = stream(build(), images, range(2))
     net = build()
-    assert torch.equal(net(images(6, 0).double()), expected[0])
-    strided = images(6, 1).to(memory_format=torch.channels_last).requires_grad_()
+    assert torch.equal(net(images(4, 0).double()), expected[0])
+    strided = images(4, 1).to(memory_format=torch.channels_last).requires_grad_()
     logits = net(strided)
     assert torch.allclose(logits, expected[1], atol=1e-4)
     assert not logits.requires_grad
@@ -384,7 +384,7 @@ def test_an_error_inside_the_model_changes_nothing(build, images, same_tensors):
         # In the middle of the network, with its features half recorded.
         handle = next(iter(net.backbone.tapped.values())).register_forward_hook(explode)
         with pytest.raises(Stop):
-            net(images(6, 2))
+            net(images(4, 2))
         handle.remove()
 
 
@@ -395,7 +395,7 @@ def test_an_error_inside_the_rule_changes_nothing(build, images, same_tensors, m
             monkeypatch.setattr(rule, "step", explode)
         monkeypatch.setattr(per_image, "descend", explode)
         with pytest.raises(Stop):
-            net(images(6, 2))
+            net(images(4, 2))
         monkeypatch.undo()
 
 
@@ -411,7 +411,7 @@ def test_an_error_in_the_second_pass_changes_nothing(build, images, same_tensors
     with nothing_left_behind(build, images, same_tensors) as net:
         handle = net.backbone.register_forward_pre_hook(late)
         with pytest.raises(Stop):
-            net(images(6, 2))
+            net(images(4, 2))
         handle.remove()
 
 
@@ -456,8 +456,8 @@ def test_a_deep_copy_goes_its_own_way(build, images):
 
 def test_an_adapter_lives_inside_another_module(build, images):
     outer = nn.Sequential(build(), nn.Softmax(1)).train().to(torch.float64)
-    p = outer(images(6, dtype=torch.float64))
-    assert torch.allclose(p.sum(1), torch.ones(6, dtype=torch.float64))
+    p = outer(images(4, dtype=torch.float64))
+    assert torch.allclose(p.sum(1), torch.ones(4, dtype=torch.float64))
 
 
 class NormFirst(nn.Module):
@@ -505,7 +505,7 @@ def test_lr_zero_with_pytorchs_own_encoder(method, make_net, images):
     net = make_net(method, model, mean=0.5, std=0.25, **still)
     plain = make_net("source", model, mean=0.5, std=0.25)
     for seed in range(2):
-        assert torch.equal(net(images(6, seed)), as_it_predicts(method, plain, images(6, seed)))
+        assert torch.equal(net(images(4, seed)), as_it_predicts(method, plain, images(4, seed)))
 
 
 # -- images that a pipeline has normalised -------------------------------------------------
@@ -523,14 +523,14 @@ def test_normalised_images_lead_to_the_same_predictions(
     model = make_model(kind)
     plain, net = build(model), build(model, normalized_input=True)
     for seed in range(3):
-        x = (255 * images(6, seed)).byte().float() / 255
+        x = (255 * images(4, seed)).byte().float() / 255
         assert torch.equal(net(normalised(model, x)), plain(x))
     assert same_tensors(net.adaptation_state(), plain.adaptation_state())
     assert same_tensors(net.learned_tensors(), plain.learned_tensors())
     folder = net.save_pretrained(tmp_path / "artifact")
     again = tp.from_pretrained(folder, backbone=model, normalized_input=True, seed=net.seed)
     net.reset()
-    x = normalised(model, images(6))
+    x = normalised(model, images(4))
     assert torch.equal(again(x), net(x))
 
 

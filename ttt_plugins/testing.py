@@ -64,7 +64,7 @@ def _images(shape: tuple[int, int, int]) -> Images:
     return draw
 
 
-def stream(net: Adapter, images: Images, seeds, n: int = 6) -> list[Tensor]:
+def stream(net: Adapter, images: Images, seeds, n: int = 4) -> list[Tensor]:
     """The logits of one batch after the other, with one seed for each."""
     return [net(images(n, seed)) for seed in seeds]
 
@@ -91,7 +91,7 @@ def it_adapts(build: Build, images: Images) -> None:
     del fresh["batches"]
     logits = stream(net, images, range(3))
     with torch.no_grad():
-        plain = [net.backbone(images(6, seed)) for seed in range(3)]
+        plain = [net.backbone(images(4, seed)) for seed in range(3)]
     still = all(torch.equal(t, fresh[n]) for n, t in net.adaptation_state().items() if n in fresh)
     assert not still or not all_equal(logits, plain), "nothing moved"
 
@@ -143,7 +143,7 @@ def a_rate_of_zero_is_the_plain_model(build: Build, images: Images) -> None:
     for net in still:
         # With the backbone's statistics. A method that adapts image by image rounds as for one.
         plain, alone = (Adapter(probe.backbone, source, source.config()) for _ in range(2))
-        for n in (6, 1, 3, 3):
+        for n in (4, 1, 3, 3):
             x, logits = images(n, n), net(images(n, n))
             single = torch.cat([alone(image[None]) for image in x])
             assert torch.equal(logits, plain(x)) or torch.equal(logits, single)
@@ -173,7 +173,7 @@ def _goes_on(build: Build, batches: list[Tensor], stops: Iterable[int], **fields
 
 def a_stream_stops_and_goes_on(build: Build, images: Images) -> None:
     """A new adapter continues from a saved state, its names in any order, bit for bit."""
-    _goes_on(build, [images(6, seed) for seed in range(5)], (0, 1, 3))
+    _goes_on(build, [images(4, seed) for seed in range(5)], (0, 1, 3))
 
 
 def a_saved_adapter_is_the_same(build: Build, images: Images) -> None:
@@ -233,7 +233,7 @@ def an_error_changes_nothing(build: Build, images: Images) -> None:
 
     handle = net.backbone.model.register_forward_hook(fail)
     try:
-        net(images(6, 7))
+        net(images(4, 7))
     except KeyError:
         pass
     else:
