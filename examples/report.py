@@ -81,7 +81,7 @@ def load(name: str) -> dict:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """Rows as a Markdown table, header first."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  ", "| ")
 
@@ -90,7 +90,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def labels(result: dict, row: str) -> dict[str, float | None]:
-    """What a row's streams are filed under -> the learning rate they were run at."""
+    """The learning rates of a row's streams, by their keys in the file."""
     rates = {}
     for key in result["streams"]:
         label = key.split("/")[0]
@@ -102,7 +102,7 @@ def labels(result: dict, row: str) -> dict[str, float | None]:
 
 
 def chosen(result: dict, row: str) -> tuple[str, float | None] | None:
-    """Label and rate of a row at the rate that was chosen; None if that was not measured."""
+    """Label and rate of a row at the chosen rate; None if that was not measured."""
     measured = labels(result, row)
     if row in measured:
         return row, None
@@ -154,7 +154,7 @@ def _cells(row: str, results: list[dict], cell: Callable[[dict, str], str | None
 
 
 def online() -> str:
-    """All rows: the same images in the same order."""
+    """The table of all rows on the same images in the same order."""
     results = [load(f"online-{name}") for name in BUNDLED]
 
     def cell(result: dict, label: str) -> str | None:
@@ -175,7 +175,7 @@ def _spread(result: dict, label: str) -> str | None:
 
 
 def online_orders() -> str:
-    """The rows that were run on whole streams in three orders."""
+    """The table of the rows that were run on whole streams in three orders."""
     results = [load(f"online-{name}") for name in BUNDLED]
     rows = []
     for name, row in ROWS.items():
@@ -199,7 +199,7 @@ def over_orders(result: dict, row: str) -> str | None:
 
 
 def settings() -> str:
-    """What the bundled optimizers use, from their config.json, beside the paper's."""
+    """The settings of the bundled optimizers, from their config.json, and the paper's."""
     names = [f"mgg-{name}-cifar10" for name in BUNDLED] + ["mgg-universal"]
     configs = [read_config(bundled_folder(name)) for name in names]
     fields = [config["fields"] for config in configs]
@@ -225,7 +225,7 @@ def _clean(config: dict) -> str:
 
 
 def held_out() -> str:
-    """Networks that no optimizer was trained on."""
+    """The table of networks that no optimizer was trained on."""
     rows = []
     for name in HELD_OUT:
         result = load(f"online-{name}")
@@ -238,13 +238,13 @@ def held_out() -> str:
 
 
 def logged(config: dict) -> dict[str, float]:
-    """Step size as text -> accuracy in [0, 1] in the validation that chose an optimizer."""
+    """Accuracy in [0, 1] by step size as text, in the validation that chose an optimizer."""
     training = config["training"]
     return training["epochs"][training["chosen"]["epoch"] - 1]["accuracy"]
 
 
 def tuning(name: str) -> dict[str, dict[float, float]]:
-    """Row -> rate -> accuracy in % on the four extra corruptions."""
+    """Accuracy in % on the four extra corruptions, by row and rate."""
     result = load(f"online-{name}")
     found = {
         row: {float(rate): 100 * share for rate, share in sorted(scores.items(), key=_rate)}
@@ -314,7 +314,7 @@ def by_corruption() -> str:
 
 
 def time_to_accuracy(result: dict, rival: str = "sar 0.1", row: str = "mgg") -> dict | None:
-    """How much sooner a row has a rival's final accuracy for good, by median times.
+    """How much sooner a row permanently reaches a rival's final accuracy, by median times.
 
     Accuracies so far are averaged over corruptions and seeds; the seconds of a batch are the
     median over corruptions and seeds, so that a stream that other work stalled does not count.
@@ -370,7 +370,7 @@ def clustered(gaps: ArrayLike) -> tuple[float, float]:
 def hits(
     result: dict, label: str, seed: int = 0, corruptions: Sequence[str] = CORRUPTIONS
 ) -> np.ndarray | None:
-    """Which images of a seed's streams were right, (corruptions, images); None if not recorded.
+    """Which images of a seed's streams were correct, (corruptions, images); None if not recorded.
 
     A row that was measured before single predictions were recorded may have been measured again.
     """
@@ -411,7 +411,7 @@ def paired() -> str:
 
 
 def _imagenet_labels(result: dict) -> dict[str, tuple[str, float | None]]:
-    """Shown name -> label and rate, of the rows that have a stream of the fifteen."""
+    """Label and rate by displayed name, of the rows that have a stream of the fifteen."""
     found = {shown: chosen(result, row) for shown, row in IMAGENET_ROWS.items()}
     return {shown: at for shown, at in found.items() if at and _streams_of(result, at[0])}
 
@@ -422,7 +422,7 @@ def _streams_of(result: dict, label: str) -> list[str]:
 
 
 def _over(result: dict, label: str, other: str) -> str:
-    """How far one row is above another, on the corruptions that both were measured on."""
+    """Difference of one row from another, on the corruptions that both were measured on."""
     both = [c for c in _streams_of(result, label) if c in _streams_of(result, other)]
     if not both or label == other:
         return "–"
@@ -526,7 +526,7 @@ def _predicted(step: dict) -> str:
 
 
 def per_image_figures(result: dict) -> dict[str, float]:
-    """Accuracies in %, their paired difference with its standard error, and passes an image."""
+    """Accuracies in %, their paired difference with its standard error, and passes per image."""
     cells = list(result["cells"].values())
     adapted = [cell["adapted_right"] for cell in cells]
     source = [cell["source_right"] for cell in cells]
@@ -575,7 +575,7 @@ def published() -> str:
 
 
 def per_image_pairs() -> str:
-    """MT3 against TTT on the same images."""
+    """MT3 compared with TTT on the same images."""
     rows = []
     mt3 = load("per-image-mt3")["cells"]
     for name, shown in (("ttt-standard", "TTT, 10 steps"), ("ttt-one-step", "TTT, 1 step at 0.01")):
@@ -591,7 +591,7 @@ def per_image_pairs() -> str:
 
 
 def field_gap(found: dict, method: str) -> tuple[float, float] | None:
-    """Points above the source with the error clustered by image; None if not wholly measured."""
+    """Points above the source with the error clustered by image; None if not fully measured."""
     own, source = found.get(method), found.get("source")
     if not own or not source or not own.get("done"):
         return None
@@ -601,7 +601,7 @@ def field_gap(found: dict, method: str) -> tuple[float, float] | None:
 
 
 def field() -> str:
-    """Methods at their defaults on every stream, as differences to the source."""
+    """Methods at their defaults on every stream, as differences from the source."""
     parts = []
     for name in BUNDLED:
         path = RESULTS / f"field-{name}.json"
@@ -678,7 +678,7 @@ def report() -> str:
 
 
 def renewed(text: str) -> str:
-    """A document with its blocks ``<!-- report: NAME -->`` .. ``<!-- end -->`` made anew."""
+    """A document with new contents of its blocks ``<!-- report: NAME -->`` .. ``<!-- end -->``."""
 
     def block(match: re.Match) -> str:
         return f"{match[1]}\n{SECTIONS[match[2]]()}\n{match[3]}"

@@ -281,5 +281,7 @@ def test_weights_that_hooks_compute(kind, index, method, make_net, images):
 
 @pytest.mark.parametrize(("folder", "facts"), [(None, None), (3, None), (b"x", None), ("", 3)])
 def test_a_card_of_nothing(folder, facts):
-    with pytest.raises(tp.ArtifactError, match=r"not an artifact's folder|no config\.json|facts is a dict"):
+    with pytest.raises(
+        tp.ArtifactError, match=r"not an artifact's folder|no config\.json|facts is a dict"
+    ):
         refresh(folder, facts=facts)

@@ -1,21 +1,21 @@
-"""Whether the shift of a stream has changed, seen in the images alone.
+"""Detection of a change of the shift in a stream, from the images alone.
 
-Each image has a *look*, seven numbers (`look`): its brightness, its contrast, its colourfulness,
+Each image has a *look* of seven numbers (`look`): its brightness, its contrast, its colourfulness,
 and the energies of its differences between neighbouring pixels at several scales, which noise
-raises and blur lowers. They hardly depend on what the image shows, and not at all on the model, so
-they tell a new shift from a new class or from an update.
+raises and blur lowers. They depend little on what the image shows, and not at all on the model, so
+they distinguish a new shift from a new class and from an update.
 
 `Watch.after` compares the mean look of the latest `LATEST` images with that of up to `HORIZON`
-images before, since the shift last changed:
+images before them, since the last change of the shift:
 
     score = mean over the numbers of (latest - before)^2 / variance - (1 / n_latest + 1 / n_before)
 
 where the variance is that between single images, so that the score of a constant shift is zero on
-average, whatever the sizes of the batches. Above `CHANGED` the shift has changed, and the
-comparison starts anew. This is a test of two means; the latest images are weighted exponentially
-(as in Roberts, Technometrics 1(3), 1959).
+average for any batch sizes. A score above `CHANGED` means that the shift has changed, and the
+comparison restarts. This is a test of two means; the latest images are weighted exponentially (as
+in Roberts, Technometrics 1(3), 1959).
 
-Only tensor operations decide, so nothing waits for an accelerator.
+Decisions are tensor operations, so nothing waits for an accelerator.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from torch import Tensor
 
 __all__ = ["NUMBERS", "Watch", "look"]
 
-#: Numbers of images that the latest and the earlier look extend over.
+#: Numbers of images that the latest and the earlier mean look extend over.
 LATEST, HORIZON = 16, 256
 #: Score above which the shift has changed. On the four extra corruptions at severity 5 it is at
-#: most 0.21 within a corruption, also where images are sorted by class, and 0.38 to 22 where
-#: another one begins.
+#: most 0.21 within a corruption, even if images are sorted by class, and 0.38 to 22 where another
+#: corruption begins.
 CHANGED = 0.3
-#: Number of images before which nothing is compared.
+#: Smallest number of earlier images for a comparison.
 ENOUGH = 32
-#: Length of a look.
+#: Number of values in a look.
 NUMBERS = 7
-#: Smallest variance between images, for streams of a single picture.
+#: Lower limit of the variance between images, for streams of a single picture.
 _LEAST = 0.01
-#: Energy of differences that is too small to be seen in 8 bits.
+#: Energy of differences that is too small to be visible in 8 bits.
 _NOTHING = 1e-5
 
 
@@ -56,11 +56,11 @@ class Watch(NamedTuple):
 
     @classmethod
     def start(cls, device: torch.device) -> Watch:
-        """Nothing known."""
+        """The state at the start of a stream."""
         return cls(torch.zeros(3, NUMBERS, device=device), torch.zeros(2, device=device))
 
     def after(self, images: Tensor) -> tuple[Tensor, Watch]:
-        """Whether the shift has changed, a bool tensor (), and what is known after a batch.
+        """Whether the shift has changed, a bool tensor (), and the state after a batch.
 
         Args:
             images: images (B, C, H, W) in [0, 1].
@@ -79,7 +79,7 @@ class Watch(NamedTuple):
         chance = 1 / late.clamp_min(1e-6) + 1 / before.clamp_min(1e-6)
         score = ((latest - mean).square() / variance).mean() - chance
         changed = (score > CHANGED) & (before >= ENOUGH)
-        # From a change on, the latest images are those before.
+        # After a change the latest images take the place of the earlier ones.
         mean = torch.where(changed, latest, mean)
         squares = torch.where(changed, latest.square() + variance, squares)
         before = torch.where(changed, late.clamp_max(LATEST), before.clamp_max(HORIZON))

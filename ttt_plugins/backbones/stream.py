@@ -25,8 +25,8 @@ A batch is processed in four steps:
 4. Each image is added to the group of its predicted class (`Stream.joined`). The groups forget
    everything while the stream is near the source.
 
-Before all that, a change of the shift makes the groups forget everything, so that the batch is
-processed like the first of a stream (`Stream.watch`). It is seen in the images alone
+Before these steps, a change of the shift makes the groups forget everything, so that the batch is
+processed like the first of a stream (`Stream.watch`). The change is detected in the images alone
 (`ttt_plugins.backbones.look`).
 
 The groups are those of balanced BatchNorm (Su et al., TRIBE, arXiv 2309.14949, equations 4 to 6),
@@ -57,7 +57,7 @@ CLUSTERING = 2.0
 #: One image in this many is also predicted by the source, and at most this many of a first batch.
 EVERY, START = 16, 64
 #: Number of images predicted by the source that the distance from it extends over, and number from
-#: which it can be as near as it looks.
+#: which the measured distance is fully trusted.
 PROBES, SURE = 16, 8
 #: Squared distances from the source between which its statistics are replaced by the stream's. On
 #: clean images of CIFAR-10 it is 0.014, on the four extra corruptions at severity 5 0.030 to 0.078.
@@ -93,8 +93,8 @@ class Stream:
     Attributes:
         probed: positions in the batch of the images that the source also predicted.
         by_source: its logits (n, classes) for them; None if there are none.
-        changed: whether the shift changed with the batch, a bool tensor (); None if the images were
-            not looked at.
+        changed: whether the shift changed with the batch, a bool tensor (); None if `watch` was not
+            called.
     """
 
     def __init__(self, estimate: Mapping[str, Tensor], prior: float):
@@ -109,7 +109,7 @@ class Stream:
         self.changed: Tensor | None = None
 
     def watch(self, images: Tensor) -> None:
-        """Find out whether the shift has changed with images (B, C, H, W), and forget if it has."""
+        """Detect whether the shift has changed with images (B, C, H, W), and forget if it has."""
         if _LOOKS in self._past:
             known = Watch(self._past[_LOOKS], self._past[_LOOKED])
         else:
@@ -152,7 +152,7 @@ class Stream:
 
     @property
     def openness(self) -> Tensor | None:
-        """From 0, near the source, to 1, far from it; None if it was not measured."""
+        """From 0 near the source to 1 far from it; None if the distance was not measured."""
         if _PROBED not in self._past:
             return None
         distance = self._past[_SHIFT].square().mean() - SPREAD / self._past[_PROBED].clamp_min(1)
@@ -203,9 +203,9 @@ class Stream:
             counts = torch.cat([counts, groups])
             total = counts.sum()
             # Excess over chance of the probability that two images are of the same class.
-            alike = torch.ones_like(counts)
-            alike[0] = chance + (1 - chance) * repeats
-            pairs = (counts.square() * alike).sum() - total
+            same_class = torch.ones_like(counts)
+            same_class[0] = chance + (1 - chance) * repeats
+            pairs = (counts.square() * same_class).sum() - total
             excess = (pairs / (total * (total - 1)).clamp_min(1) - chance).clamp_min(0)
         effective = total / (1 + total * CLUSTERING * excess)
         share = effective / (effective + self._prior).clamp_min(1e-6)
@@ -226,7 +226,7 @@ class Stream:
         return (own_mean + share * shift).to(source[0].dtype), var.to(source[1].dtype)
 
     def joined(self, logits: Tensor) -> dict[str, Tensor]:
-        """The estimate with the batch added; images whose logits are not finite are left out.
+        """The estimate with the batch added, without images whose logits are not finite.
 
         Args:
             logits: logits (B, classes) of the batch.
@@ -298,7 +298,7 @@ def _groups(logits: Tensor) -> Tensor:
 
 
 def _repeats(member: Tensor) -> _Pair:
-    """Excess over chance, in [0, 1], of two images being of one group; and the number of pairs."""
+    """Excess over chance, in [0, 1], of two images being in one group, and the number of pairs."""
     counts, groups = member.sum(0), member.shape[1]
     total = counts.sum()
     pairs = total * (total - 1)
@@ -311,7 +311,7 @@ def _moments_of(x: Tensor, images: int, centre: Tensor) -> Tensor:
     """Mean and mean square (B, 2, C) of each image relative to ``centre`` (C,)."""
     rows = single(x).flatten(2) if x.ndim > 2 else single(x)[:, :, None]
     first = rows.mean(2).double()
-    # A norm reads the tensor once, and allocates none of its size.
+    # A norm reads the tensor only once and allocates no tensor of its size.
     square = torch.linalg.vector_norm(rows, dim=2).double().square() / rows.shape[2]
     centre = centre.double()
     square = square - 2 * centre * first + centre.square()

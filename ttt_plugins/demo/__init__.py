@@ -1,4 +1,4 @@
-"""The demo: real images, methods side by side, a picture."""
+"""The demo: methods compared on real images, with a picture of the results."""
 
 from .picture import draw
 from .result import DemoResult, Frames

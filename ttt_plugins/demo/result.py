@@ -1,4 +1,4 @@
-"""What the demo's methods predicted, and tables and sentences about it."""
+"""The predictions of the demo's methods, and tables and sentences about them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class DemoResult:
         return gained, lost
 
     def sentence(self, before: str = "source", after: str = "mgg") -> str:
-        """What adaptation changed, in one sentence, be it a gain or a loss."""
+        """One sentence on what adaptation changed, whether it is a gain or a loss."""
         images = len(self.sample.corruptions) * len(self.sample.labels)
         text = (
             f"Adapting without labels ({after}), the network is right on {self.mean(after):.1f} % "
@@ -72,9 +72,9 @@ class Frames:
     """A stream of single images whose kind changes, without a reset.
 
     Attributes:
-        right: method -> whether each prediction is correct (N,), in the order of the stream.
+        right: by method, whether each prediction is correct (N,), in the order of the stream.
         kinds: name of each stretch and its number of images, in order.
-        windows: method -> number of images in an update, of those that make updates.
+        windows: number of images in an update, by method, of those that make updates.
     """
 
     right: dict[str, Tensor]

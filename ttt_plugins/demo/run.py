@@ -40,7 +40,7 @@ MODEL = "bundled:source-resnet26-cifar10"
 MGG = "bundled:mgg-resnet26-cifar10"
 TTT = "bundled:ttt-resnet26-cifar10"
 MT3 = "bundled:mt3-resnet26-cifar10"
-#: That of the grids which RATES come from.
+#: Batch size of the grids that `RATES` come from.
 BATCH_SIZE = 64
 #: The learning rates that were best on four other corruptions, see "How the learning rates were
 #: chosen" in RESULTS.md; MGG's step size in its artifact was chosen there too.
@@ -96,7 +96,7 @@ def predict_sample(
 
 
 def predict_frames(nets: Mapping[str, Adapter], sample: Sample, *, progress: bool = True) -> Frames:
-    """Predict image after image, one kind after the other, with a reset at the beginning only."""
+    """Predict image by image, one kind after the other, with a reset only at the beginning."""
     count = len(sample.labels)
     parts = {
         number: LabelledImages(images, sample.labels)
