@@ -56,9 +56,10 @@ def online_run(result: dict) -> dict:
                 shares = by_corruption.setdefault(corruption, {})
                 shares[name] = round(statistics.mean(m for m in means if m is not None) / 100, 6)
     universal = result["optimizer"] == "mgg-universal"
-    classifier = f"Classifier: held-out {result['backbone']}. " if universal else ""
+    held_out = ", held out" if universal else ""
     folder = "runs/held-out/" if universal else ""
     return COMMON | {
+        "network": f"{result['backbone']}{held_out}",
         "corruptions": list(CORRUPTIONS),
         "images": result["n_examples"],
         "batch_size": result["batch_size"],
@@ -66,7 +67,7 @@ def online_run(result: dict) -> dict:
         "accuracy": accuracy,
         "standard_error": errors,
         "by_corruption": by_corruption,
-        "note": f"{classifier}Learning rates: {', '.join(rates)}. The seeds change the order of "
+        "note": f"Learning rates: {', '.join(rates)}. The seeds change the order of "
         "the images only, and the standard error is over them. RESULTS.md says how the rates were "
         "chosen and what Adam reaches on MGG's loss.",
         "command": f"python examples/results.py --data DIR --backbone {folder}{result['backbone']}",
@@ -82,6 +83,7 @@ def per_image_run(result: dict) -> dict:
         both = {method: cell["adapted_right"], "source": cell["source_right"]}
         by_corruption[corruption] = {m: round(sum(r) / len(r), 6) for m, r in both.items()}
     return COMMON | {
+        "network": f"resnet26, {settings['measurement']}",
         "corruptions": list(result["cells"]),
         "images": settings["n_examples"],
         "batch_size": 1,

@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 def git_hash(content: bytes) -> str:
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
@@ -41,11 +43,11 @@ class Repository:
     refs: dict[str, str] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, bytes]) -> str:
+    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         seed = f"{len(self.commits)}" + "".join(sorted(map(git_hash, files.values())))
         sha = hashlib.sha1(seed.encode()).hexdigest()
         self.commits[sha] = files
-        self.refs["main"] = sha
+        self.refs[branch] = sha
         return sha
 
     def resolve(self, revision: str) -> str | None:
@@ -215,8 +217,9 @@ def _handler(hub: LoopbackHub) -> type:
                 path = entry["path"]
                 mode = "lfs" if is_large(path) else "regular"
                 told = {"path": path, "uploadMode": mode, "shouldIgnore": False}
-                if path in repository.files:
-                    told["oid"] = file_hash(path, repository.files[path])
+                present = repository.commits[repository.resolve(revision)]
+                if path in present:
+                    told["oid"] = file_hash(path, present[path])
                 files.append(told)
             return self.answer(body={"files": files})
 
@@ -243,7 +246,7 @@ def _handler(hub: LoopbackHub) -> type:
                 return self.connection.shutdown(socket.SHUT_RDWR)
             if fault == "refused" or self.headers.get("Authorization") != f"Bearer {hub.TOKEN}":
                 return self.refuse(403, "Forbidden")
-            files = dict(repository.files)
+            files = dict(repository.commits[repository.resolve(revision)])
             for line in self.content.splitlines():
                 entry = json.loads(line)
                 value = entry["value"]
@@ -253,10 +256,41 @@ def _handler(hub: LoopbackHub) -> type:
                     files[value["path"]] = hub.uploads[value["oid"]]
                 elif entry["key"] == "deletedFile":
                     del files[value["path"]]
-            sha = repository.commit(files)
+            sha = repository.commit(files, revision)
             return self.answer(
                 body={"commitOid": sha, "commitUrl": f"{hub.url}/{name}/commit/{sha}"}
             )
+
+        def branch(self, name, branch):
+            if (repository := self.repository(name)) is None:
+                return None
+            if branch in repository.refs:
+                return self.refuse(409, "Conflict")
+            repository.refs[branch] = repository.refs["main"]
+            return self.answer()
+
+        def tag(self, name, revision):
+            if (repository := self.repository(name)) is None:
+                return None
+            if (tag := json.loads(self.content)["tag"]) in repository.refs:
+                return self.refuse(409, "Conflict")
+            repository.refs[tag] = repository.resolve(revision)
+            return self.answer()
+
+        def models(self):
+            """Public repositories with all the tags asked for, which the Hub takes from cards."""
+            found = []
+            for name, repository in hub.repositories.items():
+                text = repository.files.get("README.md", b"").decode()
+                if repository.private or not text.startswith("---\n"):
+                    continue
+                card = yaml.safe_load(text.split("---\n")[1])
+                tags = [*card.get("tags", ()), *(f"dataset:{d}" for d in card.get("datasets", ()))]
+                tags += [f"base_model:{card['base_model']}"] if "base_model" in card else []
+                if set(self.query.get("filter", ())) <= set(tags):
+                    body = {"id": name, "tags": tags, "cardData": card, "downloads": 7}
+                    found.append(body | {"private": False})
+            self.answer(body=found)
 
         def drip(self):
             """Half a minute of a header: never a pause that is long enough for a timeout."""
@@ -316,7 +350,10 @@ def _handler(hub: LoopbackHub) -> type:
         routes: ClassVar[list] = [
             (r"POST /api/repos/create", create),
             (r"POST /api/validate-yaml", validate),
+            (r"GET /api/models", models),
             (rf"GET /api/models/{name}", info),
+            (rf"POST /api/models/{name}/branch/(.+)", branch),
+            (rf"POST /api/models/{name}/tag/(.+)", tag),
             (rf"GET /api/models/{name}/revision/(.+)", info),
             (rf"GET /api/models/{name}/tree/([^/]+)", tree),
             (rf"POST /api/models/{name}/preupload/(.+)", preupload),

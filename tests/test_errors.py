@@ -139,7 +139,7 @@ class Features(nn.Module):
 
     def forward(self, x):
         x = self.norm(x)
-        return {"tuple": (x.mean((2, 3)),), "map": x, "dict": {"logits": x}}[self.form]
+        return {"tuple": (x.mean((2, 3)), x), "map": x, "dict": {"logits": x}}[self.form]
 
 
 @pytest.mark.parametrize("form", ["tuple", "map", "dict"])

@@ -224,7 +224,7 @@ def test_importing_brings_no_optional_package_and_leaves_ctrl_c_alone():
         "assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))\n"
         "loaded = {m.split('.')[0] for m in sys.modules}\n"
         "print(sorted(loaded & {'robustbench', 'autoattack', 'matplotlib', 'pyarrow', 'pandas',\n"
-        "    'torch_ttt'}))"
+        "    'torch_ttt', 'transformers', 'open_clip'}))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
+from huggingface_hub import parse_eval_result_entries
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 
@@ -358,7 +360,7 @@ def test_somebodys_timm_repository(client, hub, make_model, expected, tmp_path):
     hub.add("somebody/model", files)
     found = client("wrap", name="hf-hub:somebody/model", options={"method": "tent"})
     assert torch.equal(logits_of(found), expected(tp.wrap(model, "tent"))), found
-    error_of(client("load", name="somebody/model"), "timm model", "hf-hub:")
+    error_of(client("load", name="somebody/model"), "timm model", "hf:")
     # Weights that would have to be unpickled are not read.
     files["pytorch_model.bin"] = files.pop("model.safetensors")
     hub.add("somebody/pickle", files)
@@ -610,3 +612,123 @@ def test_a_full_disk(artifact, hub, start, work, tmp_path):
     error_of(saved, "cannot write")
     assert not (tmp_path / "copy").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_a_transformers_repository(client, hub, tmp_path):
+    """By name and revision, with its processor; an artifact around it names the commit."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(image_size=32, patch_size=8, num_labels=5, **sizes)
+    model = transformers.ViTForImageClassification(config).eval()
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "vit")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "vit").iterdir()}
+    repository = hub.add("somebody/vit", files)
+    first = repository.refs["main"]
+    repository.commit(files | {"model.safetensors": b"broken"})
+    folder = str(tmp_path / "tent")
+    options = {"method": "tent", "lr": 1e-2, "window": 1}
+    found = client("wrap", name=f"hf:somebody/vit@{first}", options=options, folder=folder)
+    assert first in found["origin"], found
+    images = load_file(client.images)["images"]
+    wanted = tp.wrap(model, "tent", preprocess=processor, lr=1e-2, window=1)
+    with torch.no_grad():
+        wanted = torch.cat([wanted(images), wanted(images)])
+    torch.testing.assert_close(logits_of(found), wanted)
+    torch.testing.assert_close(logits_of(client("load", name=folder)), wanted)
+    broken = client("wrap", name="hf:somebody/vit", options=options)
+    error_of(broken, "not a safetensors file")
+    error_of(client("load", name=f"somebody/vit@{first}"), "another library's model", "hf:ORG/NAME")
+    error_of(client("wrap", name="hf:vit", options=options), "hf:ORG/NAME")
+
+
+# -- benchmarks, branches, tags, search ------------------------------------------------------------
+
+
+def test_figures_for_a_benchmark_of_the_hub(artifact, client, hub):
+    """As hub-docs' eval-results.md has it; huggingface_hub's own parser reads it."""
+    folder, _ = artifact("tent")
+    results = ROOT / "tests/frozen/benchmark-results.json"
+    common = ["publish", str(folder), "tests/benchmark", "--results", str(results)]
+    told = client("command_line", arguments=[*common, "--benchmark", "org/corrupted:fog"])
+    assert told["code"] == 0, told
+    files = hub.repositories["tests/benchmark"].files
+    (entry,) = parse_eval_result_entries(
+        yaml.safe_load(files[".eval_results/ttt_plugins-1.yaml"].decode())
+    )
+    run = json.loads(files["results.json"])["runs"][0]
+    assert (entry.dataset_id, entry.task_id) == ("org/corrupted", "fog")
+    assert entry.value == pytest.approx(run["accuracy"]["tent"], abs=1e-6)
+    assert entry.source_url == f"{hub.url}/tests/benchmark/blob/main/results.json"
+    for word in ("tent on", run["network"], run["protocol"]):
+        assert word in entry.notes
+    assert run["network"] in files["README.md"].decode()
+    assert client("load", name="tests/benchmark")["method"] == "tent"
+    # Without a benchmark the Hub would refuse the entry: none is written, an old one goes.
+    assert client("command_line", arguments=common)["code"] == 0
+    assert not [name for name in hub.repositories["tests/benchmark"].files if "eval" in name]
+    for wrong, words in (("nothing", "names no benchmark"), ("a/b/c", "names no benchmark")):
+        told = client("command_line", arguments=[*common, "--benchmark", wrong])
+        assert told["code"] == 2
+        assert words in told["error_text"]
+    bare = ["publish", str(folder), "tests/benchmark", "--benchmark", "org/corrupted"]
+    assert "no results" in client("command_line", arguments=bare)["error_text"]
+
+
+def test_publishing_on_a_branch_and_with_a_tag(artifact, client, hub):
+    folder, _ = artifact("tent")
+    client("push", name=str(folder), repository="tests/branches")
+    repository = hub.repositories["tests/branches"]
+    main = repository.refs["main"]
+    other, _ = artifact("mgg")
+    options = {"revision": "next", "tag": "v2"}
+    pushed = client("push", name=str(other), repository="tests/branches", options=options)
+    assert repository.refs == {"main": main, "next": pushed["commit"], "v2": pushed["commit"]}
+    for named, method in (("", "tent"), ("@next", "mgg"), ("@v2", "mgg")):
+        assert client("load", name=f"tests/branches{named}")["method"] == method
+    arguments = ["publish", str(other), "tests/branches", "--revision", "next"]
+    assert client("command_line", arguments=arguments)["code"] == 0
+    assert repository.refs["v2"] == pushed["commit"]
+    again = client("command_line", arguments=arguments)
+    assert "unchanged" in again["out"]
+    assert "tests/branches@next" in again["out"]
+    taken = client("command_line", arguments=[*arguments, "--tag", "v2"])
+    assert (taken["code"], "Traceback" in taken["error_text"]) == (2, False)
+    wrong = client("command_line", arguments=[*arguments, "--tag", "../x"])
+    assert "cannot be the name of a branch or a tag" in wrong["error_text"]
+
+
+def test_searching_the_hub(artifact, client, offline, hub):
+    folder, _ = artifact("tent")
+    results = ROOT / "tests/frozen/benchmark-results.json"
+    arguments = ["publish", str(folder), "tests/searched", "--results", str(results)]
+    assert client("command_line", arguments=arguments)["code"] == 0
+    card = "---\ntags: [ttt_plugins, sar]\nbase_model: org/net\ndatasets: [cifar10]\n"
+    figures = "model-index:\n- name: x\n  results:\n  - task: {type: t}\n    dataset: {type: d, "
+    figures += 'name: "D\\e[31m"}\n    metrics:\n    - {type: accuracy, value: 0.5}\n'
+    hub.add("other/sar", {"README.md": (card + figures + "---\n").encode()})
+    hub.add("other/foreign", {"README.md": b"---\ntags: [timm]\n---\n"})
+    for flags, names in (
+        ([], {"tests/searched", "other/sar"}),
+        (["--method", "tent"], {"tests/searched"}),
+        (["--method", "sar", "--base-model", "org/net", "--dataset", "cifar10"], {"other/sar"}),
+        (["--base-model", "org/other"], set()),
+    ):
+        told = client("command_line", arguments=["search", *flags])
+        assert told["code"] == 0, told
+        assert "other/foreign" not in told["out"]
+        for name in ("tests/searched", "other/sar"):
+            assert (name in told["out"]) == (name in names), (flags, told["out"])
+        assert bool(names) != ("no adapter on the Hub fits this" in told["out"])
+    told = client("command_line", arguments=["search"])["out"]
+    assert "other/sar around org/net (sar, 7 downloads)" in told
+    assert "50.00 %" in told
+    assert "\x1b" not in told  # a stranger's card may hold anything
+    mean = json.loads(hub.repositories["tests/searched"].files["results.json"])["runs"][0]
+    assert f"{100 * mean['accuracy']['tent']:.2f} %  Mean accuracy of tent on" in told
+    listed = client("command_line", arguments=["list", "--hub"])["out"]
+    assert "hub:\n" in listed
+    assert "tests/searched" in listed
+    refused = offline("command_line", arguments=["search"])
+    assert (refused["code"], "offline mode" in refused["error_text"]) == (2, True)

@@ -20,6 +20,7 @@ with _warnings.catch_warnings():
 
 from .adapter import Adapter
 from .artifacts.folder import list_bundled
+from .backbones.kinds.open_clip_models import zero_shot
 from .core.registry import list_methods
 from .errors import (
     ArtifactError,
@@ -54,4 +55,5 @@ __all__ = [
     "list_bundled",
     "list_methods",
     "wrap",
+    "zero_shot",
 ]

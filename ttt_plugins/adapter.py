@@ -35,8 +35,9 @@ from .core.inputs import (
     refused_sizes,
 )
 from .core.memory import WINDOW, images_of
-from .core.notices import SKIPPED, Notices, may_look
+from .core.notices import PROBABILITIES, SKIPPED, Notices, may_look
 from .core.pictures import is_source
+from .core.records import OnBatch, watch
 from .core.registry import SOURCE_STATISTICS, Method, get_method
 from .data.images import batch_images
 from .errors import InputError
@@ -65,6 +66,7 @@ class Adapter(Shell):
         checks_pixels: whether to refuse batches with pixels that are not finite or outside [0, 1].
             On an accelerator they are checked after the first batch and then once in 64
             (`ttt_plugins.core.notices`). Type, shape and device are always checked.
+        on_batch: called with a `BatchRecord` after every batch, unless None; copies have none.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Adapter(Shell):
         self.names = method.select(config, backbone)
         self.forwards = self.backwards = self.batches = 0
         self.checks_pixels = True
+        self.on_batch: OnBatch | None = None
         self._skipped = torch.zeros((), dtype=torch.int64)
         self._notices = Notices()
         self.loss: Tensor | None = None
@@ -109,12 +112,10 @@ class Adapter(Shell):
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, C, H, W), floating point in [0, 1], to logits (B, classes).
 
-        With ``normalized_input`` the images are already normalised with mean and std.
-
         Raises:
             InputError: the images have another type, shape or range; the adapter is unchanged.
         """
-        pixels = self._pixels(images)
+        pixels, told = self._pixels(images), watch(self)
         if self.checks_pixels:
             self._notices.check_pixels(pixels)
         with self.backbone.turn(), torch.inference_mode(False):
@@ -124,7 +125,7 @@ class Adapter(Shell):
             with refused_sizes(self.backbone, images, self._last_size):
                 logits = self._predict(images)
             self._last_size = tuple(images.shape[1:])
-            return logits
+        return told(logits)
 
     def _predict(self, images: Tensor) -> Tensor:
         if self._record.build is None:
@@ -153,6 +154,7 @@ class Adapter(Shell):
         if may_look(self.backbone.device, self.batches):
             self._notices.warn(self.skipped_updates, SKIPPED)
             self._notices.warn(self._guard.harmful(self._waiting), GUARDED)
+            self._notices.warn(self.backbone.returns_probabilities, PROBABILITIES)
         return outcome.logits
 
     @property
@@ -173,11 +175,7 @@ class Adapter(Shell):
         return self._guard.health(self._waiting, self._params, source)
 
     def check_images(self, images: Tensor) -> None:
-        """Check images as ``forward`` does.
-
-        Raises:
-            InputError: as for ``forward``.
-        """
+        """Check images as ``forward`` does, with the same `InputError`."""
         pixels = self._pixels(images)
         if self.checks_pixels:
             check_pixels(pixels)
@@ -209,15 +207,11 @@ class Adapter(Shell):
 
     def with_tensors(self, config: Any, tensors: dict[str, Tensor] | None = None) -> Adapter:
         """A new adapter with the same backbone, another config and some other learned tensors."""
-        return Adapter(
-            self.backbone,
-            self._record,
-            config,
-            tensors=self._tensors | (tensors or {}),
-            origin=self.origin,
-            seed=self.seed,
-            normalized_input=self.normalized_input,
-        )
+        tensors = self._tensors | (tensors or {})
+        own = {"origin": self.origin, "seed": self.seed, "normalized_input": self.normalized_input}
+        made = Adapter(self.backbone, self._record, config, tensors=tensors, **own)
+        made.on_batch = self.on_batch
+        return made
 
     def _algorithm_now(self) -> Algorithm:
         if self._algorithm is None:
@@ -247,9 +241,10 @@ class Adapter(Shell):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A method contains functions that cannot be pickled, so it is stored by name.
-        own = {"_algorithm": None, "_record": self.method, "_chunks": self._chunks.copy()}
-        return self.__dict__ | own  # in one operation, because another thread may be adapting
+        # A method contains functions that cannot be pickled, so it is stored by name; all at once,
+        # because another thread may be adapting.
+        own = {"_algorithm": None, "on_batch": None, "_record": self.method}
+        return self.__dict__ | own | {"_chunks": self._chunks.copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Tensors copied or loaded in inference mode could not adapt.
@@ -371,6 +366,8 @@ class Adapter(Shell):
         *,
         private: bool | None = None,
         token: str | bool | None = None,
+        revision: str | None = None,
+        tag: str | None = None,
         **records: Any,
     ) -> str:
         """Publish this adapter on the Hugging Face Hub; unchanged files make no new commit.
@@ -379,21 +376,23 @@ class Adapter(Shell):
             repository: ``"org/name"``; created if it does not exist.
             private: whether a new repository is private; None for its owner's default.
             token: access token that may write; None for that of ``hf auth login`` or HF_TOKEN.
+            revision: branch to publish on, created if missing; None for the default branch.
+            tag: name for the commit.
             **records: ``training``, ``results`` and ``card`` of `save_pretrained`.
 
         Returns:
             the commit that holds the adapter.
 
         Raises:
-            InputError: the repository's name is not a string.
-            HubError: the Hub refuses, or cannot be reached; nothing is published.
+            InputError, HubError: no such name, or the Hub refuses or cannot be reached.
             ArtifactError: the local folder of the classifier is missing.
         """
         if not isinstance(repository, str):
             raise InputError(f'repository must be "org/name", got {type(repository).__name__}')
         with tempfile.TemporaryDirectory(prefix="ttt-plugins-") as work:
             folder = self.save_pretrained(Path(work) / repository.split("/")[-1], **records)
-            return publish(folder, repository, private=private, token=token)[0]
+            own = {"private": private, "token": token, "revision": revision, "tag": tag}
+            return publish(folder, repository, **own)[0]
 
     def learned_tensors(self) -> dict[str, Tensor]:
         """Copies of the tensors that the method learned beforehand, which artifacts store."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .artifacts.learned import Learned, check_fits_any, find_learned, stored_fie
 from .artifacts.schema import OWN_WEIGHTS, timm_part
 from .artifacts.tensor_files import fingerprint
 from .backbones.backbone import Backbone
+from .backbones.kinds import Output, check_output, read_preprocess, settings_of
 from .backbones.refused import check_adaptable
 from .backbones.statistics import NormStatistics
 from .core.registry import HEAD, Method, configure, get_method
@@ -40,13 +42,16 @@ from .utils.precision import single_dtype
 
 __all__ = ["from_pretrained", "wrap"]
 
+#: Loads the model that is its first argument.
+_Load = partial[tuple[nn.Module, Origin, Artifact | None]]
+
 
 @dataclass(frozen=True)
 class _Setting:
     """The preprocessing of images, the adapter's device, and its seed.
 
     Raises:
-        InputError: ``normalize``, ``device`` or ``seed`` is invalid.
+        InputError: one of them is invalid.
     """
 
     mean: Any = None
@@ -54,8 +59,10 @@ class _Setting:
     normalize: bool = True
     device: str | torch.device | None = None
     seed: int | None = None
-    classes: Sequence[int] | None = None
+    classes: Sequence[int] | str | None = None
     normalized_input: bool = False
+    output: Output | None = None
+    preprocess: Any = None
 
     def __post_init__(self):
         for name in ("normalize", "normalized_input"):
@@ -64,6 +71,11 @@ class _Setting:
         if self.seed is not None:
             check_seed(self.seed)
         check_device(self.device)
+        check_output(self.output)
+        known = None if self.preprocess is None else read_preprocess(self.preprocess)
+        object.__setattr__(self, "preprocess", known)
+        if isinstance(self.classes, str):
+            object.__setattr__(self, "classes", positions(self.classes))
 
 
 def wrap(
@@ -84,6 +96,9 @@ def wrap(
     classes: Sequence[int] | str | None = None,
     normalized_input: bool = False,
     source_images: Any = None,
+    preprocess: Any = None,
+    output: Output | None = None,
+    labels: Sequence[str] | None = None,
     **overrides: Any,
 ) -> Adapter:
     """Wrap an image classifier so that it adapts itself at inference.
@@ -92,17 +107,16 @@ def wrap(
     the adapter starts from and `Adapter.reset` returns to, unless you wrap a ``copy.deepcopy``.
 
     Args:
-        model: a timm name, ``"robustbench:<dataset>/<name>"`` (corruptions zoo), an artifact that
-            carries a model (``"bundled:source-resnet26-cifar10"``, a folder, ``"org/name"`` or
-            ``"org/name@revision"`` on the Hub), a timm repository (``"hf-hub:org/name"``,
-            ``"local-dir:path"``, always with its weights), an adapter, whose unadapted model is
-            used, or any ``nn.Module`` that maps normalised images (B, C, H, W) to logits.
+        model: a name (timm, ``"hf:org/name[@revision]"``, ``"torchvision:<name>"``,
+            ``"robustbench:<dataset>/<name>"``, an artifact's with a model), a folder, an adapter,
+            whose unadapted model is used, or any ``nn.Module`` that maps normalised images
+            (B, C, H, W) to logits; ``docs/models.md`` lists all kinds.
         method: a name from `list_methods()` or a config object (``tp.MGG(lr=1e-3)``).
         params: what adapts: ``"norm"``, ``"all"``, ``"lora"``, a regular expression, or names.
         mean: mean of the pixels per channel; by default from the ``pretrained_cfg``.
         std: standard deviation of the pixels per channel; by default from the ``pretrained_cfg``.
         normalize: False if the model normalises images itself (known for RobustBench's models).
-        pretrained: whether to download timm's weights.
+        pretrained: whether to download the weights of timm or torchvision.
         device: device for the adapter; by default the model stays on its device.
         seed: seed for everything random; without it, untrained timm models use torch's generator.
         model_dir: folder with RobustBench's checkpoints.
@@ -113,6 +127,10 @@ def wrap(
             used, in this order. ``"imagenet-r"`` or ``"imagenet-a"`` mean 200 of ImageNet's.
         normalized_input: whether images are already normalised with mean and std; see `Adapter`.
         source_images: what `Adapter.fit_source_statistics` takes, for MGG.
+        preprocess: what knows mean, std and the size of pictures: an image processor of
+            transformers, torchvision's weights or ``transforms()``, or a ``Compose`` of such steps.
+        output: key, attribute or position of the logits, unless only one tensor is returned.
+        labels: names of the classes, for an open_clip model; see `zero_shot`.
         **overrides: fields of the method's config.
 
     Returns:
@@ -122,19 +140,12 @@ def wrap(
         InputError: the model, the method or a field is unknown, or there is nothing to adapt.
         ArtifactError: an artifact cannot be loaded (`HubError` if the Hub is the reason).
     """
-    record = get_method(method)
-    setting = _Setting(mean, std, normalize, device, seed, _positions(classes), normalized_input)
-    _check_learned(tensors, head, data)
+    setting = _Setting(
+        mean, std, normalize, device, seed, classes, normalized_input, output, preprocess
+    )
+    load = partial(load_model, model, pretrained, model_dir, seed, labels=labels)
     overrides |= {} if params is None else {"params": _names(params)}
-    if head == "train":
-        config = configure(record.config() if isinstance(method, str) else method, overrides)
-        return _with_new_head(model, record, config, data, setting, pretrained, model_dir)
-    module, origin, carried = load_model(model, pretrained, model_dir, seed)
-    given = None if tensors is None else Learned(tensors, "tensors")
-    learned = given or find_learned(record, module, head, carried, str(model))
-    config = configure(_start(method, record, learned), overrides)
-    setting = _inherited(setting, model, origin)
-    net = _build(module, record, config, learned, origin, setting)
+    net = _wrapped(load, method, overrides, tensors, head, data, setting)
     return net if source_images is None else net.fit_source_statistics(source_images)
 
 
@@ -158,21 +169,32 @@ def _check_learned(tensors: Any, head: Any, data: Any) -> None:
         )
 
 
-def _with_new_head(
-    model: str | nn.Module,
-    record: Method,
-    config: Any,
+def _wrapped(
+    load: _Load,
+    method: str | Any,
+    overrides: dict[str, Any],
+    tensors: dict[str, Tensor] | None,
+    head: str | Path | None,
     data: Any,
     setting: _Setting,
-    pretrained: bool,
-    model_dir: str | Path,
 ) -> Adapter:
-    if record.fit is None or record.fits != HEAD:
-        raise InputError(f"{record.name} has no head that is trained on a finished model")
-    refuse_random(model, pretrained)
-    module, origin, _ = load_model(model, pretrained, model_dir, setting.seed)
-    setting = _inherited(setting, model, origin)
-    return _build(module, record, config, None, origin, setting, data)
+    """The adapter of a model and what the method has learned, or learns now from ``data``."""
+    _check_learned(tensors, head, data)
+    record, (model, pretrained, *_) = get_method(method), load.args
+    if head == "train":
+        config = configure(record.config() if isinstance(method, str) else method, overrides)
+        if record.fit is None or record.fits != HEAD:
+            raise InputError(f"{record.name} has no head that is trained on a finished model")
+        refuse_random(model, pretrained)
+        module, origin, _ = load()
+        return _build(
+            module, record, config, None, origin, _inherited(setting, model, origin), data
+        )
+    module, origin, carried = load()
+    given = None if tensors is None else Learned(tensors, "tensors")
+    learned = given or find_learned(record, module, head, carried, str(model))
+    config = configure(_start(method, record, learned), overrides)
+    return _build(module, record, config, learned, origin, _inherited(setting, model, origin))
 
 
 def _inherited(setting: _Setting, model: Any, origin: Origin) -> _Setting:
@@ -183,17 +205,16 @@ def _inherited(setting: _Setting, model: Any, origin: Origin) -> _Setting:
     if not isinstance(model, Adapter):
         return setting
     backbone = model.backbone
-    if setting.classes is None:
-        setting = replace(setting, classes=backbone.classes)
-    if setting.mean is not None or setting.std is not None:
+    setting = replace(
+        setting,
+        classes=backbone.classes if setting.classes is None else setting.classes,
+        output=backbone.output if setting.output is None else setting.output,
+    )
+    if setting.preprocess is not None or setting.mean is not None or setting.std is not None:
         return setting
     if not backbone.normalize:
         return replace(setting, normalize=False)
     return replace(setting, mean=backbone.mean, std=backbone.std, normalize=True)
-
-
-def _positions(classes: Sequence[int] | str | None) -> Sequence[int] | None:
-    return positions(classes) if isinstance(classes, str) else classes
 
 
 def _start(method: str | Any, record: Method, learned: Learned | None) -> Any:
@@ -308,7 +329,7 @@ class _Classifier:
         )
         preprocessing = {key: made_for.get(key) for key in ("mean", "std")}
         preprocessing["normalize"] = made_for.get("normalize", True)
-        preprocessing["classes"] = made_for.get("classes")
+        preprocessing |= {key: made_for.get(key) for key in ("classes", "output")}
         if given is None and self.artifact.weights is not None:
             timm_keys = timm_part(self.artifact.config)
             origin = {"source": OWN_WEIGHTS, "name": self.where, "timm": timm_keys}
@@ -323,7 +344,8 @@ class _Classifier:
             check_fingerprint(module, made_for, self.where, self.strict)
         elif fingerprint(module.state_dict()) != made_for.get("fingerprint"):
             # A classifier other than the artifact's has its own preprocessing.
-            setting = _inherited(_Setting(classes=preprocessing["classes"]), given, origin)
+            start = _Setting(classes=preprocessing["classes"], output=preprocessing["output"])
+            setting = _inherited(start, given, origin)
             preprocessing = {key: getattr(setting, key) for key in preprocessing}
         return module, origin, preprocessing
 
@@ -340,6 +362,7 @@ def _build(
     """Build the adapter from a classifier, a method, and its learned tensors or source images."""
     if record.build is not None:
         check_adaptable(module)
+    settings = setting.preprocess and settings_of(module).with_preprocessing(setting.preprocess)
     with torch.inference_mode(False):
         backbone = Backbone(
             module,
@@ -348,6 +371,8 @@ def _build(
             normalize=setting.normalize,
             statistics=NormStatistics.of(config),
             classes=setting.classes,
+            output=setting.output,
+            settings=settings,
         )
         if setting.device is not None:
             backbone = backbone.to(setting.device)

@@ -14,6 +14,7 @@ from typing import Any
 import timm
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..backbones.kinds import kinds
 from ..core.registry import get_method
 from ..errors import ArtifactError
 from .folder import (
@@ -66,7 +67,8 @@ def _facts(config: Mapping[str, Any], bundled: bool) -> dict[str, Any]:
 def _metadata(name: str, artifact: Artifact, facts: Mapping[str, Any]) -> ModelCardData:
     config = artifact.config
     method, base = config["method"], base_model(config["backbone"])
-    measured = [] if artifact.results is None else eval_results(artifact.results, method)
+    results = artifact.results or {"runs": []}
+    measured = eval_results(results, method, config["backbone"].get("name"))
     plain = method == "source" and artifact.weights is not None
     return ModelCardData(
         # For a plain classifier the Hub shows how to load it with timm.
@@ -114,6 +116,7 @@ def render_card(name: str, artifact: Artifact, *, bundled: bool = False) -> str:
         conditions=conditions,
         dumps=_dumps,
         percent=_percent,
+        named_kinds=[kind.prefix for kind in kinds() if kind.prefix],
     )
     return card.content
 

@@ -1,4 +1,4 @@
-"""Loading classifiers by name: from timm, RobustBench's zoo, an artifact or a Hub repository.
+"""Loading classifiers by name: from timm, RobustBench, torchvision, an artifact or the Hub.
 
 Each classifier comes with its origin: what an artifact must record to find the same weights again.
 """
@@ -6,14 +6,10 @@ Each classifier comes with its origin: what an artifact must record to find the 
 from __future__ import annotations
 
 import difflib
-import inspect
-import math
 import re
-import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,18 +17,19 @@ import timm
 import torch
 from torch import nn
 
+from ..backbones.kinds import classifier, named_kind
 from ..backbones.refused import check_wrappable
 from ..backbones.shell import Shell
 from ..errors import ArtifactError, InputError
 from ..utils.robustbench import load_zoo_model
 from . import hub
-from .build_budget import TOO_LARGE, BuildBudget, rehearse
-from .folder import CONFIG, MODEL, Artifact, bundled_folder, read_artifact
+from .folder import CONFIG, Artifact, bundled_folder, read_artifact
 from .hub import Place
 from .hub_access import DEFAULT_ACCESS, Access
-from .schema import OWN_WEIGHTS, check_timm_part, pretrained_settings
+from .repositories import described_by_config, repository_model
+from .schema import OWN_WEIGHTS
 from .strict_json import read_json
-from .tensor_files import TensorInfo, described, fingerprint, read_tensors, tensor_header
+from .tensor_files import described, fingerprint, read_tensors
 
 __all__ = ["carried_model", "check_fingerprint", "described_model", "load_model", "refuse_random"]
 
@@ -54,10 +51,7 @@ def _timm_model(name: str, pretrained: bool, seed: int | None, **options: Any) -
             + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
         )
     try:
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            return timm.create_model(name, pretrained=pretrained, **options)
+        return _seeded(lambda: timm.create_model(name, pretrained=pretrained, **options), seed)
     except Exception as error:  # timm passes on any exception of the connection to the Hub
         hint = ""
         if pretrained:
@@ -68,6 +62,14 @@ def _timm_model(name: str, pretrained: bool, seed: int | None, **options: Any) -
             )
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"timm could not create {name!r}: {reason}{hint}") from error
+
+
+def _seeded(create: Callable[[], nn.Module], seed: int | None) -> nn.Module:
+    """What ``create`` makes of a seed; with None it draws from torch's global generator."""
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return create()
 
 
 def _timm_origin(name: str, model: nn.Module, pretrained: bool) -> Origin:
@@ -103,85 +105,7 @@ def _safe_timm_model(name: str, revision: str | None, access: Access) -> tuple[n
     return model, commit
 
 
-# -- models that a config.json describes -----------------------------------------------------
-
-
-def _constructor_keywords(architecture: str) -> set[str]:
-    """Keyword arguments of the model classes in the module that registers an architecture."""
-    module = sys.modules[timm.model_entrypoint(architecture).__module__]
-    classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, nn.Module)]
-    keywords = {name for c in classes for name in inspect.signature(c.__init__).parameters}
-    # These are arguments of timm's loader, which could download and unpickle files.
-    loader = set(inspect.signature(timm.create_model).parameters) | {"self", "args", "kwargs"}
-    return {n for n in keywords - loader if not n.startswith("pretrained")}
-
-
-def _described(
-    config: Mapping[str, Any], header: Mapping[str, TensorInfo], where: str
-) -> nn.Module:
-    """Create the model that a timm ``config.json`` describes, before its weights are loaded.
-
-    Args:
-        config: the parsed ``config.json``.
-        header: types and shapes of the weights beside it, which limit the size of the model.
-        where: name of the artifact in error messages.
-
-    Raises:
-        ArtifactError: this does not describe a timm model, or the model is far larger than the
-            weights, or they do not fit it.
-    """
-    check_timm_part(config, where)
-    architecture, arguments = config["architecture"], config.get("model_args", {})
-    plain = architecture.split(".")[0]
-    if not timm.is_model(plain):
-        raise ArtifactError(f"{where}: timm {timm.__version__} knows no {architecture!r}")
-    if extra := sorted(arguments.keys() - _constructor_keywords(plain)):
-        raise ArtifactError(f"{where}: {architecture} takes no argument {extra[0]!r}")
-    elements = sum(math.prod(t.shape) for t in header.values())
-    create = partial(_create, config, elements, len(header), where)
-    known = timm.get_pretrained_cfg(plain)
-    size = pretrained_settings(config).get("input_size")
-    if arguments or (size is not None and (known is None or size != tuple(known.input_size))):
-        rehearse(create, elements, where)
-    model = create()
-    floating = {t.dtype for t in header.values() if t.dtype.is_floating_point}
-    if len(floating) == 1:
-        model = model.to(floating.pop())
-    wanted = described(model.state_dict())
-    for name in sorted(wanted.keys() | header.keys()):
-        if (has := header.get(name)) != (needs := wanted.get(name)):
-            raise ArtifactError(
-                f"{where}: {MODEL} does not fit {architecture}: {name[:80]!r} is {_said(has)}, "
-                f"expected {_said(needs)}"
-            )
-    return model
-
-
-def _create(config: Mapping[str, Any], elements: int, tensors: int, where: str) -> nn.Module:
-    architecture, arguments = config["architecture"], config.get("model_args", {})
-    try:
-        with torch.random.fork_rng(devices=[]), BuildBudget(elements, tensors):
-            # Given here, so that no artifact can set them: they could download or unpickle files.
-            return timm.create_model(
-                architecture,
-                pretrained=False,
-                pretrained_cfg=None,
-                pretrained_cfg_overlay=pretrained_settings(config),
-                checkpoint_path="",
-                num_classes=config["num_classes"],
-                **arguments,
-            )
-    except (ArtifactError, MemoryError) as error:
-        raise ArtifactError(f"{where}: {str(error) or TOO_LARGE}") from error
-    except Exception as error:  # a constructor may raise anything for unsuitable arguments
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise ArtifactError(
-            f"{where}: {architecture} cannot be built with {arguments} ({reason})"
-        ) from error
-
-
-def _said(tensor: TensorInfo | None) -> str:
-    return "absent" if tensor is None else f"{tensor.dtype} {tensor.shape}"
+# -- models inside artifacts ------------------------------------------------------------------
 
 
 def carried_model(artifact: Artifact, where: str) -> nn.Module:
@@ -195,26 +119,10 @@ def carried_model(artifact: Artifact, where: str) -> nn.Module:
         ArtifactError: the weights are not those that ``config.json`` describes.
     """
     weights = artifact.weights or {}
-    model = _described(artifact.config, described(weights), where)
+    model = described_by_config(artifact.config, described(weights), where)
     model.load_state_dict(weights, strict=True)
     check_fingerprint(model, artifact.config["backbone"], where, strict=True)
     return model
-
-
-def _timm_repository(folder: Path, where: str) -> nn.Module:
-    """A classifier from a timm repository of any author; only safetensors files are read."""
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{where}: config.json is not a JSON object")
-    if not (folder / MODEL).is_file():
-        raise ArtifactError(
-            f"{where}: {MODEL} is missing, and pickled weights are not read: save the model as "
-            "safetensors"
-        )
-    header = tensor_header(folder / MODEL)
-    model = _described(config, header, where)
-    model.load_state_dict(read_tensors(folder / MODEL), strict=True)
-    return model.eval()
 
 
 def check_fingerprint(
@@ -278,19 +186,21 @@ def load_model(
     model_dir: str | Path = "models",
     seed: int | None = None,
     access: Access = DEFAULT_ACCESS,
+    labels: Sequence[str] | None = None,
 ) -> tuple[nn.Module, Origin, Artifact | None]:
     """Load a classifier.
 
     Args:
-        model: the name of a timm model; a timm repository on the Hub or in a folder
-            (``"hf-hub:org/name"``, ``"local-dir:path"``), which is always loaded with its weights;
-            the name of a model in RobustBench's zoo (``"robustbench:…"``); an artifact that carries
-            a model (bundled, in a folder or on the Hub); an adapter, whose unadapted model is
-            returned; or a module.
-        pretrained: whether to load timm's weights for the name of a timm model.
+        model: the name of a timm model; a repository of timm or transformers on the Hub or in a
+            folder (``"hf:org/name"``, ``"local-dir:path"``), which is always loaded with its
+            weights; the name of another kind (``"torchvision:resnet18"``) or of a model in
+            RobustBench's zoo (``"robustbench:…"``); an artifact that carries a model (bundled, in
+            a folder or on the Hub); an adapter, whose unadapted model is returned; or a module.
+        pretrained: whether to load the weights of timm or torchvision for a name of theirs.
         model_dir: folder of RobustBench's checkpoints.
-        seed: seed for the random weights of a timm model; None for torch's global generator.
+        seed: seed for random weights; None for torch's global generator.
         access: how to reach the Hub.
+        labels: names of the classes, for a module that compares images with texts.
 
     Returns:
         the classifier, its origin, and the artifact that carried it, None if there was none.
@@ -301,23 +211,30 @@ def load_model(
     """
     # Of a compiled module, the module inside: adaptation passes new parameters with every call.
     model = getattr(model, "_orig_mod", model)
+    if labels is not None and (isinstance(model, Shell) or not isinstance(model, nn.Module)):
+        raise InputError("labels= needs a module that compares images with texts, as of open_clip")
     if isinstance(model, Shell):
         return model.backbone.model, model.origin, None
     if isinstance(model, nn.Module):
         check_wrappable(model)
-        return model, _module_origin(model), None
+        return classifier(model, labels), _module_origin(model), None
     if not isinstance(model, (str, Path)):
         raise InputError(f"model must be a name or an nn.Module, got {type(model).__name__}")
     name = str(model)
     if name.startswith("robustbench:"):
         return load_zoo_model(name, model_dir), {"source": "robustbench", "name": name}, None
     if name.startswith("local-dir:"):
-        module = _timm_repository(Path(name.removeprefix("local-dir:")), name)
+        module = repository_model(Path(name.removeprefix("local-dir:")), name)
         return module, _module_origin(module), None  # a path is of no use on another machine
-    plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    if (found := named_kind(name)) is not None:
+        kind, own_name = found
+        module = _seeded(lambda: kind.named(own_name, pretrained), seed)
+        origin = {"source": kind.prefix, "name": name, "pretrained": pretrained}
+        return module, origin, None
+    plain = re.sub(r"^(hf|hf-hub|hf_hub):", "", name)
     place = hub.find(plain, access)
     if place is None and plain != name:
-        raise InputError(f"{name[:200]!r} names no Hub repository: it must be hf-hub:ORG/NAME")
+        raise InputError(f"{name[:200]!r} names no Hub repository: it must be hf:ORG/NAME")
     if place is None:
         name = name.removeprefix("timm:")
         if pretrained:
@@ -332,11 +249,11 @@ def _module_origin(module: nn.Module) -> Origin:
 
 
 def _model_at(place: Place, bundled: bool) -> tuple[nn.Module, Origin, Artifact | None]:
-    """The classifier in an artifact's folder or a timm repository, as for `load_model`."""
+    """The classifier in an artifact's folder or a model's repository, as for `load_model`."""
     if place.repository is not None:
         origin = {"source": "hub", "name": place.name}
         if "format_version" not in read_json(place.folder / CONFIG):
-            return _timm_repository(place.folder, place.name), origin, None
+            return repository_model(place.folder, place.name), origin, None
     elif bundled:
         origin = {"source": "bundled", "name": place.name}
     else:
@@ -364,6 +281,11 @@ def described_model(
         ArtifactError: the classifier cannot be found from this description.
     """
     source, name = backbone["source"], backbone.get("name")
+    if named_kind(f"{source}:"):
+        raise ArtifactError(
+            f"{where} was made for {name}, whose weights are no safetensors and are not read on an "
+            f'artifact\'s word: pass backbone="{name}"'
+        )
     if source in (OWN_WEIGHTS, "module") or name is None:
         raise ArtifactError(
             f"{where} was made for a {name!r} that cannot be loaded by name; pass it as backbone="

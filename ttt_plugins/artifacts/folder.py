@@ -65,6 +65,8 @@ __all__ = [
 
 CONFIG, MODEL, LEARNED = "config.json", "model.safetensors", "adapter.safetensors"
 CARD, RESULTS = "README.md", "results.json"
+#: How pictures become the input of a model of transformers, in its own repositories.
+PROCESSOR = "preprocessor_config.json"
 FILES = (CONFIG, MODEL, LEARNED, CARD, RESULTS)
 
 _PACKAGE = Path(__file__).parents[1]
@@ -226,8 +228,9 @@ def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
     if isinstance(config, dict) and "format_version" not in config:
         kind = "another library's model" if "model_type" in config else "no adapter"
         hint = ""
-        if "architecture" in config:
-            kind, hint = "a timm model", '; wrap it as tp.wrap("hf-hub:ORG/NAME", method)'
+        if "architecture" in config or "model_type" in config:
+            kind = "a timm model" if "architecture" in config else kind
+            hint = '; wrap it as tp.wrap("hf:ORG/NAME", method)'
         raise ArtifactError(f"{where} is {kind}: its {CONFIG} has no format_version{hint}")
     if type(version) is not int or version != FORMAT_VERSION:
         raise ArtifactError(

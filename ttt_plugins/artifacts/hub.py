@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from ..backbones.kinds import repository_kind
 from ..errors import ArtifactError, HubError, InputError
 from ..utils.connection import in_time
 from .folder import (
@@ -30,6 +31,7 @@ from .folder import (
     CONFIG,
     LEARNED,
     MODEL,
+    PROCESSOR,
     RESULTS,
     Artifact,
     named_folder,
@@ -61,6 +63,7 @@ _LIMITS = {
     CARD: MAX_CARD,
     MODEL: MAX_WEIGHTS,
     LEARNED: MAX_LEARNED,
+    PROCESSOR: MAX_JSON,
 }
 
 
@@ -189,8 +192,11 @@ def _snapshot(repository: str, access: Access) -> tuple[Path, str]:
         folder = _needed(repository, commit, CONFIG, access).parent
         config = read_json(folder / CONFIG)
         ours = isinstance(config, dict) and "format_version" in config
-        if ours or not (isinstance(config, dict) and "architecture" in config):
+        kind = None if ours or not isinstance(config, dict) else repository_kind(config)
+        if ours or not (isinstance(config, dict) and ("architecture" in config or kind)):
             _check_ours(folder, repository, commit)
+        if kind is not None:
+            _optional(repository, commit, PROCESSOR, access)
         _needed(repository, commit, MODEL, access)
         if ours:
             if config["backbone"]["source"] == OWN_WEIGHTS:
@@ -244,7 +250,7 @@ def find(name: str | Path, access: Access = DEFAULT_ACCESS) -> Place | None:
 
 
 def download(repository: str, access: Access) -> Place:
-    """Download one commit of an artifact's or a timm model's repository.
+    """Download one commit of the repository of an artifact or a model.
 
     Args:
         repository: ``org/name``; never the name of a local folder.

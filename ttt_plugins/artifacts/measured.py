@@ -6,16 +6,20 @@
                "seeds": [0, 1, 2],
                "accuracy": {"mgg": 0.7334, "source": 0.667},
                "clean_accuracy": {...}, "standard_error": {...}, "by_corruption": {"fog": {...}},
+               "network": "resnet26", "benchmark": "ORG/NAME", "task_id": "default",
                "note": "...", "command": "...", "versions": {...}}]}
 
 Accuracies are in [0, 1], by method, averaged over the given corruptions and severities;
 ``images`` is the number of images of each corruption at each severity. ``clean_accuracy`` and
-everything after it is optional. A benchmark's ``results.json`` is reduced to this form.
+everything after it is optional; ``benchmark`` is the data set on the Hub whose leaderboard the
+figures are for (`ttt_plugins.artifacts.evaluations`). A benchmark's ``results.json`` is reduced to
+this form.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,14 @@ from ..data.datasets import DATASETS
 from ..errors import ArtifactError
 from .strict_json import read_json
 
-__all__ = ["check_measured", "eval_results", "load_measured", "reduce_benchmark"]
+__all__ = [
+    "check_measured",
+    "conditions",
+    "eval_results",
+    "load_measured",
+    "reduce_benchmark",
+    "titles",
+]
 
 _VERSION = 1
 _NEEDED = {
@@ -43,6 +54,9 @@ _OPTIONAL = {
     "clean_accuracy": dict,
     "standard_error": dict,
     "by_corruption": dict,
+    "network": str,
+    "benchmark": str,
+    "task_id": str,
     "note": str,
     "command": str,
     "versions": dict,
@@ -149,6 +163,8 @@ def reduce_benchmark(results: Mapping[str, Any], where: str = "results") -> dict
         for key, source in (("note", "data_note"), ("command", "command")):
             if isinstance(results.get(source), str) and results[source]:
                 run[key] = results[source]
+        if isinstance(settings.get("model"), str):
+            run["network"] = re.split(r"[/:\\]", settings["model"].rstrip("/\\"))[-1]
         if isinstance(results.get("versions"), Mapping):
             run["versions"] = dict(results["versions"])
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
@@ -166,19 +182,39 @@ def conditions(run: Mapping[str, Any]) -> str:
     )
 
 
-def eval_results(results: Mapping[str, Any], method: str) -> list[EvalResult]:
+def titles(run: Mapping[str, Any], method: str, network: str | None) -> tuple[str, str]:
+    """What the mean and the clean accuracy of a run are of: network, method and conditions.
+
+    Args:
+        run: a run in the form above.
+        method: method of the figures.
+        network: the artifact's own network, for a run that names none; None if it has none.
+    """
+    named = run.get("network") or network
+    what = method if named is None else f"{method} on {named}"
+    return (
+        f"Mean accuracy of {what} ({conditions(run)})",
+        f"Accuracy of {what} on clean images ({run['protocol']}, batch {run['batch_size']})",
+    )
+
+
+def eval_results(
+    results: Mapping[str, Any], method: str, network: str | None = None
+) -> list[EvalResult]:
     """Results of the artifact's own method for the card's metadata.
 
     Args:
         results: results in the form above.
         method: method of the artifact.
+        network: the artifact's network, for runs that name none.
     """
     found = []
     for run in results["runs"]:
         severities = "-".join(map(str, run["severities"]))
+        mean, clean = titles(run, method, network)
         for accuracies, config, name in (
-            (run["accuracy"], f"severity-{severities}", f"Mean accuracy ({conditions(run)})"),
-            (run.get("clean_accuracy", {}), "clean", "Accuracy on clean images"),
+            (run["accuracy"], f"severity-{severities}", mean),
+            (run.get("clean_accuracy", {}), "clean", clean),
         ):
             if method in accuracies:
                 found.append(

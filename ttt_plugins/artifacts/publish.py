@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from ..errors import ArtifactError, HubError
 from ..utils.connection import in_time
 from ..version import __version__
 from .card import render_card
+from .evaluations import PATTERN, evaluation_files, for_benchmark
 from .folder import FILES, Artifact, check_plain, is_bundled, read_artifact, write_artifact
 from .hub import is_repository
 from .hub_access import Access, make_api, readable
@@ -66,7 +67,9 @@ def _embed(artifact: Artifact, where: Path) -> Artifact:
     )
 
 
-def _portable(folder: Path, repository: str, measured: Any = None) -> Artifact:
+def _portable(
+    folder: Path, repository: str, measured: Any = None, benchmark: str | None = None
+) -> Artifact:
     """The artifact to publish for an artifact folder.
 
     Raises:
@@ -76,6 +79,8 @@ def _portable(folder: Path, repository: str, measured: Any = None) -> Artifact:
     own_words = artifact.card != render_card(folder.resolve().name, artifact)
     if measured is not None:
         artifact = replace(artifact, results=load_measured(measured))
+    if benchmark is not None:
+        artifact = replace(artifact, results=for_benchmark(artifact.results, benchmark))
     if artifact.config["backbone"]["source"] == "folder":
         artifact = _embed(artifact, folder)
     records = {
@@ -97,6 +102,9 @@ def publish(
     private: bool | None = None,
     token: str | bool | None = None,
     measured: str | Path | Mapping[str, Any] | None = None,
+    benchmark: str | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
 ) -> tuple[str, bool]:
     """Publish an artifact folder as a Hub repository; see `upload`.
 
@@ -107,6 +115,10 @@ def publish(
         token: access token that may write; None for that of ``hf auth login`` or HF_TOKEN.
         measured: results to publish with the artifact, as for
             `ttt_plugins.artifacts.measured.load_measured`.
+        benchmark: data set on the Hub, ``"ORG/NAME[:TASK]"``, for whose leaderboard the figures
+            are written to ``.eval_results`` (`ttt_plugins.artifacts.evaluations`).
+        revision: branch to publish on, created if it does not exist; None for the default branch.
+        tag: name for the commit.
 
     Returns:
         the commit, and whether it is new.
@@ -118,15 +130,20 @@ def publish(
     _check_repository(repository)
     if not isinstance(folder, (str, Path)) or not str(folder):
         raise ArtifactError(f"{folder!r} is not an artifact folder; name the one to publish")
-    if is_bundled(folder) and measured is None:
+    places = {"private": private, "token": token, "revision": revision, "tag": tag}
+    if is_bundled(folder) and measured is None and benchmark is None:
         # The published files are identical to those in the package.
         read_artifact(folder)
-        return upload(Path(folder), repository, private=private, token=token)
-    check_plain(Path(folder))
-    artifact = _portable(Path(folder), repository, measured)
+        return upload(Path(folder), repository, **places)
+    if not is_bundled(folder):
+        check_plain(Path(folder))
+    artifact = _portable(Path(folder), repository, measured, benchmark)
     with tempfile.TemporaryDirectory(prefix="ttt-plugins-") as work:
         staged = write_artifact(Path(work) / "artifact", artifact)
-        return upload(staged, repository, private=private, token=token)
+        for name, text in evaluation_files(artifact, repository).items():
+            (staged / name).parent.mkdir(exist_ok=True)
+            (staged / name).write_text(text, encoding="utf-8")
+        return upload(staged, repository, **places)
 
 
 def _check_repository(repository: Any) -> None:
@@ -143,6 +160,8 @@ def upload(
     private: bool | None = None,
     token: str | bool | None = None,
     message: str | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
 ) -> tuple[str, bool]:
     """Upload an artifact folder to a repository in one commit.
 
@@ -155,6 +174,8 @@ def upload(
         private: whether a new repository is private; None for its owner's default.
         token: access token that may write; None for that of ``hf auth login`` or HF_TOKEN.
         message: message of the commit.
+        revision: branch to publish on, created if it does not exist; None for the default branch.
+        tag: name for the commit; one that names another commit is refused.
 
     Returns:
         the commit, and whether it is new; no commit is made if no file has changed.
@@ -166,30 +187,47 @@ def upload(
     _check_repository(repository)
     if not is_bundled(folder):  # installers may link the files of a package to their cache
         check_plain(folder)
-    access = Access(token=token)
+    for name in (revision, tag):
+        if name is not None and not is_repository(f"{repository}@{name}"):
+            raise HubError(f"{name[:200]!r} cannot be the name of a branch or a tag")
+    access = Access(revision, token=token)
     api = make_api(access)
     with readable(repository, access, "publishing"):
         if constants.HF_HUB_OFFLINE:
             raise HubError(f"offline mode (HF_HUB_OFFLINE=1) forbids publishing {repository}")
-        before = None
-        try:
-            existing = in_time(lambda: api.model_info(repository))
-        except GatedRepoError:
-            raise
-        except RepositoryNotFoundError:
-            in_time(lambda: api.create_repo(repository, private=private, exist_ok=True))
-        else:
-            before = existing.sha
-            if private and existing.private is False:
-                raise HubError(
-                    f"{repository} exists and is public: make it private in its settings first, "
-                    "or publish under another name; nothing was published"
-                )
+        before = _prepared(api, repository, private, revision)
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            allow_patterns=list(FILES),
-            delete_patterns=list(FILES),
+            allow_patterns=[*FILES, PATTERN],
+            delete_patterns=[*FILES, PATTERN],
             commit_message=message or f"Publish with ttt_plugins {__version__}",
+            revision=revision,
         )
+        if tag is not None:
+            in_time(lambda: api.create_tag(repository, tag=tag, revision=commit.oid))
     return commit.oid, commit.oid != before
+
+
+def _prepared(
+    api: HfApi, repository: str, private: bool | None, revision: str | None
+) -> str | None:
+    """Create the repository and the branch if they do not exist; return the branch's commit."""
+    before = None
+    try:
+        existing = in_time(lambda: api.model_info(repository))
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        in_time(lambda: api.create_repo(repository, private=private, exist_ok=True))
+    else:
+        before = existing.sha
+        if private and existing.private is False:
+            raise HubError(
+                f"{repository} exists and is public: make it private in its settings first, "
+                "or publish under another name; nothing was published"
+            )
+    if revision is not None:
+        in_time(lambda: api.create_branch(repository, branch=revision, exist_ok=True))
+        before = in_time(lambda: api.model_info(repository, revision=revision)).sha
+    return before

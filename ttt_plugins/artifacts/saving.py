@@ -91,6 +91,8 @@ def save_pretrained(
     }
     if net.backbone.classes is not None:
         backbone["classes"] = list(net.backbone.classes)
+    if net.backbone.output is not None:
+        backbone["output"] = net.backbone.output
     backbone.setdefault("source", "module")
     if backbone["source"] == "hub":
         backbone["name"], _, backbone["revision"] = backbone["name"].partition("@")

@@ -16,7 +16,8 @@ from typing import Any, cast
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
-from ..errors import ArtifactError
+from ..backbones.kinds import check_output, kinds
+from ..errors import ArtifactError, InputError
 from ..version import __version__
 
 __all__ = [
@@ -59,6 +60,8 @@ BACKBONE_SOURCES = {
     "module": r"[\w.<>\-]{1,200}",
     "robustbench": rf"robustbench:{_NAME}/{_NAME}",
     "timm": _NAME,
+    # Named for the reader only: such a model is loaded when the user names it.
+    **{k.prefix: rf"{k.prefix}:{_NAME}" for k in kinds() if k.prefix},
 }
 
 
@@ -122,6 +125,13 @@ def _positions(value: Any) -> bool:
     )
 
 
+def _output(value: Any) -> bool:
+    try:
+        return check_output(value) is not None and len(str(value)) <= 64
+    except InputError:
+        return False
+
+
 _CLASSES = _is(int, 1, 10**6)
 _PRETRAINED = {
     "input_size": _numbers(1, 3, 1 << 12),
@@ -144,6 +154,7 @@ _BACKBONE = {
     "mean": _or_none(_numbers(-1e6, 64)),
     "std": _or_none(_numbers(1e-12, 64)),
     "classes": _or_none(_positions),
+    "output": _output,
     "fingerprint": _text(_SHA256),
     "fits": lambda v: v == "any",
 }

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..utils.failures import device_failed
 from .hooked import HookedModel
+from .kinds import Output, Settings, attach, settings_of
 from .norms import BATCH_NORMS, fixed_norms
+from .outputs import are_probabilities, logits_of
 from .preprocessing import input_size, preprocessing
 from .quirks import recurrent
 from .sharing import tied_parameters
@@ -39,6 +41,10 @@ class Backbone(HookedModel):
         normalize: False if the model normalises its input itself.
         statistics: the statistics that the BatchNorm layers normalise with.
         classes: indices of the logits to return, in this order; by default all.
+        output: key, attribute or position of the logits in what the model returns, where it is no
+            tensor and has no part called logits.
+        settings: what is known about the model besides, such as its pictures; by default what its
+            kind says (`ttt_plugins.backbones.kinds`).
 
     Attributes:
         num_classes: number of classes, None if unknown (for a plain module before its first batch).
@@ -52,6 +58,7 @@ class Backbone(HookedModel):
         one_by_one: whether images can adapt one at a time only, because a layer cannot be run on
             several parameter sets at once.
         tied: first name of each tied parameter -> its names in other modules.
+        returns_probabilities: whether the first outputs were probabilities instead of logits.
 
     Raises:
         InputError: the model has no classifier (``num_classes=0``) or cannot be copied apart from
@@ -67,6 +74,8 @@ class Backbone(HookedModel):
         normalize: bool = True,
         statistics: NormStatistics = _SOURCE,
         classes: Sequence[int] | None = None,
+        output: Output | None = None,
+        settings: Settings | None = None,
     ):
         if getattr(model, "num_classes", None) == 0:
             raise InputError(
@@ -75,13 +84,16 @@ class Backbone(HookedModel):
                 "with the head of your own on top"
             )
         super().__init__(model, statistics)
-        self.num_classes: int | None = getattr(model, "num_classes", None)
+        self.output, self.settings = output, settings_of(model) if settings is None else settings
+        if settings is not None:
+            attach(self.model, settings)  # of the copy, for whoever wraps it again
+        self.num_classes: int | None = getattr(model, "num_classes", self.settings.num_classes)
         self.restrict(classes)
-        self.input_size = input_size(model)
+        self.input_size = input_size(model, self.settings)
         _, network = inner(model)  # which has the input size
         described = getattr(network, "pretrained_cfg", None) or {}
-        self.fixed_size = bool(described.get("fixed_input_size"))
-        normal = preprocessing(model, mean, std, normalize, self.input_size[0])
+        self.fixed_size = bool(described.get("fixed_input_size")) or self.settings.fixed_size
+        normal = preprocessing(model, mean, std, normalize, self.input_size[0], self.settings)
         self.normalize = normal is not None
         self.mean: Tensor
         self.std: Tensor
@@ -96,6 +108,7 @@ class Backbone(HookedModel):
         except InputError:
             self._distilled = False
         self.one_by_one = recurrent(self.model)
+        self.returns_probabilities = False
         self.tied = tied_parameters(self)
         self._takes_channels_last: bool | None = None  # not known yet
 
@@ -128,9 +141,10 @@ class Backbone(HookedModel):
             InputError: the model returns something else.
         """
         out = self._run(self._normalised(images), pooled, tensors)
-        if self._distilled and isinstance(out, (tuple, list)) and len({o.shape for o in out}) == 1:
-            out = sum(out) / len(out)  # the heads' average, as timm has it at inference
-        if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):
+        if not pooled:
+            out = logits_of(out, self.output, self._distilled)
+        # By shapes, whose size of the batch an exporter may leave open; len() would fix it.
+        if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != images.shape[0]:
             what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             wanted = "features (B, D)" if pooled else "logits (B, classes)"
             raise InputError(
@@ -143,6 +157,9 @@ class Backbone(HookedModel):
                 out = self._restricted(out)
             self.num_classes = out.shape[1]
         return out
+
+    def _look_at(self, out: Any) -> None:
+        self.returns_probabilities = are_probabilities(logits_of(out, self.output, self._distilled))
 
     def _normalised(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std if self.normalize else images

@@ -23,89 +23,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .norms import BATCH_NORMS, batch_norms, channel_axis, tapped_modules
-from .quirks import avoid_fast_path, caches, derived, prepare
+from .quirks import avoid_fast_path, prepare
+from .runner import Leftovers, Runner
 from .sharing import forward_hooks, leave_inference_mode, share_structure
 from .stages import inner, pooled_features
 from .statistics import Feature, NormStatistics
 from .stream import Stream
 
-__all__ = ["HookedModel", "Runner"]
+__all__ = ["HookedModel"]
 
 _SOURCE = NormStatistics()
 #: Attributes of `HookedModel` that are neither copied nor pickled.
 _TRANSIENT = ("lock", "_now", "_idle", "_hook_dicts")
-
-
-class _Leftovers:
-    """What modules keep from a forward pass and the next pass, with other tensors, must not see."""
-
-    def __init__(self, model: nn.Module):
-        self._caches, self._derived = caches(model), derived(model)
-
-    def remove(self) -> None:
-        for cache in self._caches:
-            cache.clear()
-        for module, name, tensor in self._derived:
-            setattr(module, name, tensor)
-
-
-class Runner(nn.Module):
-    """A structural copy of a model, on which forward passes are made.
-
-    Args:
-        model: the copy.
-        written: names of the parameters and buffers that the model writes in a forward pass, each
-            of which is copied for every pass. None if they are unknown: then all are copied, and
-            `written` becomes the names of those that a pass changes.
-    """
-
-    def __init__(self, model: nn.Module, written: tuple[str, ...] | None):
-        super().__init__()
-        self.model, self.written = model, written
-        #: Keys of the hooks of the model that this is a copy of.
-        self.hooks: list[int] = []
-        self._leftovers = _Leftovers(model)
-        self._places: dict[str, tuple[dict[str, Any], str]] = {
-            f"{prefix}.{key}" if prefix else key: (held, key)
-            for prefix, module in (model.named_modules() if written != () else ())
-            for held in (module._parameters, module._buffers)
-            for key, tensor in held.items()
-            if tensor is not None and tensor.layout is torch.strided
-        }
-        if written is not None:
-            self._places = {n: place for n, place in self._places.items() if n in written}
-
-    def forward(self, x: Tensor, pooled: bool) -> Any:
-        """The model's output for normalised images, or its pooled features."""
-        given = {n: held[key] for n, (held, key) in self._places.items()}
-        # By identity, because a tensor may be registered in several places.
-        own = {id(t): _copied(t) for t in given.values()}
-        try:
-            for name, (held, key) in self._places.items():
-                held[key] = own[id(given[name])]
-            out = pooled_features(self.model, x) if pooled else self.model(x)
-            if self.written is None:
-                self._compare(given, own)
-            return out
-        finally:
-            for name, (held, key) in self._places.items():
-                held[key] = given[name]
-            self._leftovers.remove()
-
-    def _compare(self, given: dict[str, Tensor], own: dict[int, Tensor]) -> None:
-        """Record which tensors a pass on copies has written or replaced."""
-        self.written = tuple(
-            name
-            for name, (held, key) in self._places.items()
-            if held.get(key) is not own[id(given[name])]
-            or not torch.equal(given[name], own[id(given[name])])
-        )
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-        return nn.Parameter(tensor.detach().clone(), requires_grad=False)
-    return tensor.clone()
 
 
 @dataclass
@@ -146,7 +75,7 @@ class HookedModel(nn.Module):
         self._model_hooks = self._hook_keys()
         prepare(self.model)
         self.written: tuple[str, ...] | None = None
-        self._leftovers = _Leftovers(self.model)
+        self._leftovers = Leftovers(self.model)
         self._compiled: tuple[tuple, dict] | None = None
         _, network = inner(model)
         # Register tokens alone, without a class token, are not features of the image.
@@ -235,12 +164,15 @@ class HookedModel(nn.Module):
             trial.model = getattr(trial.model, "_orig_mod", trial.model)  # before compiling
             try:
                 with torch.no_grad():
-                    trial(x[:2], False)
+                    self._look_at(trial(x[:2], False))
             except Exception:
                 pass  # the real pass will raise the same error
             self.written, self._idle = trial.written, []
         if not self._idle or self._idle[0].hooks != self._hook_keys():
             self._idle = [self._new_runner()]
+
+    def _look_at(self, out: Any) -> None:
+        """See what the model returns for two images, before its first pass."""
 
     def _hook_keys(self) -> list[int]:
         """Keys of the hooks that the model has now; they are unique in the process."""
@@ -275,6 +207,8 @@ class HookedModel(nn.Module):
         Without running statistics PyTorch normalises with the batch's, even in eval mode, and
         writes none.
         """
+        if self.statistics.kind == "source":
+            return  # frozen since, and what is exported has no trace of the choice
         now = self._now
         if module not in now.at_rest:
             assert module.running_mean is not None

@@ -10,6 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .kinds import Settings
 from .stages import image_size, inner, input_channels
 
 __all__ = ["InputSize", "Preprocessing", "input_size", "preprocessing"]
@@ -25,9 +26,11 @@ class Preprocessing(NamedTuple):
     std: Tensor
 
 
-def input_size(model: nn.Module) -> InputSize:
-    """Size (C, H, W) of the images that a model was made for."""
+def input_size(model: nn.Module, settings: Settings) -> InputSize:
+    """Size (C, H, W) of the images that a model was made for, known or from what it says itself."""
     _, network = inner(model)
+    if settings.size is not None:
+        return input_channels(model), *settings.size
     if not getattr(network, "pretrained_cfg", None):
         height, width = image_size(network) or (None, None)
         return input_channels(model), height, width
@@ -37,7 +40,7 @@ def input_size(model: nn.Module) -> InputSize:
 
 
 def preprocessing(
-    model: nn.Module, mean: Any, std: Any, normalize: bool, channels: int
+    model: nn.Module, mean: Any, std: Any, normalize: bool, channels: int, known: Settings
 ) -> Preprocessing | None:
     """The normalisation of images, None if the model gets them unchanged.
 
@@ -47,6 +50,7 @@ def preprocessing(
         std: one number, or one for each channel.
         normalize: False for a model that normalises its input itself.
         channels: number of channels of the images.
+        known: what is known about the model besides.
 
     Raises:
         InputError: mean, std and normalize contradict each other, mean or std is not finite, or std
@@ -60,6 +64,10 @@ def preprocessing(
         return None
     configured = bool(getattr(model, "pretrained_cfg", None))
     settings = resolve_model_data_config(model) if configured else {}
+    if known.mean is not None:
+        settings = {"mean": known.mean, "std": known.std}
+    elif not known.normalize and mean is None and std is None:
+        return None
     mean = settings.get("mean") if mean is None else mean
     std = settings.get("std") if std is None else std
     if (mean is None) != (std is None):
@@ -68,7 +76,8 @@ def preprocessing(
         warnings.warn(
             f"{type(model).__name__} does not say how its input is normalised (it has no timm "
             "pretrained_cfg), so it gets images in [0, 1] unchanged. Pass mean= and std=, or "
-            "normalize=False if it normalises them itself.",
+            "preprocess= with its processor or transform, or normalize=False if it normalises them "
+            "itself.",
             stacklevel=4,
         )
         return None

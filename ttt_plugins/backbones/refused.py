@@ -16,14 +16,25 @@ __all__ = ["check_adaptable", "check_wrappable"]
 #: Modules of quantized layers; those of quantization-aware training are differentiable.
 _QUANTIZED = re.compile(r"torch\.(ao\.)?nn\.(intrinsic\.)?quantized(\.|$)")
 
+#: Wrappers that split batches or weights among devices; some are not importable everywhere.
+_REPLICAS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_SHARDS = ("FullyShardedDataParallel", "DeepSpeedEngine")
+
 
 def check_wrappable(model: nn.Module) -> None:
-    """Raise `InputError` for TorchScript, and for lazy layers that are not initialised yet."""
+    """Raise `InputError` for TorchScript, replicas on several devices, and unset lazy layers."""
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(
             "a TorchScript module runs with its own parameters only: wrap the Python module that "
             "it was made from"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, _REPLICAS) or type(module).__name__ in _SHARDS:
+            raise InputError(
+                f"{name or 'the model'} is a {type(module).__name__}, which runs copies of its "
+                "module on several devices: wrap the module inside it (.module), one adapter a "
+                "process"
+            )
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
             raise InputError(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.adaptive import AdaptiveModel
+from ..core.records import in_cell
 from ..errors import DataError
 from ..utils.locks import FileLock
 from .cells import CorruptionData
@@ -137,7 +138,9 @@ def run_job(
     for number, (stretch, rows) in enumerate(pieces[done:], done):
         last = number + 1 == len(pieces)
         parts, picks = loader.piece(stretch, rows, following if last else pieces[number + 1])
-        evaluation = classify(net, parts, picks, batch_size, lambda: advance(1), execution)
+        cells = stretch.cells
+        with in_cell(net, "mixed" if len(cells) > 1 else " ".join(map(str, cells[0]))):
+            evaluation = classify(net, parts, picks, batch_size, lambda: advance(1), execution)
         resumable = not last and progress.folder is not None
         state = net.adaptation_state() if resumable else None
         progress.save(job.name, number, evaluation, state)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..artifacts.tensor_files import fingerprint
 from ..core.adaptive import AdaptiveModel, device_of
+from ..core.records import in_cell
 from ..data.datasets import DATASETS, PICTURES
 from ..data.images import LabelledImages, to_float
 from ..errors import InputError
@@ -72,7 +73,7 @@ def run_benchmark(
     has clean images, in the order of the first seed.
 
     Args:
-        net: the adapter.
+        net: the adapter; its and the baseline's ``on_batch``, if any, are called after every batch.
         data: cells from `open_dataset` or `CorruptionData.from_arrays`.
         baseline: the same model wrapped as ``"source"``.
         out: folder for ``results.json``, RobustBench's two files and ``plot.png``, written together
@@ -287,7 +288,9 @@ class _Run:
             run_job(job, net, loader, progress, self.batch_size, self.execution, advance, ahead)
         elif self.clean is not None:
             if progress.value(job.name) is None:
-                progress.save_value(job.name, self._clean_accuracy(net, self.clean, advance))
+                with in_cell(net, job.title):
+                    accuracy = self._clean_accuracy(net, self.clean, advance)
+                progress.save_value(job.name, accuracy)
             else:
                 advance(-(-len(self.clean) // self.batch_size))
 

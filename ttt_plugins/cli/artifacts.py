@@ -10,6 +10,7 @@ from ..artifacts.card import refresh
 from ..artifacts.folder import list_bundled
 from ..artifacts.hub_access import Access
 from ..artifacts.publish import publish
+from ..artifacts.search import search
 from ..core.registry import list_methods
 from ..data.datasets import DATASETS
 from ..errors import InputError
@@ -26,6 +27,13 @@ def add_artifacts(commands) -> None:
     add.add_argument("repository", metavar="ORG/NAME", help="created if it does not exist")
     add.add_argument("--private", action="store_true", help="make the new repository private")
     add.add_argument("--results", type=Path, metavar="FILE", help="a benchmark's results.json")
+    add.add_argument(
+        "--benchmark",
+        metavar="ORG/NAME[:TASK]",
+        help="benchmark data set on the Hub whose leaderboard the results are for (.eval_results)",
+    )
+    add.add_argument("--revision", metavar="BRANCH", help="publish on a branch, created if missing")
+    add.add_argument("--tag", help="name the commit")
     add.epilog = "Log in with `hf auth login` first, or set HF_TOKEN."
     add = commands.add_parser("info", help="describe an artifact without loading its classifier")
     add.set_defaults(run=_info)
@@ -42,11 +50,19 @@ def add_artifacts(commands) -> None:
 
 def _publish(args: argparse.Namespace) -> None:
     commit, new = publish(
-        args.folder, args.repository, private=args.private or None, measured=args.results
+        args.folder,
+        args.repository,
+        private=args.private or None,
+        measured=args.results,
+        benchmark=args.benchmark,
+        revision=args.revision,
+        tag=args.tag,
     )
     done = "published" if new else "unchanged, no commit made"
     print(f"{args.repository}@{commit}: {done}")
-    print(f'load it with tp.from_pretrained("{args.repository}")')
+    named = args.tag or args.revision
+    where = f"{args.repository}@{named}" if named else args.repository
+    print(f'load it with tp.from_pretrained("{where}")')
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -104,12 +120,26 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def add_list(commands) -> None:
-    """Add the command ``list``."""
+    """Add the commands ``list`` and ``search``."""
     add = commands.add_parser("list", help="list the methods, data sets and bundled artifacts")
     add.set_defaults(run=_list)
+    add.add_argument("--hub", action="store_true", help="also the adapters published on the Hub")
+    add = commands.add_parser("search", help="find adapters on the Hub, with their figures")
+    add.set_defaults(run=_search)
+    add.add_argument("--method", help="only of this method")
+    add.add_argument("--base-model", metavar="ORG/NAME", help="only around this classifier")
+    add.add_argument("--dataset", metavar="NAME", help="only with this data set in their card")
 
 
-def _list(_: argparse.Namespace) -> None:
+def _search(args: argparse.Namespace) -> None:
+    found = search(args.method, args.base_model, args.dataset)
+    print("\n".join(adapter.describe() for adapter in found) or "no adapter on the Hub fits this")
+
+
+def _list(args: argparse.Namespace) -> None:
     print("methods:", *list_methods(), sep="\n  ")
     print("datasets:", *(f"{name}: {spec.title}" for name, spec in DATASETS.items()), sep="\n  ")
     print("bundled:", *(f"bundled:{name}" for name in list_bundled()), sep="\n  ")
+    if args.hub:
+        found = [text for adapter in search() for text in adapter.describe().splitlines()]
+        print("hub:", *(found or ["none"]), sep="\n  ")

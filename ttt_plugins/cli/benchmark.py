@@ -37,7 +37,7 @@ from ..utils.processes import Worker, device_of_process, place_from_environment
 from ..utils.text import printable
 from ..wrapping import wrap
 from .flags import fields_from_pairs, key_value
-from .models import adapter_from_args, add_model_flags
+from .models import adapter_from_args, add_model_flags, add_track_flag, tracked
 from .pictures import (
     add_source_flags,
     cells_by_rows,
@@ -82,6 +82,7 @@ def add_benchmark(commands) -> None:
     )
     add.add_argument("--overwrite", action="store_true", help="replace existing results in OUT")
     add.add_argument("--resume", action="store_true", help="resume the unfinished run in OUT")
+    add_track_flag(add)
     _add_execution_flags(add)
     _add_field_flags(add)
 
@@ -180,6 +181,8 @@ def _benchmark(args: argparse.Namespace) -> None:
         raise InputError("--field takes --methods METHOD:FIELD=VALUE, not --method, --set or --lr")
     if args.field is not None and args.protocol != _PROTOCOL:
         raise InputError("--field has a protocol for each stream: leave out --protocol")
+    if args.field is not None and args.track:
+        raise InputError("--track follows one adapter, not the methods of --field")
     if args.images is None and (args.corrupt or args.classes):
         raise InputError("--corrupt and --classes can only be used with --images")
     if args.images is not None and (args.corruption or args.labels):
@@ -274,14 +277,15 @@ def _run(args: argparse.Namespace, worker: Worker | None) -> None:
     prints = worker is None or worker.rank == 0
     if prints:
         print(net.describe(), flush=True)
-    results = run_benchmark(
-        net,
-        data,
-        baseline=baseline,
-        protocol=args.protocol,
-        concentration=args.concentration,
-        **_common(args, seeds, execution, worker),
-    )
+    with tracked(args, net, baseline):
+        results = run_benchmark(
+            net,
+            data,
+            baseline=baseline,
+            protocol=args.protocol,
+            concentration=args.concentration,
+            **_common(args, seeds, execution, worker),
+        )
     if not prints:
         return
     print(f"\naccuracy in %, {args.protocol}, batch size {args.batch_size}\n{results.table()}")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..adapter import Adapter
 from ..artifacts import hub
 from ..artifacts.folder import read_config
 from ..core.registry import get_method
+from ..hosts.tracking import TRACKERS, tracker
 from ..utils.checks import check_device
 from ..wrapping import from_pretrained, wrap
 from .flags import add_field_flags, fields_from_pairs
 
-__all__ = ["adapter_from_args", "add_model_flags"]
+__all__ = ["adapter_from_args", "add_model_flags", "add_track_flag", "tracked"]
 
 
 def add_model_flags(add: argparse.ArgumentParser) -> None:
@@ -63,3 +65,34 @@ def adapter_from_args(args: argparse.Namespace, classes: Sequence[int] | None = 
         **common,
         **fields,
     )
+
+
+def add_track_flag(add: argparse.ArgumentParser) -> None:
+    """Add ``--track``, for `tracked`."""
+    add.add_argument(
+        "--track",
+        choices=TRACKERS,
+        help="write loss, entropy, guard, health and seconds of every batch to this tracker; "
+        "TensorBoard's and wandb's files go beside OUT",
+    )
+
+
+@contextlib.contextmanager
+def tracked(args: argparse.Namespace, *nets: Adapter | None) -> Iterator[None]:
+    """A block in which the batches of adapters are written to the tracker of ``--track``.
+
+    Args:
+        args: the flags of `add_model_flags` and `add_track_flag`, and ``out``.
+        nets: the adapters; None for none.
+    """
+    if args.track is None:
+        yield
+        return
+    own = {"model": args.model, "command": args.command_line}
+    own |= {f"{n.method}/{k}": repr(v) for n in nets if n for k, v in vars(n.config).items()}
+    out: Path = args.out
+    with tracker(args.track, out.with_name(f"{out.name}.track"), run=out.name, config=own) as track:
+        for net in nets:
+            if net is not None:
+                net.on_batch = track
+        yield

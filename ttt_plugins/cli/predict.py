@@ -25,7 +25,7 @@ from ..utils.files import replacing
 from ..utils.progress import progress_bar
 from ..utils.signals import raising_on_sigterm
 from ..utils.text import printable
-from .models import adapter_from_args, add_model_flags
+from .models import adapter_from_args, add_model_flags, add_track_flag, tracked
 from .pictures import add_source_flags, open_source
 
 __all__ = ["add_predict"]
@@ -50,6 +50,7 @@ def add_predict(commands) -> None:
     add.add_argument("--limit", type=int, metavar="N", help="use only the first N pictures")
     add.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
     add.add_argument("--resume", action="store_true", help="resume an interrupted run")
+    add_track_flag(add)
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -72,7 +73,8 @@ def _predict(args: argparse.Namespace) -> None:
         limit=args.limit,
         skip_damaged=args.skip_damaged,
     )
-    with raising_on_sigterm(f"resume with --resume; rows so far are in {run.rows}"):
+    advice = f"resume with --resume; rows so far are in {run.rows}"
+    with raising_on_sigterm(advice), tracked(args, net):
         correct, labelled = _write(net, loader, run)
     run.end()
     if loader.skipped:

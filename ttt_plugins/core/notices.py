@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .inputs import check_pixels, refuse_pixels
 
-__all__ = ["LOOK_EVERY", "SKIPPED", "Notices", "may_look"]
+__all__ = ["LOOK_EVERY", "PROBABILITIES", "SKIPPED", "Notices", "may_look"]
 
 #: Number of batches between two reads on an accelerator.
 LOOK_EVERY = 64
@@ -23,6 +23,11 @@ LOOK_EVERY = 64
 SKIPPED = (
     "the loss or its gradient was not finite, so the update was skipped and only the prediction "
     "returned; net.skipped_updates counts such updates (this warning is given once)"
+)
+
+PROBABILITIES = (
+    "the model returns probabilities (each row adds up to 1), which every method takes for logits, "
+    "so that it learns little: wrap the model without its last softmax"
 )
 
 

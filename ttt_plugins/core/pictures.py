@@ -35,7 +35,7 @@ def picture_transform(backbone: Backbone, size: int | None = None) -> Transform 
     if size is None and height == width:
         size = height
     _, network = inner(backbone.model)
-    return evaluation_transform(network, size)
+    return evaluation_transform(backbone.settings.pictures or network, size)
 
 
 def is_source(images: Any) -> bool:

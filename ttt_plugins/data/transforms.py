@@ -10,6 +10,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 from torchvision.transforms._presets import ImageClassification
 
 from ..errors import InputError
+from ..utils.pictures import Pictures
 from .loading import Transform
 
 __all__ = ["evaluation_transform"]
@@ -22,7 +23,7 @@ def evaluation_transform(model: Any, size: int | None = None) -> Transform | Non
 
     Args:
         model: a timm model (its ``pretrained_cfg`` has size, crop and interpolation),
-            torchvision's weights or their ``transforms()``, or any other model.
+            torchvision's weights or their ``transforms()``, `Pictures`, or any other model.
         size: side of the images in pixels, at least 1, instead of the model's own. For a model
             without settings for pictures, the short side is resized bicubically to 8/7 of ``size``
             and the centre is cropped, as is usual for 224 pixels.
@@ -39,11 +40,10 @@ def evaluation_transform(model: Any, size: int | None = None) -> Transform | Non
     if hasattr(model, "transforms") and not isinstance(model, nn.Module):
         model = model.transforms()
     if isinstance(model, ImageClassification):
-        resize = model.resize_size[0]
-        crop = model.crop_size[0]
-        if size is not None:
-            resize, crop = round(resize * size / crop), size
-        return _resize_and_crop(resize, crop, model.interpolation)
+        crop = (model.crop_size[0], model.crop_size[0])
+        model = Pictures(model.resize_size[0], crop, model.interpolation.value)
+    if isinstance(model, Pictures):
+        return _resize_and_crop(model if size is None else model.at(size))
     settings = getattr(model, "pretrained_cfg", None)
     if settings:
         asked = {} if size is None else {"input_size": (3, size, size)}
@@ -53,8 +53,11 @@ def evaluation_transform(model: Any, size: int | None = None) -> Transform | Non
         )
     if size is None:
         return None
-    return _resize_and_crop(round(size * 8 / 7), size, InterpolationMode.BICUBIC)
+    return _resize_and_crop(Pictures(round(size * 8 / 7), (size, size)))
 
 
-def _resize_and_crop(resize: int, crop: int, interpolation: InterpolationMode) -> Transform:
-    return Compose([Resize(resize, interpolation), CenterCrop(crop), PILToTensor()])
+def _resize_and_crop(pictures: Pictures) -> Transform:
+    resize, crop = pictures.resize, pictures.crop
+    size = resize if isinstance(resize, int) else list(resize)
+    steps: list[Any] = [Resize(size, InterpolationMode(pictures.interpolation))]
+    return Compose([*steps, *([] if crop is None else [CenterCrop(list(crop))]), PILToTensor()])
