@@ -1,11 +1,11 @@
-"""How many operations a batch takes: in the forward pass, in the backward pass, and beside them.
+"""Count a batch's operations: in the forward pass, in the backward pass, and besides them.
 
     python examples/operations.py [--device cuda] [--networks ttt_resnet26 …]
 
-On a GPU an operation is at least one launch, which costs about the same however small its tensors;
-views and allocations launch nothing and are not counted. "added" is what a step takes beyond the
+On a GPU an operation is at least one launch, which costs about the same for all small tensors;
+views and allocations launch nothing and are not counted. "added" is what a step takes in addition to the
 plain passes that it makes: forward through the unadapted model on its own statistics, and backward
-from the mean entropy. Every batch is one update, which no guard watches.
+from the mean entropy. Every batch is one update, without a guard.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import ttt_plugins as tp
 
 NETWORKS = ("ttt_resnet26", "ttt_resnet26_bn", "ttt_vit_tiny_patch4_32")
 PARTS = ("forward", "backward", "rest")
-#: Passes of a step.
+#: Number of forward and backward passes of a step, by method.
 METHODS = {"tent": 1, "sar": 2, "mgg": 1}
-#: Operations that launch nothing, beside views.
+#: Operations other than views that launch nothing.
 FREE = ("empty", "new_empty", "detach", "_unsafe_view", "alias", "lift_fresh")
 
 
@@ -36,7 +36,7 @@ class Operations(TorchDispatchMode):
     """Counts operations by the part of a step that they belong to, and by name.
 
     Attributes:
-        part: the part, one of `PARTS`, that operations belong to now.
+        part: the part, one of `PARTS`, that operations currently belong to.
         counts: how often each operation ran in each part.
     """
 
@@ -52,7 +52,7 @@ class Operations(TorchDispatchMode):
         return result
 
     def within(self, part: str, function: Callable) -> Callable:
-        """The function, whose operations belong to a part."""
+        """Wrap a function so that its operations belong to a part."""
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.part = part
@@ -69,7 +69,7 @@ class Operations(TorchDispatchMode):
 
 
 def count(model: nn.Module, method: str, images: torch.Tensor, **fields: Any) -> Operations:
-    """The operations of one batch, the second of a stream."""
+    """Count the operations of the second batch of a stream."""
     net = tp.wrap(model, method, device=images.device, **fields)
     net.checks_pixels = False
     if method == "mgg" and not net.backbone.has_batch_norm:
@@ -85,7 +85,7 @@ def count(model: nn.Module, method: str, images: torch.Tensor, **fields: Any) ->
 
 
 def measure(name: str, model: nn.Module, images: torch.Tensor) -> list[dict[str, Any]]:
-    """A row for each method and each kind of statistics that a network has."""
+    """One row for each method and each kind of statistics that a network has."""
     fields = {"window": 1, "guard": False}
     plain = count(model, "tent", images, **fields, statistics="source")
     usual = plain.total("forward") + plain.total("backward")

