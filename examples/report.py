@@ -607,7 +607,7 @@ def field() -> str:
         path = RESULTS / f"field-{name}.json"
         streams = json.loads(path.read_text())["streams"] if path.is_file() else {}
         rows = []
-        for stream in FIELD:
+        for stream in (stream for stream in FIELD if stream != "long"):
             found = streams.get(stream, {})
             source, cells = "not measured", []
             if counts := found.get("source"):
