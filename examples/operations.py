@@ -3,9 +3,9 @@
     python examples/operations.py [--device cuda] [--networks ttt_resnet26 …]
 
 On a GPU an operation is at least one launch, which costs about the same for all small tensors;
-views and allocations launch nothing and are not counted. "added" is what a step takes in addition to the
-plain passes that it makes: forward through the unadapted model on its own statistics, and backward
-from the mean entropy. Every batch is one update, without a guard.
+views and allocations launch nothing and are not counted. "added" is what a step takes in addition
+to the plain passes that it makes: forward through the unadapted model on its own statistics, and
+backward from the mean entropy. Every batch is one update, without a guard.
 """
 
 from __future__ import annotations
