@@ -300,7 +300,8 @@ def test_two_threads_leave_torch_as_it_was(images):
     assert [*kernels(), torch.backends.mha.get_fastpath_enabled()] == before
     assert model.layer.self_attn.dropout == 0.3
     # Exported, moved and asked to train, it still is the same function.
-    assert torch.equal(plain.train().export().train()(x), results[0])
+    # Without gradients for its weights, for which torch 2.14 has a kernel that rounds otherwise.
+    assert torch.equal(plain.train().export().train().requires_grad_(False)(x), results[0])
 
 
 # -- models that write their own weights ---------------------------------------------------
