@@ -44,7 +44,8 @@ TRAINING_READS = {
 #: Reads before and after an epoch that are not counted.
 AROUND = (
     "artifacts/tensor_files.py:fingerprint",
-    "backbones/hooked.py:",
+    "backbones/outputs.py:",  # of a model's first logits
+    "backbones/runner.py:",  # what its first pass writes
     "benchmark/evaluate.py:",
     "core/inputs.py:check_pixels",
     "core/notices.py:look_at_pixels",

@@ -187,10 +187,12 @@ def test_a_rule_of_chance_breaks_the_law_on_seeds(empty_registry, make_model, im
         testing.LAWS["the_wrapped_model_is_untouched"](build, images)
 
 
-def test_a_good_method_passes(make_model):
+def test_a_good_method_passes(make_model, monkeypatch):
     held = check_method(tp.Tent(lr=1e-2), model=make_model("groupnorm"))
     assert held == [f"{law} on PreActResNet" for law in testing.LAWS]
-    assert len(check_method("mgg")) == 3 * len(testing.LAWS)
+    # Three networks by default; test_contract.py holds every method to all laws.
+    monkeypatch.setattr(testing, "LAWS", dict([*testing.LAWS.items()][:2]))
+    assert len(check_method("mgg")) == 3 * 2
     with pytest.raises(tp.InputError, match="does not adapt"):
         check_method("source")
 
