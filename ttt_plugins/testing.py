@@ -98,12 +98,12 @@ def it_adapts(build: Build, images: Images) -> None:
 
 def gradient_modes_do_not_matter(build: Build, images: Images) -> None:
     """The same logits under ``no_grad``, ``inference_mode`` and with gradients, and no graph."""
-    expected = stream(build(), images, range(4))
+    expected = stream(build(), images, range(3))
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         net = build()
         with mode():
-            logits = stream(net, images, range(3))  # images made inside, too
-        logits += stream(net, images, [3])
+            logits = stream(net, images, range(2))  # images made inside, too
+        logits += stream(net, images, [2])
         assert all_equal(logits, expected), mode.__name__
         assert not any(z.requires_grad for z in logits), mode.__name__
 
@@ -173,7 +173,7 @@ def _goes_on(build: Build, batches: list[Tensor], stops: Iterable[int], **fields
 
 def a_stream_stops_and_goes_on(build: Build, images: Images) -> None:
     """A new adapter continues from a saved state, its names in any order, bit for bit."""
-    _goes_on(build, [images(4, seed) for seed in range(5)], (0, 1, 3))
+    _goes_on(build, [images(4, seed) for seed in range(4)], (0, 1, 3))
 
 
 def a_saved_adapter_is_the_same(build: Build, images: Images) -> None:
