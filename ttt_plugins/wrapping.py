@@ -59,7 +59,7 @@ class _Setting:
     normalize: bool = True
     device: str | torch.device | None = None
     seed: int | None = None
-    classes: Sequence[int] | str | None = None
+    classes: Any = None  # a sequence of indices once a label set's name is looked up
     normalized_input: bool = False
     output: Output | None = None
     preprocess: Any = None

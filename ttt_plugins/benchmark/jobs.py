@@ -139,7 +139,7 @@ def run_job(
         last = number + 1 == len(pieces)
         parts, picks = loader.piece(stretch, rows, following if last else pieces[number + 1])
         cells = stretch.cells
-        with in_cell(net, "mixed" if len(cells) > 1 else " ".join(map(str, cells[0]))):
+        with in_cell(net, " ".join(map(str, cells[0])) if len(cells) == 1 else "mixed"):
             evaluation = classify(net, parts, picks, batch_size, lambda: advance(1), execution)
         resumable = not last and progress.folder is not None
         state = net.adaptation_state() if resumable else None

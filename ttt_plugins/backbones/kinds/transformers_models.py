@@ -249,9 +249,9 @@ class _Transformers(ModelKind):
             getattr(config, "vision_config", None), "image_size", None
         )
         size = (size, size) if isinstance(size, int) else size
-        known = isinstance(size, (list, tuple)) and len(size) == 2
+        sides = tuple(size) if isinstance(size, (list, tuple)) else ()
         own = Settings(
-            input_size=(int(size[0]), int(size[1])) if known else None,
+            input_size=(int(sides[0]), int(sides[1])) if len(sides) == 2 else None,
             num_classes=getattr(config, "num_labels", None),
         )
         if isinstance(timm_part, Mapping) and timm_part.get("mean"):
