@@ -40,6 +40,7 @@ COMMANDS = {
     "--corrupt speckle_noise gaussian_blur spatter saturate",
     "head": "train ttt --freeze-trunk --model model --images unlabelled --epochs 5 --workers 0",
     "predictions.csv": "predict statistics test --limit 200 --workers 0",
+    "source.csv": "predict model test --method source --limit 200 --workers 0",
 }
 
 

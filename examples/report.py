@@ -245,16 +245,19 @@ def logged(config: dict) -> dict[str, float]:
 
 def tuning(name: str) -> dict[str, dict[float, float]]:
     """Accuracy in % on the four extra corruptions, by row and rate."""
-    result = load(f"online-{name}")
-    found = {
-        row: {float(rate): 100 * share for rate, share in sorted(scores.items(), key=_rate)}
-        for row, scores in result["tuning"].items()
-        if scores
-    }
+    found = _tried(load(f"online-{name}"))
     if name in BUNDLED:
         scores = logged(read_config(bundled_folder(f"mgg-{name}-cifar10")))
         found["mgg, when meta-trained"] = {float(r): 100 * share for r, share in scores.items()}
     return found
+
+
+def _tried(result: dict) -> dict[str, dict[float, float]]:
+    return {
+        row: {float(rate): 100 * share for rate, share in sorted(scores.items(), key=_rate)}
+        for row, scores in result["tuning"].items()
+        if scores
+    }
 
 
 def _rate(item: tuple[str, float]) -> float:
@@ -462,7 +465,7 @@ def imagenet_rates() -> str:
         return "Not measured."
     shown = {row: name for name, row in IMAGENET_ROWS.items()}
     rows = []
-    for row, scores in tuning(IMAGENET).items():
+    for row, scores in _tried(load(IMAGENET)).items():
         best = max(scores, key=scores.__getitem__)
         edge = "yes" if best in (min(scores), max(scores)) else "no"
         listed = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in scores.items())
@@ -484,6 +487,7 @@ def photographs() -> str:
         ("benchmark", _benchmarked),
         ("head", _head),
         ("predictions.csv", _predicted),
+        ("source.csv", _predicted),
     ):
         step = steps.get(name)
         if step is None:

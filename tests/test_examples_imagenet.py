@@ -82,6 +82,8 @@ def test_streams_are_measured_once_and_reported(examples, photographs, monkeypat
     table = report.imagenet()
     assert "not measured" in table
     assert "| `mgg-universal` | stream, guard | 0.01 |" in table
+    best = f"| {result['rates']['tent']:g} |"
+    assert best in report.imagenet_rates()
 
 
 def test_differences_are_of_the_images_that_both_rows_have(examples, monkeypatch):
