@@ -465,8 +465,11 @@ def imagenet_rates() -> str:
         return "Not measured."
     shown = {row: name for name, row in IMAGENET_ROWS.items()}
     rows = []
-    for row, scores in _tried(load(IMAGENET)).items():
-        best = max(scores, key=scores.__getitem__)
+    result = load(IMAGENET)
+    for row, scores in _tried(result).items():
+        best = result["rates"].get(row)
+        if best is None:
+            continue  # its grid is not complete
         edge = "yes" if best in (min(scores), max(scores)) else "no"
         listed = ", ".join(f"{rate:g}: {score:.2f}" for rate, score in scores.items())
         rows.append([shown[row], listed, f"{best:g}", edge])
