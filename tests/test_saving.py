@@ -81,6 +81,20 @@ def test_a_killed_save_leaves_an_artifact_and_the_next_one_tidies(
     assert neighbours(folder) == []
 
 
+def test_a_folder_that_cannot_be_listed_can_be_saved_in(
+    make_net, make_model, tmp_path, monkeypatch
+):
+    net, scandir = make_net("mgg", make_model("groupnorm")), os.scandir
+
+    def refuse(path="."):
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert (net.save_pretrained(tmp_path / "net") / "config.json").is_file()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_save_killed_between_its_renames_is_restored(
     way, make_net, make_model, tmp_path, monkeypatch

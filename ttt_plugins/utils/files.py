@@ -275,9 +275,11 @@ def _exchange_at_once(one: Path, other: Path) -> bool:
 def _remove_abandoned(folder: Path) -> None:
     """Remove temporary folders whose processes have died, which are no longer locked."""
     pattern = f".{folder.name}."
+    temporary: list[str] = []  # stays empty where a folder may be written but not listed
     with contextlib.suppress(OSError), os.scandir(folder.parent) as entries:
-        found = [e.path for e in entries if e.name.startswith(pattern) and e.name.endswith(".tmp")]
-    for path in map(Path, found):
+        names = (e.name for e in entries)
+        temporary = [n for n in names if n.startswith(pattern) and n.endswith(".tmp")]
+    for path in map(folder.parent.joinpath, temporary):
         middle = path.name.removeprefix(pattern).removesuffix(".tmp")
         # The random part has no dot; other names are files of `replacing`, or of another folder.
         if "." in middle or not path.is_dir():
