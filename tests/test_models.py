@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 from torchvision import transforms as T
 
 import ttt_plugins as tp
+from ttt_plugins.backbones import kinds as package
 from ttt_plugins.backbones.kinds import Settings, kinds, read_preprocess
 from ttt_plugins.core.pictures import picture_transform
 
@@ -407,6 +409,8 @@ def test_torchvision_by_name(tmp_path, images, monkeypatch):
     preset = torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT.transforms()
     assert net.backbone.mean.flatten().tolist() == pytest.approx(preset.mean)
     assert net.input_size == (3, 224, 224)
+    with pytest.raises(tp.InputError, match="random weights: request torchvision's weights"):
+        tp.wrap(name, "ttt", head="train", data=x)
     # Pretrained weights come from torchvision's own cache.
     plain = torchvision.models.shufflenet_v2_x0_5()
     url = torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT.url
@@ -451,6 +455,44 @@ def test_no_artifact_reaches_a_kinds_loader(tmp_path, make_model, monkeypatch):
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(tp.ArtifactError):
             tp.from_pretrained(folder)
+
+
+OWN = """
+from ttt_plugins.backbones.kinds.kind import ModelKind, Settings
+
+
+class Own(ModelKind):
+    prefix = "own"
+
+    def owns(self, model):
+        return type(model).__name__ == "Returns"
+
+    def settings(self, model):
+        return Settings((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), input_size=(32, 32), num_classes=5)
+
+    def named(self, name, pretrained):
+        return CLASSES[name]()
+
+
+CLASSES = {}
+KIND = Own()
+"""
+
+
+def test_a_kind_of_your_own_is_one_file(tmp_path, monkeypatch, images):
+    (tmp_path / "own_models.py").write_text(OWN)
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    model, _, expected = CASES["a module that returns a tensor"]()
+    kinds.cache_clear()
+    try:
+        kind = next(kind for kind in kinds() if kind.prefix == "own")
+        monkeypatch.setitem(sys.modules[type(kind).__module__].CLASSES, "small", lambda: model)
+        for given in (model, "own:small"):
+            net = tp.wrap(given, "source")
+            torch.testing.assert_close(net(images(2)), expected(images(2)).detach())
+            assert (net.input_size, net.num_classes) == ((3, 32, 32), 5)
+    finally:
+        kinds.cache_clear()
 
 
 # -- open_clip -------------------------------------------------------------------------------------

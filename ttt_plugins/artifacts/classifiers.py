@@ -161,18 +161,20 @@ def refuse_random(model: str | nn.Module, pretrained: bool) -> None:
 
     Args:
         model: a name as for `load_model`, or a module, which is always accepted.
-        pretrained: whether timm's weights are requested.
+        pretrained: whether the library's weights are requested.
 
     Raises:
-        InputError: the model is the name of a timm architecture, and ``pretrained`` is false.
+        InputError: the model is the name of an architecture, and ``pretrained`` is false.
     """
     if not isinstance(model, str) or pretrained or Path(model).is_dir():
         return
     plain = model.removeprefix("timm:")
-    if ":" not in plain and timm.is_model(plain.split(".")[0]):
+    of_timm = ":" not in plain and timm.is_model(plain.split(".")[0])
+    if of_timm or named_kind(model) is not None:
+        library = "timm" if of_timm else model.partition(":")[0]
         raise InputError(
-            f"{model} alone would be a network with random weights: request timm's weights "
-            "(pretrained=True, --pretrained), or name an artifact, a Hub repository or a "
+            f"{model} alone would be a network with random weights: request {library}'s "
+            "weights (pretrained=True, --pretrained), or name an artifact, a Hub repository or a "
             "RobustBench model, or give a module"
         )
 

@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..backbones.kinds import repository_kind
 from ..errors import ArtifactError
 from ..utils.files import (
     longest_neighbour,
@@ -228,7 +229,7 @@ def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
     if isinstance(config, dict) and "format_version" not in config:
         kind = "another library's model" if "model_type" in config else "no adapter"
         hint = ""
-        if "architecture" in config or "model_type" in config:
+        if "architecture" in config or repository_kind(config) is not None:
             kind = "a timm model" if "architecture" in config else kind
             hint = '; wrap it as tp.wrap("hf:ORG/NAME", method)'
         raise ArtifactError(f"{where} is {kind}: its {CONFIG} has no format_version{hint}")

@@ -130,7 +130,7 @@ def publish(
     _check_repository(repository)
     if not isinstance(folder, (str, Path)) or not str(folder):
         raise ArtifactError(f"{folder!r} is not an artifact folder; name the one to publish")
-    places = {"private": private, "token": token, "revision": revision, "tag": tag}
+    places: dict[str, Any] = {"private": private, "token": token, "revision": revision, "tag": tag}
     if is_bundled(folder) and measured is None and benchmark is None:
         # The published files are identical to those in the package.
         read_artifact(folder)

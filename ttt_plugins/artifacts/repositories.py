@@ -129,6 +129,10 @@ def repository_model(folder: Path, where: str) -> nn.Module:
     kind = repository_kind(config)
     if kind is not None:
         return _model_of_kind(kind, config, folder, where)
+    if "model_type" in config and "architecture" not in config:
+        raise ArtifactError(
+            f"{where}: models of type {str(config['model_type'])[:40]!r} are not built"
+        )
     inside = "timm_model."  # as transformers saves a model of timm
     prefix = inside if all(name.startswith(inside) for name in header) else ""
     header = {name.removeprefix(prefix): info for name, info in header.items()}

@@ -190,7 +190,7 @@ def _own_fields(config_class: type, base: type) -> set[str]:
     return {n for n in own - common - fetches if not n.startswith("_")}
 
 
-def _configuration(config: Mapping[str, Any]) -> tuple[type, Any]:
+def _configuration(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """The class of the model that a ``config.json`` describes, and its configuration.
 
     Raises:
@@ -279,7 +279,7 @@ class _Transformers(ModelKind):
 
     def repository(self, config: Mapping[str, Any]) -> bool:
         kind = config.get("model_type")
-        return isinstance(kind, str) and kind != "timm_wrapper"
+        return isinstance(kind, str) and kind in _TYPES
 
     def ready(self) -> None:
         _transformers().MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING  # noqa: B018 - imported when asked for
