@@ -13,6 +13,7 @@ LAYERS = (
     ("wrapping",),
     ("train", "testing"),
     ("hosts", "demo"),
+    ("app",),
     ("cli",),
 )
 #: What a part may not import although it comes before it.

@@ -23,6 +23,7 @@ DOCUMENTS = (
     "README.md",
     "RESULTS.md",
     "CONTRIBUTING.md",
+    "docs/app.md",
     "docs/benchmark.md",
     "examples/hosts/README.md",
 )

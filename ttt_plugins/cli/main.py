@@ -12,6 +12,7 @@ from ..demo import run_demo, run_per_image
 from ..errors import TTTError
 from ..utils.signals import Terminated, raise_on_interrupt, raising_on_sigterm
 from ..utils.text import printable
+from .app import add_app
 from .artifacts import add_artifacts, add_convert, add_list
 from .benchmark import add_benchmark, add_compare
 from .corrupt import add_corrupt
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description="Test-time training for image classifiers.")
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
+    add_app(commands)
     add_benchmark(commands)
     add_compare(commands)
     add_fit(commands)

@@ -19,11 +19,17 @@ from .flags import add_field_flags, fields_from_pairs
 __all__ = ["adapter_from_args", "add_model_flags", "add_track_flag", "tracked"]
 
 
-def add_model_flags(add: argparse.ArgumentParser) -> None:
-    """Add MODEL and the flags for loading and adapting it; each command adds its own ``--seed``."""
-    add.add_argument(
-        "model", metavar="MODEL", help="model or artifact, as for wrap or from_pretrained"
-    )
+def add_model_flags(add: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add MODEL and the flags for loading and adapting it; each command adds its own ``--seed``.
+
+    With a ``default`` MODEL may be left out.
+    """
+    text = "model or artifact, as for wrap or from_pretrained"
+    if default is None:
+        add.add_argument("model", metavar="MODEL", help=text)
+    else:
+        text += " (default: %(default)s)"
+        add.add_argument("model", metavar="MODEL", nargs="?", default=default, help=text)
     add.add_argument("--method", help="name of a method (default: the artifact's own)")
     add.add_argument("--device", help="torch device, such as cuda (default: cpu)")
     add.add_argument("--lr", type=float, help="short for --set lr=LR")

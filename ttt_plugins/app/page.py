@@ -1,0 +1,214 @@
+"""The page itself, in gradio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torchvision.transforms.functional import resize, to_pil_image
+
+from ..adapter import Adapter
+from ..demo.sample import load_sample
+from ..errors import MissingDependencyError, TTTError
+from .pictures import Pictures, dropped_pictures, sample_pictures, source_pictures
+from .session import CORRUPTIONS, Session, Step
+
+__all__ = ["build_page", "launch"]
+
+_NONE = "none"
+_DROPPED = "dropped pictures"
+_SAMPLE = "sample: "
+#: Number of pictures that the gallery shows of a batch, and their shortest side in pixels.
+_SHOWN = 8
+_SIDE = 96
+#: Largest number of pictures that a stream reads.
+_MOST = 320
+
+
+def _gradio() -> Any:
+    try:
+        import gradio
+    except ImportError as error:
+        raise MissingDependencyError(
+            'the page needs gradio: pip install "ttt-plugins[app]"'
+        ) from error
+    return gradio
+
+
+def build_page(
+    build: Callable[[str], Adapter],
+    methods: Sequence[str],
+    *,
+    title: str = "ttt_plugins",
+    source: str | None = None,
+) -> Any:
+    """The page as gradio's ``Blocks``.
+
+    Args:
+        build: creates the adapter of a method by its name, as for `Session`.
+        methods: the methods to choose from; the first is chosen.
+        title: what is adapted, such as the model's name.
+        source: a source of labelled pictures to offer besides the sample, as for `open_images`.
+
+    Raises:
+        MissingDependencyError: gradio is not installed.
+    """
+    gr = _gradio()
+    kinds = [f"{_SAMPLE}{kind}" for kind in load_sample(n=1).images]
+    choices = [*([source] if source else []), *kinds, _DROPPED]
+    with gr.Blocks(analytics_enabled=False, title=title) as page:
+        state = gr.State(None)
+        gr.Markdown(f"# {title}\nThe same network without adaptation (source) and adapting itself.")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                first = choices[0] if source else f"{_SAMPLE}fog"
+                chosen = gr.Dropdown(choices, value=first, label="Pictures", elem_id="pictures")
+                files = gr.File(
+                    label="Drop pictures here", file_count="multiple", file_types=["image"]
+                )
+                corruption = gr.Dropdown(
+                    [_NONE, *CORRUPTIONS], value=_NONE, label="Corruption", elem_id="corruption"
+                )
+                severity = gr.Slider(1, 5, value=3, step=1, label="Severity")
+                count = gr.Slider(16, _MOST, value=192, step=16, label="Number of pictures")
+                batch = gr.Slider(1, 64, value=16, step=1, label="Pictures at once")
+                method = gr.Radio(list(methods), value=methods[0], label="Method", elem_id="method")
+                with gr.Row():
+                    start = gr.Button("Start", variant="primary", elem_id="start")
+                    stop = gr.Button("Stop", elem_id="stop")
+                    reset = gr.Button("Reset", elem_id="reset")
+            with gr.Column(scale=2):
+                status = gr.Markdown("", elem_id="status")
+                plot = gr.LinePlot(x="pictures", y="percent", color="line", height=260)
+                gallery = gr.Gallery(columns=4, height=330, label="The latest pictures")
+                health = gr.Markdown("", elem_id="health")
+        shown = [state, status, plot, gallery, health]
+
+        def run(session, name, dropped, noise, level, most, size, wanted):
+            try:
+                if session is None:
+                    session = Session(build, wanted)
+                elif session.method != wanted:
+                    session.choose(wanted)
+                pictures = _read(session.net, name, dropped, int(most), source)
+                options = {"batch_size": int(size), "severity": int(level)}
+                options["corruption"] = None if noise == _NONE else noise
+                for step in session.stream(pictures, **options):
+                    yield _shown(session, pictures, step)
+            except TTTError as error:
+                raise gr.Error(" ".join(str(error).split())) from error
+
+        def clear(session):
+            if session is not None:
+                session.reset()
+            return session, "Back at the source.", None, None, ""
+
+        inputs = [state, chosen, files, corruption, severity, count, batch, method]
+        running = start.click(run, inputs, shown, api_name="run", show_progress="hidden")
+        stop.click(None, cancels=[running])
+        reset.click(clear, [state], shown, cancels=[running], api_name="reset")
+        files.upload(lambda: _DROPPED, None, chosen, api_name="dropped")
+    return page
+
+
+def launch(
+    page: Any, *, host: str | None = None, port: int | None = None, wait: bool = True
+) -> str:
+    """Serve the page, by default until Ctrl-C; its address."""
+    theme = _gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        theme=theme,  # nothing is fetched from other hosts
+        prevent_thread_lock=not wait,
+        quiet=True,
+    )
+    return address
+
+
+def _read(
+    net: Adapter, name: str, dropped: Sequence[str] | None, count: int, source: str | None
+) -> Pictures:
+    if name == _DROPPED:
+        return dropped_pictures(net, dropped or (), count)
+    if name.startswith(_SAMPLE) and name != source:
+        return sample_pictures(net, name.removeprefix(_SAMPLE), count)
+    return source_pictures(net, source, count)
+
+
+def _shown(session: Session, pictures: Pictures, step: Step) -> tuple:
+    """The state and what the page shows of it."""
+    return (
+        session,
+        _status(session, pictures),
+        _curves(session),
+        _gallery(session.method, pictures, step),
+        _health(session),
+    )
+
+
+def _status(session: Session, pictures: Pictures) -> str:
+    point = session.points[-1]
+    lines = [f"**{point.images} pictures since the last reset.**"]
+    if point.source is not None and point.adapter is not None:
+        lines.append(
+            f"Accuracy: source {point.source:.1f} %, {session.method} {point.adapter:.1f} % "
+            f"({point.adapter - point.source:+.1f} points)."
+        )
+    else:
+        lines.append("There are no labels, so that only confidence can be shown.")
+    lines.append(
+        f"Mean confidence: source {point.source_confidence:.1f} %, {session.method} "
+        f"{point.adapter_confidence:.1f} %."
+    )
+    if pictures.skipped:
+        lines.append(f"{len(pictures.skipped)} damaged pictures were left out.")
+    return " ".join(lines)
+
+
+def _curves(session: Session) -> Any:
+    import pandas
+
+    rows = []
+    for point in session.points:
+        if point.source is None:
+            pair = (point.source_confidence, point.adapter_confidence)
+            kind = "confidence"
+        else:
+            pair = (point.source, point.adapter)
+            kind = "accuracy"
+        for label, value in zip(("source", session.method), pair, strict=True):
+            rows.append((point.images, value, f"{label}, {kind}"))
+    return pandas.DataFrame(rows, columns=["pictures", "percent", "line"])
+
+
+def _gallery(method: str, pictures: Pictures, step: Step) -> list[tuple[Any, str]]:
+    found = []
+    for row in range(min(_SHOWN, len(step.images))):
+        image = to_pil_image(step.images[row])
+        if min(image.size) < _SIDE:
+            image = resize(image, _SIDE, interpolation=0)
+        told = {
+            "source": (step.source[row], step.source_confidence[row]),
+            method: (step.adapter[row], step.adapter_confidence[row]),
+        }
+        words = []
+        for label, (position, confidence) in told.items():
+            place = int(position)
+            name = pictures.names[place] if pictures.names else f"class {place}"
+            mark = ""
+            if step.labels is not None:
+                mark = " ✓" if place == int(step.labels[row]) else " ✗"
+            words.append(f"{label}: {name}{mark} ({100 * float(confidence):.0f} %)")
+        found.append((image, " · ".join(words)))
+    return found
+
+
+def _health(session: Session) -> str:
+    signals = ", ".join(f"{name} {value:.3g}" for name, value in session.health.items())
+    lines = [f"Guard's signals: {signals}."] if signals else ["This method has no guard."]
+    lines += [
+        f"- after {event.images} pictures: {event.reason}, {event.action}"
+        for event in session.events
+    ]
+    return "\n".join(lines)
