@@ -51,7 +51,11 @@ def browser(tmp_path):
     for flag in (
         *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
         *("disable-background-networking", "disable-component-update", "disable-sync"),
-        *("window-size=1280,940", "disable-dev-shm-usage", f"user-data-dir={tmp_path / 'profile'}"),
+        *(
+            "window-size=1280,1100",
+            "disable-dev-shm-usage",
+            f"user-data-dir={tmp_path / 'profile'}",
+        ),
     ):
         options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))

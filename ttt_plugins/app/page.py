@@ -80,7 +80,7 @@ def build_page(
             with gr.Column(scale=2):
                 status = gr.Markdown("", elem_id="status")
                 plot = gr.LinePlot(x="pictures", y="percent", color="line", height=260)
-                gallery = gr.Gallery(columns=4, height=330, label="The latest pictures")
+                gallery = gr.Gallery(columns=4, height=420, label="Source → adapter")
                 health = gr.Markdown("", elem_id="health")
         shown = [state, status, plot, gallery, health]
 
@@ -142,7 +142,7 @@ def _shown(session: Session, pictures: Pictures, step: Step) -> tuple:
         session,
         _status(session, pictures),
         _curves(session),
-        _gallery(session.method, pictures, step),
+        _gallery(pictures, step),
         _health(session),
     )
 
@@ -182,25 +182,21 @@ def _curves(session: Session) -> Any:
     return pandas.DataFrame(rows, columns=["pictures", "percent", "line"])
 
 
-def _gallery(method: str, pictures: Pictures, step: Step) -> list[tuple[Any, str]]:
+def _gallery(pictures: Pictures, step: Step) -> list[tuple[Any, str]]:
     found = []
     for row in range(min(_SHOWN, len(step.images))):
         image = to_pil_image(step.images[row])
         if min(image.size) < _SIDE:
             image = resize(image, _SIDE, interpolation=0)
-        told = {
-            "source": (step.source[row], step.source_confidence[row]),
-            method: (step.adapter[row], step.adapter_confidence[row]),
-        }
         words = []
-        for label, (position, confidence) in told.items():
-            place = int(position)
+        for classes in (step.source, step.adapter):
+            place = int(classes[row])
             name = pictures.names[place] if pictures.names else f"class {place}"
             mark = ""
             if step.labels is not None:
                 mark = " ✓" if place == int(step.labels[row]) else " ✗"
-            words.append(f"{label}: {name}{mark} ({100 * float(confidence):.0f} %)")
-        found.append((image, " · ".join(words)))
+            words.append(f"{name}{mark}")
+        found.append((image, " → ".join(words)))
     return found
 
 
