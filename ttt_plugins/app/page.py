@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torchvision.transforms.functional import resize, to_pil_image
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from ..adapter import Adapter
 from ..demo.sample import load_sample
@@ -18,7 +20,7 @@ __all__ = ["build_page", "launch"]
 _NONE = "none"
 _DROPPED = "dropped pictures"
 _SAMPLE = "sample: "
-#: Number of pictures that the gallery shows of a batch, and their shortest side in pixels.
+#: Number of pictures of a batch that the gallery shows, and the width of small ones in pixels.
 _SHOWN = 8
 _SIDE = 96
 #: Largest number of pictures that a stream reads.
@@ -27,12 +29,11 @@ _MOST = 320
 
 def _gradio() -> Any:
     try:
-        import gradio
+        return importlib.import_module("gradio")
     except ImportError as error:
         raise MissingDependencyError(
             'the page needs gradio: pip install "ttt-plugins[app]"'
         ) from error
-    return gradio
 
 
 def build_page(
@@ -54,25 +55,12 @@ def build_page(
         MissingDependencyError: gradio is not installed.
     """
     gr = _gradio()
-    kinds = [f"{_SAMPLE}{kind}" for kind in load_sample(n=1).images]
-    choices = [*([source] if source else []), *kinds, _DROPPED]
     with gr.Blocks(analytics_enabled=False, title=title) as page:
         state = gr.State(None)
         gr.Markdown(f"# {title}\nThe same network without adaptation (source) and adapting itself.")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                first = choices[0] if source else f"{_SAMPLE}fog"
-                chosen = gr.Dropdown(choices, value=first, label="Pictures", elem_id="pictures")
-                files = gr.File(
-                    label="Drop pictures here", file_count="multiple", file_types=["image"]
-                )
-                corruption = gr.Dropdown(
-                    [_NONE, *CORRUPTIONS], value=_NONE, label="Corruption", elem_id="corruption"
-                )
-                severity = gr.Slider(1, 5, value=3, step=1, label="Severity")
-                count = gr.Slider(16, _MOST, value=192, step=16, label="Number of pictures")
-                batch = gr.Slider(1, 64, value=16, step=1, label="Pictures at once")
-                method = gr.Radio(list(methods), value=methods[0], label="Method", elem_id="method")
+                controls = _controls(gr, methods, source)
                 with gr.Row():
                     start = gr.Button("Start", variant="primary", elem_id="start")
                     stop = gr.Button("Stop", elem_id="stop")
@@ -84,31 +72,67 @@ def build_page(
                 health = gr.Markdown("", elem_id="health")
         shown = [state, status, plot, gallery, health]
 
-        def run(session, name, dropped, noise, level, most, size, wanted):
+        def run(session: Session | None, *values: Any) -> Iterator[tuple]:
             try:
-                if session is None:
-                    session = Session(build, wanted)
-                elif session.method != wanted:
-                    session.choose(wanted)
-                pictures = _read(session.net, name, dropped, int(most), source)
-                options = {"batch_size": int(size), "severity": int(level)}
-                options["corruption"] = None if noise == _NONE else noise
-                for step in session.stream(pictures, **options):
-                    yield _shown(session, pictures, step)
+                yield from _run(session or Session(build, values[-1]), source, *values)
             except TTTError as error:
                 raise gr.Error(" ".join(str(error).split())) from error
 
-        def clear(session):
-            if session is not None:
-                session.reset()
-            return session, "Back at the source.", None, None, ""
-
-        inputs = [state, chosen, files, corruption, severity, count, batch, method]
+        inputs = [state, *controls]
         running = start.click(run, inputs, shown, api_name="run", show_progress="hidden")
         stop.click(None, cancels=[running])
-        reset.click(clear, [state], shown, cancels=[running], api_name="reset")
+        reset.click(_clear, [state], shown, cancels=[running], api_name="reset")
+        chosen, files, *_ = controls
         files.upload(lambda: _DROPPED, None, chosen, api_name="dropped")
     return page
+
+
+def _controls(gr: Any, methods: Sequence[str], source: str | None) -> list[Any]:
+    """The inputs of a stream, in the order of `_run`'s arguments."""
+    kinds = [f"{_SAMPLE}{kind}" for kind in load_sample(n=1).images]
+    choices = [*([source] if source else []), *kinds, _DROPPED]
+    first = source or f"{_SAMPLE}fog"
+    noises = [_NONE, *CORRUPTIONS]
+    return [
+        gr.Dropdown(choices, value=first, label="Pictures", elem_id="pictures"),
+        gr.File(label="Drop pictures here", file_count="multiple", file_types=["image"]),
+        gr.Dropdown(noises, value=_NONE, label="Corruption", elem_id="corruption"),
+        gr.Slider(1, 5, value=3, step=1, label="Severity"),
+        gr.Slider(16, _MOST, value=192, step=16, label="Number of pictures"),
+        gr.Slider(1, 64, value=16, step=1, label="Pictures at once"),
+        gr.Radio(list(methods), value=methods[0], label="Method", elem_id="method"),
+    ]
+
+
+def _run(
+    session: Session,
+    source: str | None,
+    name: str,
+    dropped: Sequence[str] | None,
+    corruption: str,
+    severity: float,
+    count: float,
+    batch_size: float,
+    method: str,
+) -> Iterator[tuple]:
+    """One stream; what the page shows after each batch."""
+    if session.method != method:
+        session.choose(method)
+    pictures = _read(session.net, name, dropped, int(count), source)
+    stream = session.stream(
+        pictures,
+        batch_size=int(batch_size),
+        corruption=None if corruption == _NONE else corruption,
+        severity=int(severity),
+    )
+    for step in stream:
+        yield _shown(session, pictures, step)
+
+
+def _clear(session: Session | None) -> tuple:
+    if session is not None:
+        session.reset()
+    return session, "Back at the source.", None, None, ""
 
 
 def launch(
@@ -186,8 +210,10 @@ def _gallery(pictures: Pictures, step: Step) -> list[tuple[Any, str]]:
     found = []
     for row in range(min(_SHOWN, len(step.images))):
         image = to_pil_image(step.images[row])
-        if min(image.size) < _SIDE:
-            image = resize(image, _SIDE, interpolation=0)
+        if image.width < _SIDE:
+            image = image.resize(
+                (_SIDE, _SIDE * image.height // image.width), Image.Resampling.NEAREST
+            )
         words = []
         for classes in (step.source, step.adapter):
             place = int(classes[row])

@@ -160,7 +160,7 @@ class Session:
             sums.right[1] += int((step.adapter == step.labels).sum())
         shares = [100 * right / sums.labelled if sums.labelled else None for right in sums.right]
         sure = [100 * total / sums.images for total in sums.confidence]
-        self.points.append(Point(sums.images, *shares, *sure))
+        self.points.append(Point(sums.images, shares[0], shares[1], sure[0], sure[1]))
 
     @property
     def health(self) -> dict[str, float]:
