@@ -138,10 +138,10 @@ def test_trackio_and_wandb_get_the_same(name, make_model, images, tmp_path, monk
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     logged = []
-    genuine = library.log
-    monkeypatch.setattr(library, "log", lambda *args: (logged.append(args[0]), genuine(*args)))
     net = tp.wrap(make_model("batchnorm"), "tent", window=4)
     with tracker(name, tmp_path / "runs", run="mine", config={"lr": 1e-3}) as track:
+        genuine = library.log  # wandb has its own from init on
+        monkeypatch.setattr(library, "log", lambda *args: (logged.append(args[0]), genuine(*args)))
         net.on_batch = track
         for seed in range(2):
             net(images(4, seed))
