@@ -228,7 +228,7 @@ def test_the_sources_own_images_are_seen_on_its_own_statistics():
     source, stream = (torch.zeros(3), torch.ones(3)), Stream({}, 16.0)
     noise, labels = torch.Generator().manual_seed(0), torch.eye(10)[torch.arange(64) % 10]
     alone = []
-    for level in (0.0, 0.0, *[1.0] * 4, *[0.0] * 12):
+    for level in (0.0, 0.0, *[1.2] * 4, *[0.0] * 12):
         x = level + torch.randn(64, 3, 4, 4, generator=noise)
         places = stream.places(64)
         stream.observe("norm", x[places], len(places), source)
