@@ -60,7 +60,7 @@ EVERY, START = 16, 64
 #: which the measured distance is fully trusted.
 PROBES, SURE = 16, 8
 #: Squared distances from the source between which its statistics are replaced by the stream's. On
-#: clean images of CIFAR-10 it is 0.014 and on clean photographs of ImageNet's classes 0.017 to 0.020
+#: clean images of CIFAR-10 it is 0.014, on clean photographs of ImageNet's classes 0.017 to 0.020
 #: (EfficientNet-Lite0; up to 0.041 in the order of the classes). On the four extra corruptions at
 #: severity 5 it is 0.030 to 0.078 and 0.037 to 0.200. Lower values gain more on mild corruptions
 #: (0.022 and 0.030: 2.3 points on those four) but lose to the source on clean photographs.
